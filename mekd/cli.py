@@ -1,0 +1,153 @@
+"""The command line: mekd STAGE --config FILE --key.sub value."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from mekd.config import Config, check_keys, known_keys, nearest, read_yaml
+
+USAGE = """usage: mekd STAGE [--config FILE] [--out DIR] [--key.sub value ...] [--print_config]
+
+stages, in the order in which `mekd run` takes them:
+  teacher       train a classifier that plays the black box (an experiment; --teacher.onnx FILE gives yours)
+  export        write it as teacher.onnx, preprocessing inside
+  deprivatize   step 1: a generator learns to invert the teacher; private images stay here
+  distill       step 2: the student learns from generated images
+  evaluate      a simulation, off unless asked: test accuracy and the plain baseline
+  report        curves, pictures and tables of the run: report.md
+  run           all of them; each resumes where it stopped
+
+other commands:
+  doctor        what this machine can run, and what is missing for the rest
+
+mekd STAGE --help lists every setting. A run's folder is --out, or runs/NAME for configs/NAME.yaml.
+"""
+
+
+class UsageError(ValueError):
+    """The command line cannot be understood."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 done, 2 a mistake, 3 stopped and saved, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    command, *rest = words
+    if command == "--version":
+        from mekd import __version__
+
+        print(f"mekd {__version__}")
+        return 0
+    try:
+        return _dispatch(command, rest)
+    except _mistakes() as error:
+        print(f"mekd {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nmekd {command}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        return _stopped(command, error)
+
+
+def _mistakes() -> tuple[type[Exception], ...]:
+    return (ValueError, FileNotFoundError, ImportError)
+
+
+def _stopped(command: str, error: RuntimeError) -> int:
+    """One line for what our own code raised; anything else keeps its traceback."""
+    if not type(error).__module__.startswith("mekd."):
+        raise error
+    print(f"mekd {command}: {error}", file=sys.stderr)
+    return {"BudgetSpent": 3, "Interrupted": 130}.get(type(error).__name__, 2)
+
+
+def _dispatch(command: str, words: list[str]) -> int:
+    if command == "doctor":
+        from mekd.doctor import doctor
+
+        return doctor()
+    from mekd.engine.stages import STAGES
+
+    if command not in (*STAGES, "run"):
+        raise UsageError(f"there is no such stage; there are {', '.join(STAGES)}, run and doctor")
+    parsed = parse(words)
+    if parsed is None:
+        return 0
+    config, out = parsed
+    from mekd.engine.run import Run
+
+    run = Run(config, out)
+    if command == "report" and not out.is_dir():
+        raise UsageError(f"--out is {str(out)!r}; there is no run there")
+    for stage in STAGES if command == "run" else [command]:
+        STAGES[stage](run)
+    return 0
+
+
+def parse(words: list[str]) -> tuple[Config, Path] | None:
+    """The configuration and the run's folder; None if --print_config or --help printed what was asked.
+
+    Settings come from the dataclasses, then --config FILE, then the words behind it. Raises ValueError naming the
+    setting, what it was and what it may be.
+    """
+    from jsonargparse import ArgumentParser
+
+    _check_words(words)
+    parser = ArgumentParser(prog="mekd STAGE", exit_on_error=False, add_help=True)
+    parser.add_argument("--config", type=str, default=None, metavar="FILE", help="YAML file of settings")
+    parser.add_argument("--out", type=str, default=None, metavar="DIR", help="the run's folder")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved settings and stop")
+    parser.add_class_arguments(Config, as_group=False)
+    try:
+        source = _value_of(words, "--config")
+        if source is not None:
+            parser.set_defaults(_dotted(read_yaml(source)))
+        namespace = parser.parse_args(words)
+        values = parser.instantiate_classes(namespace)
+    except SystemExit:
+        return None
+    except ValueError:
+        raise
+    except Exception as error:
+        raise UsageError(_plain(str(error))) from error
+    fields = {name: values[name] for name in Config.__dataclass_fields__}
+    config = Config(**fields)
+    if values["print_config"]:
+        from mekd.config import dump_yaml
+
+        print(dump_yaml(config), end="")
+        return None
+    out = values["out"] or f"runs/{Path(values['config']).stem if values['config'] else 'default'}"
+    return config, Path(out)
+
+
+def _check_words(words: list[str]) -> None:
+    known = {*known_keys(), "config", "out", "print_config", "help"}
+    for word in words:
+        key = word[2:].partition("=")[0]
+        if word.startswith("--") and key not in known:
+            check_keys({}, "command line")
+            raise UsageError(f"there is no setting {word}; {nearest(key)}")
+
+
+def _value_of(words: list[str], option: str) -> str | None:
+    for i, word in enumerate(words):
+        if word == option and i + 1 < len(words):
+            return words[i + 1]
+        if word.startswith(option + "="):
+            return word.partition("=")[2]
+    return None
+
+
+def _dotted(tree: dict[str, Any]) -> dict[str, Any]:
+    from mekd.config import _flatten
+
+    return dict(_flatten(tree))
+
+
+def _plain(message: str) -> str:
+    """The parser's message on one line."""
+    return " ".join(message.split())

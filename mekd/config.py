@@ -1,0 +1,339 @@
+"""Everything that can be set, in one tree of frozen dataclasses, read from YAML and the command line."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mekd.codes import CODES
+from mekd.functional import REDUCTIONS, SCALES, check_choice
+from mekd.losses import PRESETS
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images.
+
+    Args:
+        name: digits, mnist, fashion_mnist, cifar10 or cifar100
+        path: folder of the data set's own files (idx, or CIFAR's python batches); digits need none
+        size: side of an image in pixels: 16, 32, 64, 128 or 224
+        local_fraction: share of the training images that are the user's private, unlabelled ones
+        flip: whether mirrored images are images of the same class (when a teacher is trained)
+    """
+
+    name: str = "digits"
+    path: str | None = None
+    size: int = 32
+    local_fraction: float = 0.1
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        _between("data.local_fraction", self.local_fraction, 0, 1)
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The black box: trained here for an experiment, or given.
+
+    Args:
+        onnx: your own classifier; the stages teacher and export are skipped
+        checkpoint: a state_dict of arch, instead of training one
+        arch: resnet8, 20, 32, 56, 110 or torchvision:NAME
+        steps: SGD steps with a cosine learning rate
+        batch: images a step
+        lr: peak learning rate
+        weight_decay: L2 penalty
+        resize: side in pixels that arch wants, inside the exported graph; null for data.size
+    """
+
+    onnx: str | None = None
+    checkpoint: str | None = None
+    arch: str = "resnet32"
+    steps: int = 10000
+    batch: int = 128
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    resize: int | None = None
+
+    def __post_init__(self) -> None:
+        _positive("teacher", self, "batch", "lr")
+
+
+@dataclass(frozen=True)
+class OracleConfig:
+    """What the black box gives away, and how it is reached.
+
+    Args:
+        response: logits, probs, topk or label
+        k: classes in a topk answer
+        decimals: what the API rounds its values to; null for not at all
+        transport: images go up as uint8 or as float
+        provider: auto, cpu, cuda or tensorrt
+        output: what the ONNX file puts out: logits, probs or auto
+        classes: a file of class names, one a line, for a teacher that answers names
+        mean: subtracted from pixels in [0, 1] if the ONNX input is floating
+        std: divides them
+        price: what one query costs, for the ledger
+    """
+
+    response: str = "probs"
+    k: int = 5
+    decimals: int | None = None
+    transport: str = "uint8"
+    provider: str = "auto"
+    output: str = "auto"
+    classes: str | None = None
+    mean: list[float] = field(default_factory=lambda: [0.0])
+    std: list[float] = field(default_factory=lambda: [1.0])
+    price: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("oracle.response", self.response, ("logits", "probs", "topk", "label"))
+        check_choice("oracle.transport", self.transport, ("uint8", "float"))
+
+
+@dataclass(frozen=True)
+class DeprivatizeConfig:
+    """Step 1: the generator learns to invert the teacher.
+
+    Args:
+        steps: steps of the discriminator and of the generator
+        batch: images a step
+        lr: Adam's learning rate
+        alpha: weight of the information term; 0 asks the teacher nothing
+        minimax: G minimises log(1 - D) instead of -log D
+        width: multiplies the generator's channels
+        ema: decay of an average of G's weights, used in step 2; 0 for the last weights
+        budget: queries at most; null for no limit
+    """
+
+    steps: int = 20000
+    batch: int = 64
+    lr: float = 2e-4
+    alpha: float = 0.5
+    minimax: bool = False
+    width: float = 1.0
+    ema: float = 0.0
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        _positive("deprivatize", self, "steps", "batch", "lr", "width")
+        _between("deprivatize.ema", self.ema, 0, 1)
+        if self.alpha < 0:
+            raise ValueError(f"deprivatize.alpha is {self.alpha}; it must be at least 0")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Step 2: the student learns.
+
+    Args:
+        student: resnet8, 20, 32, 56, 110 or torchvision:NAME
+        steps: SGD steps with a cosine learning rate
+        batch: images a step
+        lr: peak learning rate
+        weight_decay: L2 penalty
+        replay: ask this many queries once and reuse them every epoch; 0 for fresh ones every step
+        holdout: synthetic queries kept apart, by which the best student is chosen
+        eval_every: steps between two looks at the holdout
+        preset: default, paper or authors: what the settings below are where they are null
+        tau: divides the code
+        kl_tau: temperature of the KL
+        beta: weight of the KL
+        scale: the KL's factor: tau2, tau or one
+        reduction: of the image distance: mean or batchmean
+        image: weight of the image distance
+        code: auto, logits, log_probs, onehot or standardized
+        rest: what top-k answers leave out is spread or dropped
+        budget: queries at most, the holdout's included; null for no limit
+    """
+
+    student: str = "resnet8"
+    steps: int = 20000
+    batch: int = 128
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    replay: int = 0
+    holdout: int = 512
+    eval_every: int = 500
+    preset: str = "default"
+    tau: float | None = None
+    kl_tau: float | None = None
+    beta: float | None = None
+    scale: str | None = None
+    reduction: str | None = None
+    image: float = 1.0
+    code: str = "auto"
+    rest: str = "spread"
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("distill.preset", self.preset, tuple(PRESETS))
+        check_choice("distill.code", self.code, CODES)
+        check_choice("distill.rest", self.rest, ("spread", "drop"))
+        if self.scale is not None:
+            check_choice("distill.scale", self.scale, SCALES)
+        if self.reduction is not None:
+            check_choice("distill.reduction", self.reduction, REDUCTIONS)
+        _positive("distill", self, "steps", "batch", "lr", "holdout", "eval_every")
+        if self.replay < 0:
+            raise ValueError(f"distill.replay is {self.replay}; it must be at least 0")
+
+    def loss_options(self) -> dict[str, Any]:
+        """The keyword arguments of MEKDLoss: the preset's, and what was set besides."""
+        own = {name: getattr(self, name) for name in ("tau", "kl_tau", "beta", "scale", "reduction")}
+        chosen = {**PRESETS[self.preset], **{name: value for name, value in own.items() if value is not None}}
+        return {**chosen, "image": self.image, "code": self.code, "rest": self.rest}
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """A simulation for experiments: it needs labels, and it sends real images to its own oracle.
+
+    Args:
+        enabled: run it; off unless asked
+        baseline: also train the plain baseline, a student of the teacher's answers to the private images
+        baseline_steps: its steps; null for as many as distill.steps
+    """
+
+    enabled: bool = False
+    baseline: bool = True
+    baseline_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the work runs; nothing here changes a result.
+
+    Args:
+        device: auto, cpu, cuda or cuda:N
+        checkpoint_every: steps between two checkpoints
+        log_every: steps between two lines of the log
+        progress: a progress bar, where the output is a terminal
+    """
+
+    device: str = "auto"
+    checkpoint_every: int = 500
+    log_every: int = 100
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _positive("engine", self, "checkpoint_every", "log_every")
+
+
+@dataclass(frozen=True)
+class Config:
+    """An experiment.
+
+    Args:
+        seed: of weights, latents, batches and of the choice of the private images
+        data: the images
+        teacher: the black box
+        oracle: what it gives away
+        deprivatize: step 1
+        distill: step 2
+        evaluate: the simulation
+        engine: how the work runs
+    """
+
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    oracle: OracleConfig = field(default_factory=OracleConfig)
+    deprivatize: DeprivatizeConfig = field(default_factory=DeprivatizeConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+#: Settings that may change between an interrupted run and its resumption.
+FREE = {
+    "data.path",
+    "oracle.price",
+    "oracle.provider",
+    "deprivatize.steps",
+    "deprivatize.budget",
+    "distill.budget",
+}
+_SECTIONS = {
+    "teacher": ("seed", "data", "teacher"),
+    "deprivatize": ("seed", "data", "teacher", "oracle", "deprivatize"),
+    "distill": ("seed", "data", "teacher", "oracle", "deprivatize", "distill"),
+    "baseline": ("seed", "data", "teacher", "oracle", "distill", "evaluate"),
+}
+
+
+def fingerprint(config: Config, stage: str) -> dict[str, Any]:
+    """The settings that a stage's checkpoint depends on, by dotted name."""
+    flat = dict(_flatten(dataclasses.asdict(config)))
+    return {key: value for key, value in flat.items() if key.split(".")[0] in _SECTIONS[stage] and key not in FREE}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        found += _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, value)]
+    return found
+
+
+def known_keys() -> list[str]:
+    """Every setting by its dotted name."""
+    return [key for key, _ in _flatten(dataclasses.asdict(Config()))]
+
+
+def check_keys(tree: Mapping[str, Any], source: str) -> None:
+    """Raise ValueError for a key that no setting has, with the nearest one that does."""
+    known = known_keys()
+    sections = {key.split(".")[0] for key in known}
+    for key, value in tree.items():
+        if key in sections and key not in known and not isinstance(value, Mapping):
+            raise ValueError(f"{source}: {key} must be a section of settings, not {value!r}")
+    for key, _ in _flatten(tree):
+        if key not in known:
+            raise ValueError(f"{source}: there is no setting {key!r}; {nearest(key)}")
+
+
+def nearest(key: str) -> str:
+    """The settings most like a mistyped one, as the end of a sentence."""
+    known = known_keys()
+    by_leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    close = by_leaf or difflib.get_close_matches(key, known, n=2, cutoff=0.5)
+    return f"the nearest is {' or '.join(close)}" if close else f"there are {', '.join(known)}"
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file of settings; ValueError for one that is no mapping or has unknown keys."""
+    import yaml
+
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"--config is {str(path)!r}; no such file")
+    try:
+        tree = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold settings by name, it holds a {type(tree).__name__}")
+    check_keys(tree, str(path))
+    return tree
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    import yaml
+
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def _positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{section}.{name} is {getattr(config, name)}; it must be above 0")
+
+
+def _between(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")

@@ -1,0 +1,74 @@
+"""Step 1: a GAN whose generator learns the inverse of the teacher, so that private images can stay at home."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from mekd import data as datasets
+from mekd.config import fingerprint
+from mekd.engine.loop import Loop
+from mekd.engine.run import Run
+from mekd.losses import DeprivatizationLoss
+from mekd.nets import Discriminator, Generator
+from mekd.pixels import to_float
+
+
+def deprivatize(run: Run) -> None:
+    """Train G and D on the private images and on the teacher's answers to generated ones (Ma et al., section 3.2)."""
+    config = run.config.deprivatize
+    data = run.load_data()
+    local = datasets.local_images(data, run.config.data.local_fraction, run.config.seed)
+    oracle = run.open_oracle("deprivatize", data.image, config.budget)
+    # A label says nothing about confidence: y = 1 for every image, and there is nothing to ask for.
+    asks = config.alpha > 0 and run.config.oracle.response != "label"
+
+    torch.manual_seed(run.config.seed + 1)
+    generator = Generator(oracle.num_classes, run.config.data.size, data.image[0], config.width).to(run.device)
+    discriminator = Discriminator(run.config.data.size, data.image[0]).to(run.device, memory_format=torch.channels_last)
+    average = copy.deepcopy(generator)
+    loss = DeprivatizationLoss(config.alpha, config.minimax)
+    adam_g = torch.optim.Adam(generator.parameters(), config.lr, betas=(0.5, 0.999))
+    adam_d = torch.optim.Adam(discriminator.parameters(), config.lr, betas=(0.5, 0.999))
+    state = {
+        "generator": generator, "discriminator": discriminator, "average": average, "adam_g": adam_g, "adam_d": adam_d,
+    }
+    depends = fingerprint(run.config, "deprivatize") | {"teacher": run.teacher_digest()}
+    with Loop(
+        run, "deprivatize", config.steps, state, depends, batch=config.batch, ledger=oracle.ledger,
+        queries=config.batch if asks else 0,
+    ) as loop:
+        for _ in loop:
+            real = to_float(local[torch.randint(len(local), (config.batch,), device=run.device)])
+            fake = generator(torch.randn(config.batch, oracle.num_classes, device=run.device))
+            confidence: Tensor | None = None
+            if asks:
+                with loop.clock("teacher"):
+                    confidence = oracle.query(fake).confidence
+
+            loss_d = loss.discriminator(discriminator(real), discriminator(fake.detach()))
+            adam_d.zero_grad()
+            loss_d.backward()
+            adam_d.step()
+
+            discriminator.requires_grad_(False)
+            loss_g = loss(discriminator(fake), confidence)
+            adam_g.zero_grad()
+            loss_g.backward()
+            adam_g.step()
+            discriminator.requires_grad_(True)
+
+            if config.ema:
+                update_average(average, generator, config.ema)
+            loop.log(loss_d=loss_d, loss_g=loss_g, **({} if confidence is None else {"confidence": confidence.mean()}))
+    oracle.ledger.close()
+    run.log(f"deprivatize: {config.steps} steps, {len(local)} private images, {loop.seconds:.0f} s, {oracle.ledger}")
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * module for parameters; buffers are copied."""
+    for mean, new in zip(average.parameters(), module.parameters(), strict=True):
+        mean.lerp_(new, 1 - decay)
+    for mean, new in zip(average.buffers(), module.buffers(), strict=True):
+        mean.copy_(new)

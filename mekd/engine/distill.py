@@ -1,0 +1,87 @@
+"""Step 2: the generator is frozen, and the student learns to make it draw what the teacher makes it draw."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mekd import files
+from mekd.config import fingerprint
+from mekd.engine.loop import Loop
+from mekd.engine.queries import collect
+from mekd.engine.run import Run
+from mekd.engine.train import predict, set_cosine_lr, sgd
+from mekd.losses import MEKDLoss
+from mekd.nets import build
+from mekd.oracle.export import Classifier, export
+from mekd.oracle.response import Response, floor_of
+from mekd.pixels import to_float, to_uint8
+
+
+def distill(run: Run) -> None:
+    """Train distill.student on generated images and the teacher's answers to them (Ma et al., section 3.3)."""
+    config = run.config.distill
+    image = run.load_data().image
+    oracle = run.open_oracle("distill", image, config.budget)
+    classes = oracle.num_classes
+    generator = run.load_generator(classes, image[0])
+    depends = fingerprint(run.config, "distill") | {
+        "teacher": run.teacher_digest(), "deprivatize.steps": run.config.deprivatize.steps,
+    }
+    seed = run.config.seed
+    holdout, asked = collect(run, "holdout", generator, oracle, config.holdout, depends, seed=seed + 2)
+    held_images, held_answer = holdout.read(slice(None))
+    held_images, held_labels = held_images.to(run.device), held_answer.labels.to(run.device)
+    if config.replay:
+        store, asked = collect(run, "replay", generator, oracle, config.replay, depends, seed=seed + 3, begin_at=asked)
+
+    torch.manual_seed(seed + 4)
+    student = build(config.student, classes, image[0]).to(run.device, memory_format=torch.channels_last)
+    optimizer = sgd(student, config.lr, config.weight_decay)
+    loss = MEKDLoss(generator, floor=floor_of(run.config.oracle.decimals), **config.loss_options())
+    best: dict[str, Any] = {"agreement": -1.0, "step": 0, "weights": None}
+    state = {"student": student, "optimizer": optimizer, "best": best}
+
+    def fresh() -> tuple[Tensor, Response]:
+        with torch.no_grad():
+            drawn = generator(torch.randn(config.batch, classes, device=run.device))
+        pixels = to_uint8(drawn) if oracle.transport == "uint8" else drawn
+        with loop.clock("teacher"):
+            return pixels, oracle.query(pixels)
+
+    def replayed() -> tuple[Tensor, Response]:
+        with loop.clock("data"):
+            pixels, answer = store.read(torch.randint(config.replay, (config.batch,)))
+            return pixels.to(run.device), answer.to(run.device)
+
+    with Loop(
+        run, "distill", config.steps, state, depends, batch=config.batch, ledger=oracle.ledger,
+        queries=0 if config.replay else config.batch, begin_at=asked,
+    ) as loop:
+        for step in loop:
+            set_cosine_lr(optimizer, config.lr, step, config.steps)
+            pixels, answer = replayed() if config.replay else fresh()
+            logits = student(to_float(pixels) if pixels.dtype == torch.uint8 else pixels)
+            image_loss, kl = loss.terms(logits, **answer.target)
+            total = loss.image * image_loss + loss.beta * kl
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+            loop.log(loss=total, image=image_loss, kl=kl)
+
+            if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+                agreement = float((predict(student, held_images) == held_labels).float().mean())
+                if agreement >= best["agreement"]:
+                    weights = {name: value.clone() for name, value in student.state_dict().items()}
+                    best.update(agreement=agreement, step=step + 1, weights=weights)
+                loop.write(step + 1, agreement=round(agreement, 6))
+    oracle.ledger.close()
+
+    student.load_state_dict(best["weights"])
+    files.save(run.out / "student.pt", student.state_dict())
+    worst = export(Classifier(student), run.out / "student.onnx", image, run.config.oracle.transport)
+    run.log(
+        f"distill: {config.student} at step {best['step']} of {config.steps} agrees with the teacher on "
+        f"{100 * best['agreement']:.2f}% of the holdout, {loop.seconds:.0f} s, {oracle.ledger}; student.onnx differs "
+        f"from torch by {worst:.1e}"
+    )

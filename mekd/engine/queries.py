@@ -1,0 +1,33 @@
+"""Synthetic images asked once and kept: the holdout, and the replay store."""
+
+import torch
+
+from mekd.engine.loop import Loop
+from mekd.engine.run import Run
+from mekd.nets import Generator
+from mekd.oracle.base import Oracle
+from mekd.oracle.replay import Replay
+from mekd.pixels import to_uint8
+
+
+def collect(
+    run: Run, name: str, generator: Generator, oracle: Oracle, count: int, fingerprint: dict[str, object], *,
+    seed: int, begin_at: int = 0,
+) -> tuple[Replay, int]:
+    """Ask for count images of G and keep them in the folder NAME; returns the store and the ledger's next request."""
+    batch = min(256, count)
+    store = Replay(run.out / name, count)
+    torch.manual_seed(seed)
+    steps = -(-count // batch)
+    depends = {**fingerprint, "count": count}
+    with Loop(
+        run, name, steps, {"store": store}, depends, batch=batch, ledger=oracle.ledger, queries=batch, begin_at=begin_at
+    ) as loop:
+        for step in loop:
+            rows = min(batch, count - step * batch)
+            with torch.no_grad():
+                images = generator(torch.randn(rows, oracle.num_classes, device=run.device))
+            images = to_uint8(images) if oracle.transport == "uint8" else images
+            with loop.clock("teacher"):
+                store.write(step * batch, images, oracle.query(images))
+    return store, loop.requests

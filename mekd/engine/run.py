@@ -1,0 +1,130 @@
+"""A run: its configuration, its folder, its log, and the pieces that several stages open."""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mekd import data, files
+from mekd.config import Config, dump_yaml
+from mekd.data.arrays import Dataset
+from mekd.nets import Generator
+from mekd.oracle.base import Oracle
+from mekd.oracle.ledger import Ledger
+from mekd.oracle.onnx import OnnxOracle
+
+
+class StageError(RuntimeError):
+    """A stage cannot begin: something that it needs is not there, or belongs to another run."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One configuration in one folder. wrap_oracle stands between a stage and its oracle: tests watch through it."""
+
+    config: Config
+    out: Path
+    wrap_oracle: Callable[[Oracle], Oracle] = lambda oracle: oracle
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the networks."""
+        name = self.config.engine.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise StageError(f"engine.device is {name!r}; it must be auto, cpu, cuda or cuda:N") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise StageError(f"engine.device is {name!r}, but torch finds no CUDA device; `mekd doctor` says more")
+        return device
+
+    @property
+    def teacher_onnx(self) -> Path:
+        """The black box's file: the user's, or the exported one."""
+        own = self.config.teacher.onnx
+        return Path(own) if own else self.out / "teacher.onnx"
+
+    def checkpoint(self, name: str) -> Path:
+        """Where a stage's checkpoint lies."""
+        return self.out / "checkpoints" / f"{name}.pt"
+
+    def log(self, line: str) -> None:
+        """A line for the screen and for log.txt."""
+        print(line, flush=True)
+        self.out.mkdir(parents=True, exist_ok=True)
+        with open(self.out / "log.txt", "a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def save_config(self) -> None:
+        """Write the resolved configuration into the run's folder."""
+        files.write_text(self.out / "config.yaml", dump_yaml(self.config))
+
+    def load_data(self) -> Dataset:
+        """The data set on the run's device."""
+        settings = self.config.data
+        return data.load(settings.name, settings.path, settings.size).to(self.device)
+
+    def open_oracle(self, stage: str, image: tuple[int, int, int], budget: int | None = None) -> Oracle:
+        """The black box with the account of a stage."""
+        settings = self.config.oracle
+        path = self.teacher_onnx
+        if not path.is_file():
+            raise StageError(f"{path} is missing: run `mekd export` first, or give your classifier with --teacher.onnx FILE")
+        names = None if settings.classes is None else read_names(settings.classes)
+        ledger = Ledger(stage, self.out / "ledger", budget, settings.price)
+        oracle = OnnxOracle(
+            path, settings.response, providers=settings.provider, image=image, classes=names,
+            num_classes=None if names is None else len(names), output=settings.output, mean=settings.mean,
+            std=settings.std, k=settings.k, decimals=settings.decimals, transport=settings.transport, ledger=ledger,
+        )
+        return self.wrap_oracle(oracle)
+
+    def load_generator(self, num_classes: int, channels: int) -> Generator:
+        """The trained generator, frozen: its averaged weights where deprivatize.ema asks for them."""
+        path = self.checkpoint("deprivatize")
+        if not path.exists():
+            raise StageError(f"{path} is missing: run `mekd deprivatize` first")
+        saved = files.load(path)
+        if saved["step"] < self.config.deprivatize.steps:
+            raise StageError(
+                f"deprivatize stands at step {saved['step']} of {self.config.deprivatize.steps}: run `mekd deprivatize` "
+                f"to finish it, or accept it as it is with --deprivatize.steps {saved['step']}"
+            )
+        settings = self.config.deprivatize
+        generator = Generator(num_classes, self.config.data.size, channels, settings.width)
+        generator.load_state_dict(saved["state"]["average" if settings.ema else "generator"])
+        return generator.to(self.device).eval().requires_grad_(False)
+
+    def teacher_digest(self) -> str:
+        """A hash of the black box's file, by which a checkpoint knows its teacher."""
+        return hashlib.sha256(self.teacher_onnx.read_bytes()).hexdigest()[:16]
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """A small result, whole or not at all."""
+        files.write_text(self.out / name, json.dumps(content, indent=1) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A small result, if it is there."""
+        path = self.out / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_names(path: str) -> list[str]:
+    """Class names, one a line."""
+    file = Path(path)
+    if not file.is_file():
+        raise StageError(f"oracle.classes is {path!r}; no such file. It lists the teacher's class names, one a line")
+    return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+
+
+def is_terminal() -> bool:
+    """Whether somebody watches: a progress bar in a file helps nobody."""
+    return sys.stderr.isatty()

@@ -1,0 +1,44 @@
+"""What the training stages share: the learning rate, an augmentation, an accuracy."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mekd.pixels import to_float
+
+
+def sgd(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD with Nesterov momentum 0.9."""
+    return torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=weight_decay, nesterov=True)
+
+
+def set_cosine_lr(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:
+    """A linear warm-up over the first twentieth of the steps, then a cosine to 0: a function of the step alone."""
+    warmup = max(1, steps // 20)
+    rate = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    for group in optimizer.param_groups:
+        group["lr"] = peak * rate
+
+
+def augment(images: Tensor, flip: bool) -> Tensor:
+    """Shift each image (m, ch, S, S) by up to an eighth of its side, edges repeated, and mirror half of them if flip."""
+    m, _, size, _ = images.shape
+    most = size // 8
+    padded = F.pad(images, (most, most, most, most), mode="replicate")
+    top, left = torch.randint(0, 2 * most + 1, (2, m, 1), device=images.device)
+    span = torch.arange(size, device=images.device)
+    columns = torch.where(torch.rand(m, 1, device=images.device) < 0.5, span.flip(0), span) if flip else span
+    rows = torch.arange(m, device=images.device)[:, None, None]
+    return padded[rows, :, (top + span)[:, :, None], (left + columns)[:, None, :]].permute(0, 3, 1, 2)
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, pixels: Tensor, batch: int = 512) -> Tensor:
+    """Classes (n,) of uint8 images, in eval mode; the mode is put back afterwards."""
+    training = model.training
+    model.eval()
+    classes = torch.cat([model(to_float(part)).argmax(1) for part in pixels.split(batch)])
+    model.train(training)
+    return classes.clone()

@@ -1,0 +1,119 @@
+"""The two losses of MEKD as modules, over mekd.functional."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mekd import functional
+from mekd.codes import CODES, FLOAT32_FLOOR, resolve_code, student_code, teacher_code
+
+#: Hyper-parameters by name: ours, the paper's (Ma et al., 2024) and those of the authors' public code.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "default": {"tau": 5.0, "kl_tau": 1.0, "beta": 1.0, "scale": "tau2", "reduction": "mean"},
+    "paper": {"tau": 5.0, "kl_tau": 1.0, "beta": 0.5, "scale": "one", "reduction": "batchmean"},
+    "authors": {"tau": 5.0, "kl_tau": 5.0, "beta": 1.0, "scale": "tau", "reduction": "mean"},
+}
+
+
+class DeprivatizationLoss(nn.Module):
+    """The losses of step 1 (Ma et al., 2024, section 3.2, with the signs set right).
+
+    Calling it gives the generator's loss, see functional.generator_loss; discriminator() gives the other side's.
+    """
+
+    def __init__(self, alpha: float = 0.5, minimax: bool = False) -> None:
+        super().__init__()
+        if alpha < 0:
+            raise ValueError(f"alpha is {alpha}; it must be at least 0")
+        self.alpha = alpha
+        self.minimax = minimax
+
+    def forward(self, d_fake: Tensor, confidence: Tensor | None = None, **answer: Tensor) -> Tensor:
+        """mean (1 + alpha y) softplus(-d) for d_fake (m,) and y as confidence (m,), logits= or probs= (m, C)."""
+        return functional.generator_loss(
+            d_fake, confidence, alpha=self.alpha, minimax=self.minimax, **answer
+        )
+
+    def discriminator(self, d_real: Tensor, d_fake: Tensor) -> Tensor:
+        """mean softplus(-d(x)) + mean softplus(d(G(z))) for d_real (m,), d_fake (n,)."""
+        return functional.discriminator_loss(d_real, d_fake)
+
+
+class MEKDLoss(nn.Module):
+    """Step 2 (Ma et al., 2024, section 3.3): the distance of two generated images, and a tempered KL.
+
+        L = || G(code(s)) - G(code(t)) ||_1 + beta * scale * KL(p_t^kl_tau || p_s^kl_tau)
+
+    generator: a trained module from codes (m, C) to images in [-1, 1]; it is put in eval mode and its parameters
+    stop requiring grad. One that has a method preactivation(code) is asked for that, and the tanh is left to the
+    loss. tau divides the code, kl_tau the logits of the KL; beta, scale ("tau2", "tau", "one") and image weigh
+    the terms (image=0: KL alone, the generator is not run). code: "auto", or one of mekd.codes.CODES. floor: the
+    smallest probability that the teacher's answer can tell from 0. reduction of the image term: "mean" over
+    pixels or "batchmean" (sum over pixels). Raises ValueError naming the argument.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        tau: float = 5.0,
+        beta: float = 1.0,
+        scale: str = "tau2",
+        code: str = "auto",
+        reduction: str = "mean",
+        *,
+        kl_tau: float = 1.0,
+        image: float = 1.0,
+        floor: float = FLOAT32_FLOOR,
+        rest: str = "spread",
+    ) -> None:
+        super().__init__()
+        functional.check_positive("tau", tau)
+        functional.check_positive("kl_tau", kl_tau)
+        functional.check_choice("scale", scale, functional.SCALES)
+        functional.check_choice("code", code, CODES)
+        functional.check_choice("reduction", reduction, ("mean", "batchmean"))
+        functional.check_choice("rest", rest, functional.TOPK_RESTS)
+        if beta < 0 or image < 0 or beta + image == 0:
+            raise ValueError(f"beta is {beta} and image is {image}; both must be at least 0, and one above 0")
+        if not 0 < floor < 1:
+            raise ValueError(f"floor is {floor}; it must lie between 0 and 1")
+        # Kept out of the module tree, so that state_dict() and train() of the loss leave the generator alone.
+        self._generator = [generator.eval().requires_grad_(False)]
+        self.tau, self.kl_tau, self.beta, self.scale = tau, kl_tau, beta, scale
+        self.code, self.reduction, self.image, self.floor, self.rest = code, reduction, image, floor, rest
+
+    def forward(
+        self,
+        student: Tensor,
+        logits: Tensor | None = None,
+        *,
+        probs: Tensor | None = None,
+        labels: Tensor | None = None,
+        topk: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The loss of student logits (m, C) against one target: logits, probs, labels or topk, as in kd_loss."""
+        image, kl = self.terms(student, logits, probs=probs, labels=labels, topk=topk)
+        return self.image * image + self.beta * kl
+
+    def terms(self, student: Tensor, logits: Tensor | None = None, **others: Any) -> tuple[Tensor, Tensor]:
+        """The image distance and the scaled KL, unweighted, with the arguments of forward."""
+        kl = functional.kd_loss(
+            student, logits, tau=self.kl_tau, scale=self.scale, rest=self.rest, **others
+        )
+        if self.image == 0:
+            return kl.new_zeros(()), kl
+        given = {"logits": logits, **others}
+        target, answer = next((name, value) for name, value in given.items() if value is not None)
+        num_classes = student.shape[-1]
+        code = resolve_code(self.code, target, num_classes)
+        teacher = teacher_code(answer, code, target, self.tau, self.floor, num_classes, self.rest)
+        own = student_code(student, code, target, self.tau, self.floor)
+        (generator,) = self._generator
+        draw = getattr(generator, "preactivation", None)
+        with torch.no_grad():
+            theirs = (draw or generator)(teacher)
+        ours = (draw or generator)(own)
+        image = functional.image_l1_loss(ours, theirs, tanh=draw is not None, reduction=self.reduction)
+        return image, kl

@@ -1,0 +1,36 @@
+"""The DCGAN discriminator: one logit per image."""
+
+from torch import Tensor, nn
+
+#: Image size: channels after each halving.
+WIDTHS: dict[int, tuple[int, ...]] = {
+    16: (16, 32, 64, 128),
+    32: (16, 32, 64, 128),
+    64: (16, 32, 64, 128, 256),
+    128: (16, 32, 64, 128, 256, 256),
+    224: (16, 32, 64, 128, 256, 256),
+}
+
+
+class Discriminator(nn.Module):
+    """Stride-2 convolutions with leaky ReLU 0.2, dropout 0.25 and, after the first, batch norm; one linear layer.
+
+    Images (m, channels, size, size) to logits (m,). At 32 px this is the paper's network.
+    """
+
+    def __init__(self, size: int, channels: int = 3) -> None:
+        super().__init__()
+        if size not in WIDTHS:
+            raise ValueError(f"size is {size}; the discriminator reads {', '.join(map(str, WIDTHS))} px")
+        layers: list[nn.Module] = []
+        inputs = channels
+        for outputs in WIDTHS[size]:
+            layers += [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.LeakyReLU(0.2), nn.Dropout2d(0.25)]
+            if inputs != channels:
+                layers.append(nn.BatchNorm2d(outputs))
+            inputs, size = outputs, (size + 1) // 2
+        self.features = nn.Sequential(*layers)
+        self.linear = nn.Linear(inputs * size**2, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(self.features(images).flatten(1)).squeeze(1)

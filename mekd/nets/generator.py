@@ -1,0 +1,61 @@
+"""The DCGAN generator that draws an image from a code of the length of a logit vector."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: Image size: where the picture starts, and the channels before the first and after each doubling.
+STAGES: dict[int, tuple[int, tuple[int, ...]]] = {
+    16: (4, (128, 128, 64)),
+    32: (8, (128, 128, 64)),
+    64: (8, (256, 128, 128, 64)),
+    128: (8, (256, 256, 128, 128, 64)),
+    224: (7, (512, 512, 256, 128, 64, 32)),
+}
+
+
+class UpConv(nn.Conv2d):
+    """Nearest upsampling x2 and a 3x3 convolution with padding 1, as one transposed 4x4 convolution with stride 2.
+
+    Every output pixel sees only 2x2 different inputs, so the 3x3 kernel, flipped and summed over the four shifts,
+    gives the same image with 2.25 times fewer multiplications. The weight stays the 3x3 one.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight.flip(2, 3).transpose(0, 1)
+        kernel = F.pad(w, (0, 1, 0, 1)) + F.pad(w, (1, 0, 0, 1)) + F.pad(w, (0, 1, 1, 0)) + F.pad(w, (1, 0, 1, 0))
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
+
+
+class Generator(nn.Module):
+    """Linear, then doublings (nearest upsampling, 3x3 convolution, batch norm, leaky ReLU 0.2), then tanh.
+
+    Codes (m, num_classes) to images (m, channels, size, size) in [-1, 1]. size: 16, 32, 64, 128 or 224. width
+    multiplies the channels. At 32 px this is the paper's network.
+    """
+
+    def __init__(self, num_classes: int, size: int, channels: int = 3, width: float = 1.0) -> None:
+        super().__init__()
+        if size not in STAGES:
+            raise ValueError(f"size is {size}; the generator draws {', '.join(map(str, STAGES))} px")
+        self.start, plan = STAGES[size]
+        widths = [max(8, round(w * width)) for w in plan]
+        self.linear = nn.Linear(num_classes, widths[0] * self.start**2)
+        self.bn = nn.BatchNorm2d(widths[0])
+        self.convs = nn.ModuleList(UpConv(i, o) for i, o in zip(widths, widths[1:], strict=False))
+        self.bns = nn.ModuleList(nn.BatchNorm2d(o) for o in widths[1:])
+        self.last = nn.Conv2d(widths[-1], channels, 3, 1, 1)
+
+    def preactivation(self, code: Tensor) -> Tensor:
+        """The image before its tanh."""
+        x = self.bn(self.linear(code).unflatten(1, (-1, self.start, self.start)))
+        x = x.contiguous(memory_format=torch.channels_last)
+        for conv, bn in zip(self.convs, self.bns, strict=True):
+            x = F.leaky_relu(bn(conv(x)), 0.2)
+        return self.last(x)
+
+    def forward(self, code: Tensor) -> Tensor:
+        return self.preactivation(code).tanh()

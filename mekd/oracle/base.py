@@ -1,0 +1,76 @@
+"""What every oracle shares: the check of a query, the transport of its images, the ledger."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from mekd.functional import check_choice
+from mekd.oracle.ledger import Ledger
+from mekd.oracle.response import KINDS, Response
+from mekd.pixels import to_uint8
+
+TRANSPORTS = ("uint8", "float")
+
+
+class Oracle(ABC):
+    """A teacher that can be asked and not opened: query() is all there is of it.
+
+    response: "logits", "probs", "topk" (with k) or "label"; decimals: what the API rounds values to. budget:
+    queries at most; ledger: an account that is kept elsewhere, instead of one in memory with that budget.
+    transport: "uint8" sends pixels as an API gets them, "float" sends them unrounded.
+    """
+
+    def __init__(
+        self,
+        image: tuple[int, int, int],
+        num_classes: int,
+        response: str = "probs",
+        *,
+        k: int = 5,
+        decimals: int | None = None,
+        budget: int | None = None,
+        ledger: Ledger | None = None,
+        transport: str = "uint8",
+    ) -> None:
+        check_choice("response", response, KINDS)
+        check_choice("transport", transport, TRANSPORTS)
+        if response == "topk" and not 1 <= k <= num_classes:
+            raise ValueError(f"k is {k}; it must lie between 1 and the teacher's {num_classes} classes")
+        if decimals is not None and not 0 <= decimals <= 7:
+            raise ValueError(f"decimals is {decimals}; it must lie between 0 and 7")
+        self.image, self.num_classes = image, num_classes
+        self.response, self.k, self.decimals, self.transport = response, k, decimals, transport
+        self.ledger = ledger or Ledger("query", budget=budget)
+
+    def query(self, images: Tensor) -> Response:
+        """Ask for a batch: uint8 (m, ch, H, W), or float in [-1, 1], which transport="uint8" rounds to pixels.
+
+        The answer lies on the device of the images. Raises ValueError for images the teacher does not take and
+        BudgetSpent where the budget does not reach, both before anything is sent; AnswerError for an answer that
+        cannot be used.
+        """
+        if images.dim() != 4 or tuple(images.shape[1:]) != self.image:
+            raise ValueError(f"images have shape {tuple(images.shape)}; the teacher takes (m, {', '.join(map(str, self.image))})")
+        if len(images) == 0:
+            raise ValueError("images holds no image; a query needs at least one")
+        if images.is_floating_point():
+            sent = to_uint8(images.detach()) if self.transport == "uint8" else images.detach().float()
+        elif images.dtype == torch.uint8 and self.transport == "uint8":
+            sent = images
+        else:
+            raise TypeError(f"images have dtype {images.dtype}; transport {self.transport!r} takes "
+                            f"{'uint8 or float' if self.transport == 'uint8' else 'float'}")
+        remembered = self.ledger.recall(sent)
+        if remembered is not None:
+            return remembered.to(images.device)
+        self.ledger.intend(sent)
+        answered = self._send(sent)
+        if len(answered) != len(images):
+            raise RuntimeError(f"the teacher answered {len(answered)} of {len(images)} images")
+        self.ledger.record(sent, answered)
+        return answered.to(images.device)
+
+    @abstractmethod
+    def _send(self, images: Tensor) -> Response:
+        """The teacher's answer to images as they are transported."""

@@ -1,0 +1,222 @@
+"""What was asked, what it cost, and a journal of answers, so that nothing is paid for twice.
+
+Every request is journalled twice: the intent before it is sent, the answer when it is there. A resumed stage
+asks the same questions again and is answered from the journal, up to the one request that was in flight.
+"""
+
+import hashlib
+import io
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mekd import files
+from mekd.oracle.response import Response
+
+_HEADER = struct.Struct("<cII")  # kind of record (I or A), length, CRC-32 of the payload
+_COUNTS = ("requests", "queries", "bytes_up", "bytes_down", "uncertain")
+
+
+class BudgetSpent(RuntimeError):
+    """The next request would exceed the stage's budget; it was not sent."""
+
+
+class LedgerError(RuntimeError):
+    """The ledger and the run do not belong together."""
+
+
+class Ledger:
+    """The account of one stage: requests, queries (one image is one query), bytes, and a hard budget.
+
+    stage names the account. folder holds STAGE.json (what is settled) and STAGE.journal (requests since the
+    last checkpoint); without a folder the account lives in memory. budget: queries at most, including the
+    uncertain ones; price: what one query costs. uncertain counts queries that were sent and whose answer was
+    lost or unusable: the provider may have billed them.
+    """
+
+    def __init__(
+        self, stage: str, folder: Path | None = None, budget: int | None = None, price: float | None = None
+    ) -> None:
+        if budget is not None and budget < 0:
+            raise ValueError(f"{stage}.budget is {budget}; it must be at least 0, or null for no limit")
+        self.stage, self.budget, self.price = stage, budget, price
+        self.counts = dict.fromkeys(_COUNTS, 0)
+        self.settled = 0
+        self.next = 0
+        self._answers: dict[int, tuple[str, Response]] = {}
+        self._journal: BinaryIO | None = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._totals_path = folder / f"{stage}.json"
+            self._open(folder / f"{stage}.journal")
+
+    @property
+    def spent(self) -> int:
+        """Queries that count against the budget."""
+        return self.counts["queries"] + self.counts["uncertain"]
+
+    @property
+    def left(self) -> int | None:
+        """Queries left in the budget; None without one."""
+        return None if self.budget is None else max(0, self.budget - self.spent)
+
+    def affords(self, queries: int) -> bool:
+        """Whether the next request may be sent, or needs not be because its answer is in the journal."""
+        return self.next in self._answers or self.left is None or queries <= self.left
+
+    def totals(self) -> dict[str, Any]:
+        """The counts, and the cost where a price is known."""
+        cost = {} if self.price is None else {"cost": round(self.spent * self.price, 6)}
+        return {**self.counts, **cost}
+
+    def __str__(self) -> str:
+        sent = f"{self.counts['queries']} queries, {self.counts['bytes_up'] / 1e6:.1f} MB up, {self.counts['bytes_down'] / 1e6:.1f} MB down"
+        return sent + (f", {self.counts['uncertain']} uncertain" if self.counts["uncertain"] else "")
+
+    def rewind(self, request: int) -> None:
+        """Stand at a checkpoint's request again, so that the requests since then are answered from the journal."""
+        if request < self.settled:
+            raise LedgerError(
+                f"the ledger of {self.stage} has settled {self.settled} requests, but the checkpoint knows of "
+                f"{request}: its checkpoint is missing or older. Put the checkpoint back, or start anew with another --out"
+            )
+        if request > self.next_unanswered():
+            raise LedgerError(
+                f"the checkpoint of {self.stage} knows of {request} requests, the ledger of "
+                f"{self.next_unanswered()}: the ledger folder is missing or older. Put it back, or start anew with another --out"
+            )
+        self.next = request
+
+    def next_unanswered(self) -> int:
+        """The first request that no answer is known for."""
+        return max(self._answers, default=self.settled - 1) + 1
+
+    def recall(self, images: Tensor) -> Response | None:
+        """The journalled answer if this request was answered before; LedgerError if it asked something else."""
+        if self.next not in self._answers:
+            return None
+        digest, response = self._answers[self.next]
+        if digest != _digest(images):
+            raise LedgerError(
+                f"request {self.next} of {self.stage} differs from the journalled one: the run is not the one that "
+                "was interrupted (other code, device or thread count?). Start anew with another --out"
+            )
+        self.next += 1
+        return response
+
+    def intend(self, images: Tensor) -> None:
+        """Journal a request before it is sent; BudgetSpent, and nothing journalled, if it would not fit."""
+        if self.left is not None and len(images) > self.left:
+            raise BudgetSpent(
+                f"{self.stage}.budget is {self.budget} queries, {self.spent} are spent and the next request has "
+                f"{len(images)}; it was not sent"
+            )
+        self._append(b"I", json.dumps({"request": self.next, "queries": len(images)}).encode())
+        self.counts["uncertain"] += len(images)
+
+    def record(self, images: Tensor, response: Response) -> None:
+        """Journal the answer to the request that was intended last."""
+        if self._journal is not None:
+            self._append(b"A", _pack(self.next, images, response))
+        self._count(images.nbytes, response)
+        self.next += 1
+
+    def settle(self) -> None:
+        """Forget the answers up to here: a checkpoint that holds their effect is safely on the disk."""
+        self.settled = self.next
+        self._answers = {n: a for n, a in self._answers.items() if n >= self.settled}
+        if self._journal is None:
+            return
+        if self._answers:  # still replaying: the journal's tail is needed, and totals already count it
+            return
+        files.write_text(self._totals_path, json.dumps({**self.counts, "settled": self.settled}, indent=1) + "\n")
+        self._journal.truncate(0)
+        self._journal.seek(0)
+
+    def close(self) -> None:
+        """Close the journal."""
+        if self._journal is not None:
+            self._journal.close()
+
+    def _count(self, bytes_up: int, response: Response) -> None:
+        self.counts["uncertain"] -= len(response)
+        self.counts["queries"] += len(response)
+        self.counts["requests"] += 1
+        self.counts["bytes_up"] += bytes_up
+        self.counts["bytes_down"] += response.nbytes
+
+    def _append(self, kind: bytes, payload: bytes) -> None:
+        if self._journal is None:
+            return
+        record = _HEADER.pack(kind, len(payload), zlib.crc32(payload)) + payload
+        start = self._journal.tell()
+        try:
+            if self._journal.write(record) < len(record):
+                raise OSError("the disk is full")
+        except OSError as error:
+            self._journal.truncate(start)
+            self._journal.seek(start)
+            raise files.WriteError(
+                f"the journal of {self.stage} could not be written ({error}). Free some space and run the same "
+                "command again: it goes on from the last checkpoint"
+            ) from error
+
+    def _open(self, path: Path) -> None:
+        if self._totals_path.exists():
+            totals = json.loads(self._totals_path.read_text())
+            self.settled = self.next = totals.pop("settled")
+            self.counts = totals
+        # Unbuffered: what a killed process wrote is in the kernel's hands.
+        self._journal = open(path, "r+b" if path.exists() else "w+b", buffering=0)  # noqa: SIM115
+        good = 0
+        for kind, payload, good in _records(self._journal):  # noqa: B007
+            if kind == b"I":
+                intent = json.loads(payload)
+                if intent["request"] >= self.settled:
+                    self.counts["uncertain"] += intent["queries"]
+            else:
+                head, response = _unpack(payload)
+                if head["request"] >= self.settled:
+                    self._answers[head["request"]] = (head["digest"], response)
+                    self._count(head["up"], response)
+        self._journal.truncate(good)  # a record that the kill cut short
+        self._journal.seek(good)
+
+
+def _digest(images: Tensor) -> str:
+    return hashlib.blake2b(images.cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def _records(journal: BinaryIO) -> Iterator[tuple[bytes, bytes, int]]:
+    """The whole records of a journal, each with the offset behind it."""
+    while len(header := journal.read(_HEADER.size)) == _HEADER.size:
+        kind, length, crc = _HEADER.unpack(header)
+        payload = journal.read(length)
+        if kind not in (b"I", b"A") or len(payload) < length or zlib.crc32(payload) != crc:
+            return
+        yield kind, payload, journal.tell()
+
+
+def _pack(request: int, images: Tensor, response: Response) -> bytes:
+    head = {"request": request, "digest": _digest(images), "up": images.nbytes}
+    head |= {"kind": response.kind, "decimals": response.decimals}
+    head["parts"] = [name for name in ("values", "indices") if getattr(response, name) is not None]
+    buffer = io.BytesIO()
+    buffer.write(json.dumps(head).encode() + b"\n")
+    for tensor in response.tensors():
+        np.save(buffer, tensor.cpu().numpy(), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _unpack(payload: bytes) -> tuple[dict[str, Any], Response]:
+    buffer = io.BytesIO(payload)
+    head = json.loads(buffer.readline())
+    parts = {name: torch.from_numpy(np.load(buffer, allow_pickle=False)) for name in head["parts"]}
+    return head, Response(head["kind"], parts.get("values"), parts.get("indices"), head["decimals"])

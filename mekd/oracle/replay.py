@@ -1,0 +1,81 @@
+"""Queries asked once and kept on disk, memory-mapped, to be used again in every epoch."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mekd import files
+from mekd.oracle.response import Response
+
+
+class Replay:
+    """N images as they were sent and the teacher's answers to them, in a folder.
+
+    Images are uint8 (or float32 where they were sent so) (N, ch, H, W); answers as in Response. The files are
+    allocated in full when the first answer arrives, so that a full disk is known before the queries are paid.
+    """
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.count = folder, count
+        self._arrays: dict[str, np.ndarray] = {}
+        self._kind: dict[str, Any] = {}
+        if (folder / "replay.json").exists():
+            self._kind = json.loads((folder / "replay.json").read_text())
+            for name in self._kind["arrays"]:
+                array = np.load(folder / f"{name}.npy", mmap_mode="r+", allow_pickle=False)
+                if len(array) != count:
+                    raise ValueError(f"{folder} holds {len(array)} queries, the configuration says {count}")
+                self._arrays[name] = array
+
+    def __len__(self) -> int:
+        return self.count
+
+    def write(self, start: int, images: Tensor, response: Response) -> None:
+        """Keep images (m, ch, H, W) and their answer as rows start to start + m."""
+        parts = {"images": images, "values": response.values, "indices": response.indices}
+        rows = {name: part.cpu().numpy() for name, part in parts.items() if part is not None}
+        if not self._arrays:
+            self._allocate(rows, response)
+        for name, part in rows.items():
+            self._arrays[name][start : start + len(part)] = part
+
+    def read(self, rows: Tensor | slice) -> tuple[Tensor, Response]:
+        """Images and answers of some rows (indices (m,) int64, or a slice), copied out of the map."""
+        index = rows if isinstance(rows, slice) else rows.numpy()
+        parts = {name: torch.from_numpy(np.array(array[index])) for name, array in self._arrays.items()}
+        response = Response(self._kind["kind"], parts.get("values"), parts.get("indices"), self._kind["decimals"])
+        return parts["images"], response
+
+    def state_dict(self) -> dict[str, Any]:
+        """Flush the maps to the disk; the rows themselves are the state."""
+        for array in self._arrays.values():
+            if isinstance(array, np.memmap):
+                array.flush()
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load: rows that a checkpoint does not know of are written again."""
+        if not self._arrays:
+            raise ValueError(f"{self.folder} is missing, but its checkpoint is there; put it back or start anew")
+
+    def _allocate(self, rows: dict[str, np.ndarray], response: Response) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, part in rows.items():
+            path = self.folder / f"{name}.npy"
+            shape = (self.count, *part.shape[1:])
+            array = np.lib.format.open_memmap(path, mode="w+", dtype=part.dtype, shape=shape)
+            try:
+                # Without this the file has holes, and a full disk shows as a crash in the middle of a query.
+                with open(path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                path.unlink()
+                raise files.WriteError(f"{path} needs {array.nbytes / 1e6:.0f} MB ({error}); free some space") from error
+            self._arrays[name] = array
+        self._kind = {"kind": response.kind, "decimals": response.decimals, "arrays": list(rows)}
+        files.write_text(self.folder / "replay.json", json.dumps(self._kind) + "\n")

@@ -1,0 +1,139 @@
+"""What a black box answers: logits, probabilities, a few best classes, or only a label."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mekd.codes import FLOAT32_FLOOR
+
+KINDS = ("logits", "probs", "topk", "label")
+
+
+class AnswerError(RuntimeError):
+    """The teacher's answer cannot be used: NaN, wrong shape, no distribution, an unknown class."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """The teacher's answer to a batch of m images.
+
+    kind "logits" or "probs": values (m, C) float32. "topk": probabilities values (m, k), classes indices (m, k)
+    int64, best first. "label": indices (m,) int64. decimals: what the API rounds its values to, if it does.
+    """
+
+    kind: str
+    values: Tensor | None = None
+    indices: Tensor | None = None
+    decimals: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.tensors()[0])
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that came down, values before indices."""
+        return [t for t in (self.values, self.indices) if t is not None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the answer: 4 for a value, 8 for a class index."""
+        return sum(t.nbytes for t in self.tensors())
+
+    @property
+    def labels(self) -> Tensor:
+        """The best class of each image, (m,) int64."""
+        if self.kind == "label":
+            assert self.indices is not None
+            return self.indices
+        assert self.values is not None
+        best = self.values.argmax(-1)
+        return best if self.indices is None else self.indices.gather(-1, best.unsqueeze(-1)).squeeze(-1)
+
+    @property
+    def confidence(self) -> Tensor:
+        """The top probability of each image, (m,) float32; 1 where only a label is known."""
+        if self.kind == "label":
+            return torch.ones(self.labels.shape, device=self.labels.device)
+        assert self.values is not None
+        probs = self.values.softmax(-1) if self.kind == "logits" else self.values
+        return probs.amax(-1)
+
+    @property
+    def target(self) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+        """The answer as the keyword argument of kd_loss and MEKDLoss."""
+        if self.kind == "label":
+            return {"labels": self.labels}
+        assert self.values is not None
+        values = self.values
+        if self.kind != "logits":
+            # Rounding can leave a row of zeros: an answer that prefers no class.
+            values = torch.where(values.sum(-1, keepdim=True) > 0, values, torch.full_like(values, 1 / values.shape[-1]))
+        return {"topk": (values, self.indices)} if self.indices is not None else {self.kind: values}
+
+    def to(self, device: torch.device | str) -> "Response":
+        """The same answer on another device."""
+        values, indices = (None if t is None else t.to(device) for t in (self.values, self.indices))
+        return Response(self.kind, values, indices, self.decimals)
+
+    def __getitem__(self, rows: slice | Tensor) -> "Response":
+        values, indices = (None if t is None else t[rows] for t in (self.values, self.indices))
+        return Response(self.kind, values, indices, self.decimals)
+
+
+def floor_of(decimals: int | None) -> float:
+    """The smallest probability that the answer tells from 0: half the rounding step of the API."""
+    return FLOAT32_FLOOR if decimals is None else 0.5 * 10.0**-decimals
+
+
+def concatenate(responses: list[Response]) -> Response:
+    """Several answers of one kind as one."""
+    first = responses[0]
+    values = None if first.values is None else torch.cat([r.values for r in responses if r.values is not None])
+    indices = None if first.indices is None else torch.cat([r.indices for r in responses if r.indices is not None])
+    return Response(first.kind, values, indices, first.decimals)
+
+
+def answer(
+    scores: Tensor, kind: str, *, output: str, k: int = 5, decimals: int | None = None
+) -> Response:
+    """Turn a classifier's raw output (m, C), output="logits" or "probs", into what the API gives away.
+
+    decimals rounds the values, as APIs do. Raises AnswerError for NaN, for probabilities that are none, and for
+    logits asked of a classifier that answers probabilities.
+    """
+    scores = scores.to(torch.float32)
+    if scores.isnan().any() or (scores == torch.inf).any():
+        rows = int((scores.isnan() | (scores == torch.inf)).any(-1).sum())
+        raise AnswerError(f"the teacher answered NaN or infinity for {rows} of {len(scores)} images")
+    if output == "probs":
+        total = scores.sum(-1)
+        if (scores < 0).any() or (total - 1).abs().max() > 1e-2:
+            raise AnswerError(
+                f"the teacher's probabilities run from {scores.min():.4g} and a row sums to "
+                f"{total[(total - 1).abs().argmax()]:.4g}; if it answers logits, say --oracle.output logits"
+            )
+    if kind == "logits":
+        if output != "logits":
+            raise AnswerError("this teacher answers probabilities; its logits cannot be had: --oracle.response probs")
+        return Response(kind, _rounded(scores, decimals), None, decimals)
+    probs = scores.softmax(-1) if output == "logits" else scores
+    if kind == "probs":
+        return Response(kind, _rounded(probs, decimals), None, decimals)
+    if kind == "topk":
+        values, indices = probs.topk(k, -1)
+        return Response(kind, _rounded(values, decimals), indices, decimals)
+    return Response(kind, None, scores.argmax(-1))
+
+
+def _rounded(values: Tensor, decimals: int | None) -> Tensor:
+    return values if decimals is None else values.round(decimals=decimals)
+
+
+def from_names(names: list[str], classes: list[str]) -> Tensor:
+    """Class names as indices (m,) into the list of classes; AnswerError names one that is not in it."""
+    index = {name: i for i, name in enumerate(classes)}
+    unknown = [name for name in names if name not in index]
+    if unknown:
+        raise AnswerError(f"the teacher answered {unknown[0]!r}, which is not among the {len(classes)} class names")
+    return torch.from_numpy(np.array([index[name] for name in names], dtype=np.int64))

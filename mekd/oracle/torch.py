@@ -1,0 +1,37 @@
+"""A torch classifier behind the interface of an oracle: for tests and for trying things out."""
+
+import torch
+from torch import Tensor, nn
+
+from mekd.oracle.base import Oracle
+from mekd.oracle.response import Response, answer
+from mekd.pixels import to_float
+
+
+class TorchOracle(Oracle):
+    """Ask a torch module that maps images in [-1, 1], (m, ch, H, W), to logits (m, C), or to probabilities.
+
+    image: (ch, H, W); output: "logits" or "probs"; the rest as in Oracle. The module is put in eval mode and
+    cannot be reached through the oracle.
+    """
+
+    def __init__(
+        self, module: nn.Module, image: tuple[int, int, int], num_classes: int, response: str = "probs",
+        *, output: str = "logits", **options,  # type: ignore[no-untyped-def]
+    ) -> None:
+        super().__init__(image, num_classes, response, **options)
+        module.eval()
+        kind, k, decimals = self.response, self.k, self.decimals
+
+        @torch.inference_mode()
+        def send(images: Tensor) -> Tensor:
+            device = next(iter(module.parameters()), images).device
+            return module((to_float(images) if images.dtype == torch.uint8 else images).to(device))
+
+        def respond(images: Tensor) -> Response:
+            return answer(send(images).clone(), kind, output=output, k=k, decimals=decimals)
+
+        self._respond = respond
+
+    def _send(self, images: Tensor) -> Response:
+        return self._respond(images)
