@@ -46,7 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"mekd {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nmekd {command}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            f"\nmekd {command}: interrupted; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
         return 130
     except RuntimeError as error:
         return _stopped(command, error)

@@ -23,7 +23,9 @@ def doctor() -> int:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     disk = shutil.disk_usage(".").free / 2**30
     simd = torch.backends.cpu.get_cpu_capability()
-    print(f"machine      {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB memory, {disk:.0f} GiB disk free")
+    print(
+        f"machine      {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB memory, {disk:.0f} GiB disk free"
+    )
     print(f"python       {platform.python_version()}")
     print(f"torch        {torch.__version__}, {torch.get_num_threads()} threads, {simd}")
     if torch.cuda.is_available():

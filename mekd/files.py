@@ -51,7 +51,9 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}); delete it to start anew") from error
+        raise ValueError(
+            f"{path} is damaged or no checkpoint ({type(error).__name__}); delete it to start anew"
+        ) from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dict; it is no checkpoint")
     return state

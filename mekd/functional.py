@@ -104,7 +104,7 @@ def kd_loss(
         _check_labels("topk indices", indices, values.shape)
         if values.shape[:-1] != lead or not 1 <= values.shape[-1] <= num_classes:
             raise ValueError(
-                f"topk values have shape {tuple(values.shape)}; they must be {(*lead, 'K')} with K from 1 to {num_classes}"
+                f"topk values have shape {tuple(values.shape)}; they must be {(*lead, 'K')}, K from 1 to {num_classes}"
             )
         k = values.shape[-1]
         losses = reference.tempered_kl_topk(flat, values.reshape(-1, k), indices.reshape(-1, k), tau, rest)

@@ -32,9 +32,7 @@ class DeprivatizationLoss(nn.Module):
 
     def forward(self, d_fake: Tensor, confidence: Tensor | None = None, **answer: Tensor) -> Tensor:
         """mean (1 + alpha y) softplus(-d) for d_fake (m,) and y as confidence (m,), logits= or probs= (m, C)."""
-        return functional.generator_loss(
-            d_fake, confidence, alpha=self.alpha, minimax=self.minimax, **answer
-        )
+        return functional.generator_loss(d_fake, confidence, alpha=self.alpha, minimax=self.minimax, **answer)
 
     def discriminator(self, d_real: Tensor, d_fake: Tensor) -> Tensor:
         """mean softplus(-d(x)) + mean softplus(d(G(z))) for d_real (m,), d_fake (n,)."""
@@ -99,9 +97,7 @@ class MEKDLoss(nn.Module):
 
     def terms(self, student: Tensor, logits: Tensor | None = None, **others: Any) -> tuple[Tensor, Tensor]:
         """The image distance and the scaled KL, unweighted, with the arguments of forward."""
-        kl = functional.kd_loss(
-            student, logits, tau=self.kl_tau, scale=self.scale, rest=self.rest, **others
-        )
+        kl = functional.kd_loss(student, logits, tau=self.kl_tau, scale=self.scale, rest=self.rest, **others)
         if self.image == 0:
             return kl.new_zeros(()), kl
         given = {"logits": logits, **others}

@@ -11,7 +11,10 @@ import numpy as np
 import torch
 
 from mekd import files
-from mekd.engine.run import Run, StageError
+from mekd.engine.run import Run, StageError, read_names
+from mekd.engine.train import predict
+from mekd.metrics import confusion
+from mekd.nets import build
 from mekd.oracle.replay import Replay
 
 STAGES = ("teacher", "deprivatize", "holdout", "replay", "distill", "baseline")
@@ -71,7 +74,8 @@ def table(summary: dict[str, Any]) -> list[str]:
     agreement = summary["agreement"]
     measured = f"{_percent(agreement)} of the test images, " if agreement is not None else ""
     return [
-        *lines, "",
+        *lines,
+        "",
         f"student = teacher on {measured}{_percent(summary['holdout_agreement'])} of the held-out synthetic queries",
         f"{summary['queries']:,} queries ({summary['response']}), {summary['bytes_up'] / 1e6:.1f} MB up, "
         f"{summary['bytes_down'] / 1e6:.1f} MB down"
@@ -85,12 +89,15 @@ def markdown(run: Run, summary: dict[str, Any], pictures: list[tuple[str, str]])
     """report.md."""
     settings = run.config
     head = [
-        f"# {settings.data.name}, {settings.data.size} px: {settings.distill.student} from a black box that answers {summary['response']}",
+        f"# {settings.data.name}, {settings.data.size} px: {settings.distill.student} from a black box that answers "
+        f"{summary['response']}",
         "",
-        *table(summary), "",
+        *table(summary),
+        "",
         "The plain baseline and the test accuracies are a simulation: they need labels and send real images, with an "
-        f"oracle and a ledger of their own ({summary['simulation_queries']:,} queries). MEKD itself sent generated images "
-        "only. That no private image was sent is not a promise that no generated image resembles one.", "",
+        f"oracle and a ledger of their own ({summary['simulation_queries']:,} queries). MEKD itself sent generated "
+        "images only. That no private image was sent is not a promise that no generated image resembles one.",
+        "",
     ]
     shown = [line for caption, name in pictures for line in (f"![{caption}]({name})", "", caption, "")]
     if not pictures:
@@ -122,8 +129,6 @@ def draw(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 def class_names(run: Run) -> tuple[str, ...]:
     """The names of the classes: the teacher's list if it has one, else the data set's, else numbers."""
-    from mekd.engine.run import read_names
-
     if run.config.oracle.classes:
         return tuple(read_names(run.config.oracle.classes))
     return run.load_data().classes
@@ -148,13 +153,24 @@ def _curves(run: Run, path: Path) -> Any:
         ("distill", ("image", "kl"), "step 2: loss terms"),
         ("distill", ("agreement",), "agreement on the holdout"),
     ]
-    labels = {"loss_d": "discriminator", "loss_g": "generator", "image": "image L1", "kl": "KL", "agreement": "student = teacher"}
+    labels = {
+        "loss_d": "discriminator",
+        "loss_g": "generator",
+        "image": "image L1",
+        "kl": "KL",
+        "agreement": "student = teacher",
+    }
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), constrained_layout=True)
     for axis, (stage, keys, title) in zip(axes, panels, strict=True):
         for key in keys:
             points = [(row["step"], row[key]) for row in rows if row["stage"] == stage and key in row]
             if points:
-                axis.plot(*zip(*points, strict=True), label=labels[key], marker="o" if len(points) < 12 else None, ms=3)
+                axis.plot(
+                    *zip(*points, strict=True),
+                    label=labels[key],
+                    marker="o" if len(points) < 12 else None,
+                    ms=3,
+                )
         if keys == ("image", "kl"):
             axis.set_yscale("log")
         axis.set(title=title, xlabel="step")
@@ -191,24 +207,37 @@ def _class_grid(run: Run, classes: tuple[str, ...], path: Path, columns: int = 1
 def _confusion(run: Run, classes: tuple[str, ...], path: Path) -> Any:
     import matplotlib.pyplot as plt
 
-    from mekd.engine.distill import predict_holdout
-    from mekd.metrics import confusion
-
     evaluated = run.read_json("evaluate.json")
     if evaluated:
         counts, title = np.array(evaluated["confusion"]), "on the test images"
     else:
-        teacher, student = predict_holdout(run)
-        counts, title = confusion(teacher, student, len(classes)).numpy(), "on held-out synthetic queries"
+        images, answer = Replay(run.out / "holdout", run.config.distill.holdout).read(slice(None))
+        student = build(run.config.distill.student, len(classes), images.shape[1])
+        student.load_state_dict(files.load(run.out / "student.pt"))
+        counts = confusion(answer.labels, predict(student, images), len(classes)).numpy()
+        title = "on held-out synthetic queries"
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     figure, axis = plt.subplots(figsize=(5.5, 5))
     shown = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     few = len(classes) <= 20
     if few:
-        axis.set_xticks(range(len(classes)), classes, rotation=45 if max(map(len, classes)) > 2 else 0, ha="right" if max(map(len, classes)) > 2 else "center")
+        axis.set_xticks(
+            range(len(classes)),
+            classes,
+            rotation=45 if max(map(len, classes)) > 2 else 0,
+            ha="right" if max(map(len, classes)) > 2 else "center",
+        )
         axis.set_yticks(range(len(classes)), classes)
         for i, j in np.argwhere(counts > 0):
-            axis.text(j, i, counts[i, j], ha="center", va="center", fontsize=7, color="white" if shares[i, j] > 0.5 else "black")
+            axis.text(
+                j,
+                i,
+                counts[i, j],
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if shares[i, j] > 0.5 else "black",
+            )
     axis.set(title=title, xlabel="student", ylabel="teacher")
     figure.colorbar(shown, label="share of the teacher's class", shrink=0.8)
     return figure

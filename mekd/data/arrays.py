@@ -61,10 +61,15 @@ def load(name: str, path: str | None, size: int) -> Dataset:
         if len(labels) == 0:
             raise DataError(f"{name}: the {part} part is empty")
         if labels.min() < 0 or labels.max() >= len(classes):
-            raise DataError(f"{name}: {part} labels run from {labels.min()} to {labels.max()}; there are {len(classes)} classes")
+            raise DataError(
+                f"{name}: {part} labels run from {labels.min()} to {labels.max()}; there are {len(classes)} classes"
+            )
     return Dataset(
-        _resize(train, size), torch.from_numpy(train_labels.astype(np.int64)),
-        _resize(test, size), torch.from_numpy(test_labels.astype(np.int64)), tuple(classes),
+        _resize(train, size),
+        torch.from_numpy(train_labels.astype(np.int64)),
+        _resize(test, size),
+        torch.from_numpy(test_labels.astype(np.int64)),
+        tuple(classes),
     )
 
 
@@ -84,7 +89,10 @@ def _resize(images: np.ndarray, size: int) -> Tensor:
     if pixels.shape[-2:] == (size, size):
         return pixels
     parts = [
-        F.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True).round().clamp(0, 255).to(torch.uint8)
+        F.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True)
+        .round()
+        .clamp(0, 255)
+        .to(torch.uint8)
         for part in pixels.split(4096)
     ]
     return torch.cat(parts)
@@ -137,7 +145,18 @@ def _mnist(path: Path) -> Arrays:
 
 def _fashion(path: Path) -> Arrays:
     *arrays, _ = _mnist(path)
-    names = ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+    names = [
+        "T-shirt",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ]
     return arrays[0], arrays[1], arrays[2], arrays[3], names
 
 
@@ -145,7 +164,11 @@ class _ArraysOnly(pickle.Unpickler):
     """Unpickles CIFAR's dictionaries of numpy arrays and refuses everything else a pickle could run."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module.split(".")[0], name) in {("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}:
+        if (module.split(".")[0], name) in {
+            ("numpy", "_reconstruct"),
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+        }:
             return super().find_class(module.replace("numpy.core", "numpy._core"), name)
         if (module, name) == ("_codecs", "encode"):
             return super().find_class(module, name)

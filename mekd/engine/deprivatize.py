@@ -31,11 +31,21 @@ def deprivatize(run: Run) -> None:
     adam_g = torch.optim.Adam(generator.parameters(), config.lr, betas=(0.5, 0.999))
     adam_d = torch.optim.Adam(discriminator.parameters(), config.lr, betas=(0.5, 0.999))
     state = {
-        "generator": generator, "discriminator": discriminator, "average": average, "adam_g": adam_g, "adam_d": adam_d,
+        "generator": generator,
+        "discriminator": discriminator,
+        "average": average,
+        "adam_g": adam_g,
+        "adam_d": adam_d,
     }
     depends = fingerprint(run.config, "deprivatize") | {"teacher": run.teacher_digest()}
     with Loop(
-        run, "deprivatize", config.steps, state, depends, batch=config.batch, ledger=oracle.ledger,
+        run,
+        "deprivatize",
+        config.steps,
+        state,
+        depends,
+        batch=config.batch,
+        ledger=oracle.ledger,
         queries=config.batch if asks else 0,
     ) as loop:
         for _ in loop:
@@ -60,7 +70,11 @@ def deprivatize(run: Run) -> None:
 
             if config.ema:
                 update_average(average, generator, config.ema)
-            loop.log(loss_d=loss_d, loss_g=loss_g, **({} if confidence is None else {"confidence": confidence.mean()}))
+            loop.log(
+                loss_d=loss_d,
+                loss_g=loss_g,
+                **({} if confidence is None else {"confidence": confidence.mean()}),
+            )
     oracle.ledger.close()
     run.log(f"deprivatize: {config.steps} steps, {len(local)} private images, {loop.seconds:.0f} s, {oracle.ledger}")
 

@@ -26,7 +26,8 @@ def distill(run: Run) -> None:
     classes = oracle.num_classes
     generator = run.load_generator(classes, image[0])
     depends = fingerprint(run.config, "distill") | {
-        "teacher": run.teacher_digest(), "deprivatize.steps": run.config.deprivatize.steps,
+        "teacher": run.teacher_digest(),
+        "deprivatize.steps": run.config.deprivatize.steps,
     }
     seed = run.config.seed
     holdout, asked = collect(run, "holdout", generator, oracle, config.holdout, depends, seed=seed + 2)
@@ -55,8 +56,15 @@ def distill(run: Run) -> None:
             return pixels.to(run.device), answer.to(run.device)
 
     with Loop(
-        run, "distill", config.steps, state, depends, batch=config.batch, ledger=oracle.ledger,
-        queries=0 if config.replay else config.batch, begin_at=asked,
+        run,
+        "distill",
+        config.steps,
+        state,
+        depends,
+        batch=config.batch,
+        ledger=oracle.ledger,
+        queries=0 if config.replay else config.batch,
+        begin_at=asked,
     ) as loop:
         for step in loop:
             set_cosine_lr(optimizer, config.lr, step, config.steps)

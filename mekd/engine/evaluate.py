@@ -34,7 +34,9 @@ def evaluate(run: Run) -> None:
         raise StageError(f"{path} is missing: run `mekd distill` first")
     oracle = run.open_oracle("evaluate", data.image)
     if oracle.num_classes != len(data.classes):
-        raise StageError(f"the teacher has {oracle.num_classes} classes, the data {len(data.classes)}; they cannot be compared")
+        raise StageError(
+            f"the teacher has {oracle.num_classes} classes, the data {len(data.classes)}; they cannot be compared"
+        )
     answers = run.checkpoint("evaluate")
     teacher, asked = ask_once(oracle, data.test_images, answers.with_name("evaluate-test.pt"))
     student = build(config.distill.student, oracle.num_classes, data.image[0]).to(run.device)
@@ -90,9 +92,15 @@ def ask_once(oracle: Oracle, images: Tensor, path: Path, begin_at: int = 0) -> t
         return Response(saved["kind"], saved["values"], saved["indices"], saved["decimals"]), saved["requests"]
     oracle.ledger.rewind(begin_at)
     response = concatenate([oracle.query(part).to("cpu") for part in images.split(256)])
-    files.save(path, {
-        "kind": response.kind, "values": response.values, "indices": response.indices,
-        "decimals": response.decimals, "requests": oracle.ledger.next,
-    })
+    files.save(
+        path,
+        {
+            "kind": response.kind,
+            "values": response.values,
+            "indices": response.indices,
+            "decimals": response.decimals,
+            "requests": oracle.ledger.next,
+        },
+    )
     oracle.ledger.settle()
     return response, oracle.ledger.next

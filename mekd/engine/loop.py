@@ -31,8 +31,17 @@ class Loop:
     """
 
     def __init__(
-        self, run: Run, name: str, steps: int, state: dict[str, Any], fingerprint: dict[str, Any], *,
-        batch: int, ledger: Ledger | None = None, queries: int = 0, begin_at: int = 0,
+        self,
+        run: Run,
+        name: str,
+        steps: int,
+        state: dict[str, Any],
+        fingerprint: dict[str, Any],
+        *,
+        batch: int,
+        ledger: Ledger | None = None,
+        queries: int = 0,
+        begin_at: int = 0,
     ) -> None:
         self.run, self.name, self.steps, self.state = run, name, steps, state
         self.fingerprint, self.batch, self.ledger, self.queries = fingerprint, batch, ledger, queries
@@ -81,13 +90,19 @@ class Loop:
         if self.ledger is not None:
             self.requests = self.ledger.next
         cuda = self.run.device.type == "cuda"
-        files.save(self.path, {
-            "fingerprint": self.fingerprint,
-            "state": {n: dict(p) if isinstance(p, dict) else p.state_dict() for n, p in self.state.items()},
-            "step": self.step, "seconds": self.seconds, "requests": self.requests, "sums": self._sums,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.run.device) if cuda else None,
-        })
+        files.save(
+            self.path,
+            {
+                "fingerprint": self.fingerprint,
+                "state": {n: dict(p) if isinstance(p, dict) else p.state_dict() for n, p in self.state.items()},
+                "step": self.step,
+                "seconds": self.seconds,
+                "requests": self.requests,
+                "sums": self._sums,
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(self.run.device) if cuda else None,
+            },
+        )
         if self.ledger is not None:
             self.ledger.settle()
 
@@ -98,7 +113,9 @@ class Loop:
                 self._handlers[number] = signal.signal(number, self._ask_to_stop)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -131,13 +148,19 @@ class Loop:
             return
         self.save()
         if self._stop:
-            raise Interrupted(f"{self.name} stopped at step {self.step} of {self.steps}, saved; the same command goes on")
+            raise Interrupted(
+                f"{self.name} stopped at step {self.step} of {self.steps}, saved; the same command goes on"
+            )
         assert self.ledger is not None
         raise BudgetSpent(
             f"{self.ledger.stage}.budget is {self.ledger.budget} queries and {self.ledger.spent} are spent; the next "
             f"step of {self.name} needs {self.queries}. It stands at step {self.step} of {self.steps}, saved. To go "
             f"on, run the same command with a larger --{self.ledger.stage}.budget"
-            + (f", or accept the generator as it is with --deprivatize.steps {self.step}" if self.name == "deprivatize" and self.step else "")
+            + (
+                f", or accept the generator as it is with --deprivatize.steps {self.step}"
+                if self.name == "deprivatize" and self.step
+                else ""
+            )
         )
 
     # -- what a person sees --------------------------------------------------------------------------------

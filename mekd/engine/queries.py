@@ -11,8 +11,15 @@ from mekd.pixels import to_uint8
 
 
 def collect(
-    run: Run, name: str, generator: Generator, oracle: Oracle, count: int, fingerprint: dict[str, object], *,
-    seed: int, begin_at: int = 0,
+    run: Run,
+    name: str,
+    generator: Generator,
+    oracle: Oracle,
+    count: int,
+    fingerprint: dict[str, object],
+    *,
+    seed: int,
+    begin_at: int = 0,
 ) -> tuple[Replay, int]:
     """Ask for count images of G and keep them in the folder NAME; returns the store and the ledger's next request."""
     batch = min(256, count)
@@ -21,7 +28,15 @@ def collect(
     steps = -(-count // batch)
     depends = {**fingerprint, "count": count}
     with Loop(
-        run, name, steps, {"store": store}, depends, batch=batch, ledger=oracle.ledger, queries=batch, begin_at=begin_at
+        run,
+        name,
+        steps,
+        {"store": store},
+        depends,
+        batch=batch,
+        ledger=oracle.ledger,
+        queries=batch,
+        begin_at=begin_at,
     ) as loop:
         for step in loop:
             rows = min(batch, count - step * batch)

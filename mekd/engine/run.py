@@ -77,13 +77,25 @@ class Run:
         settings = self.config.oracle
         path = self.teacher_onnx
         if not path.is_file():
-            raise StageError(f"{path} is missing: run `mekd export` first, or give your classifier with --teacher.onnx FILE")
+            raise StageError(
+                f"{path} is missing: run `mekd export` first, or give your classifier with --teacher.onnx FILE"
+            )
         names = None if settings.classes is None else read_names(settings.classes)
         ledger = Ledger(stage, self.out / "ledger", budget, settings.price)
         oracle = OnnxOracle(
-            path, settings.response, providers=settings.provider, image=image, classes=names,
-            num_classes=None if names is None else len(names), output=settings.output, mean=settings.mean,
-            std=settings.std, k=settings.k, decimals=settings.decimals, transport=settings.transport, ledger=ledger,
+            path,
+            settings.response,
+            providers=settings.provider,
+            image=image,
+            classes=names,
+            num_classes=None if names is None else len(names),
+            output=settings.output,
+            mean=settings.mean,
+            std=settings.std,
+            k=settings.k,
+            decimals=settings.decimals,
+            transport=settings.transport,
+            ledger=ledger,
         )
         return self.wrap_oracle(oracle)
 
@@ -95,8 +107,8 @@ class Run:
         saved = files.load(path)
         if saved["step"] < self.config.deprivatize.steps:
             raise StageError(
-                f"deprivatize stands at step {saved['step']} of {self.config.deprivatize.steps}: run `mekd deprivatize` "
-                f"to finish it, or accept it as it is with --deprivatize.steps {saved['step']}"
+                f"deprivatize stands at step {saved['step']} of {self.config.deprivatize.steps}: run "
+                f"`mekd deprivatize` to finish it, or accept it as it is with --deprivatize.steps {saved['step']}"
             )
         settings = self.config.deprivatize
         generator = Generator(num_classes, self.config.data.size, channels, settings.width)

@@ -52,10 +52,14 @@ def export_teacher(run: Run) -> None:
     elif run.checkpoint("teacher").exists():
         saved = files.load(run.checkpoint("teacher"))
         if saved["step"] < config.steps:
-            raise StageError(f"the teacher stands at step {saved['step']} of {config.steps}: run `mekd teacher` to finish it")
+            raise StageError(
+                f"the teacher stands at step {saved['step']} of {config.steps}: run `mekd teacher` to finish it"
+            )
         weights = saved["state"]["teacher"]
     else:
-        raise StageError(f"{run.checkpoint('teacher')} is missing: run `mekd teacher` first, or give --teacher.checkpoint FILE")
+        raise StageError(
+            f"{run.checkpoint('teacher')} is missing: run `mekd teacher` first, or give --teacher.checkpoint FILE"
+        )
     try:
         teacher.load_state_dict(weights)
     except RuntimeError as error:

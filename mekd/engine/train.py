@@ -17,13 +17,17 @@ def sgd(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.SGD:
 def set_cosine_lr(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:
     """A linear warm-up over the first twentieth of the steps, then a cosine to 0: a function of the step alone."""
     warmup = max(1, steps // 20)
-    rate = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    rate = (
+        (step + 1) / warmup
+        if step < warmup
+        else 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    )
     for group in optimizer.param_groups:
         group["lr"] = peak * rate
 
 
 def augment(images: Tensor, flip: bool) -> Tensor:
-    """Shift each image (m, ch, S, S) by up to an eighth of its side, edges repeated, and mirror half of them if flip."""
+    """Shift each image (m, ch, S, S) by up to an eighth of its side, edges repeated; mirror half of them if flip."""
     m, _, size, _ = images.shape
     most = size // 8
     padded = F.pad(images, (most, most, most, most), mode="replicate")

@@ -13,9 +13,11 @@ WIDTHS: dict[int, tuple[int, ...]] = {
 
 
 class Discriminator(nn.Module):
-    """Stride-2 convolutions with leaky ReLU 0.2, dropout 0.25 and, after the first, batch norm; one linear layer.
+    """Stride-2 convolutions with leaky ReLU 0.2, then one linear layer.
 
-    Images (m, channels, size, size) to logits (m,). At 32 px this is the paper's network.
+    Images (m, channels, size, size) to logits (m,). There is no batch norm: real and generated images come in
+    batches of their own, and normalising each would take away the difference of their means, which at 16 px, where
+    the last map is one pixel, is all that the linear layer could see.
     """
 
     def __init__(self, size: int, channels: int = 3) -> None:
@@ -25,9 +27,7 @@ class Discriminator(nn.Module):
         layers: list[nn.Module] = []
         inputs = channels
         for outputs in WIDTHS[size]:
-            layers += [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.LeakyReLU(0.2), nn.Dropout2d(0.25)]
-            if inputs != channels:
-                layers.append(nn.BatchNorm2d(outputs))
+            layers += [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.LeakyReLU(0.2)]
             inputs, size = outputs, (size + 1) // 2
         self.features = nn.Sequential(*layers)
         self.linear = nn.Linear(inputs * size**2, 1)

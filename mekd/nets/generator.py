@@ -1,5 +1,7 @@
 """The DCGAN generator that draws an image from a code of the length of a logit vector."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,7 +47,7 @@ class Generator(nn.Module):
         widths = [max(8, round(w * width)) for w in plan]
         self.linear = nn.Linear(num_classes, widths[0] * self.start**2)
         self.bn = nn.BatchNorm2d(widths[0])
-        self.convs = nn.ModuleList(UpConv(i, o) for i, o in zip(widths, widths[1:], strict=False))
+        self.convs = nn.ModuleList(UpConv(i, o) for i, o in pairwise(widths))
         self.bns = nn.ModuleList(nn.BatchNorm2d(o) for o in widths[1:])
         self.last = nn.Conv2d(widths[-1], channels, 3, 1, 1)
 

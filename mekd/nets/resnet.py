@@ -1,5 +1,7 @@
 """The ResNets for small images of He et al. (2016), section 4.2: depths 8, 20, 32, 56 and 110."""
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,9 +38,7 @@ class ResNet(nn.Module):
         self.conv = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
         self.bn = nn.BatchNorm2d(16)
         widths = [16, *(w for w in (16, 32, 64) for _ in range(blocks))]
-        self.blocks = nn.Sequential(
-            *(Block(i, o, 1 if i == o else 2) for i, o in zip(widths, widths[1:], strict=False))
-        )
+        self.blocks = nn.Sequential(*(Block(i, o, 1 if i == o else 2) for i, o in pairwise(widths)))
         self.fc = nn.Linear(64, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -51,7 +51,9 @@ class Oracle(ABC):
         cannot be used.
         """
         if images.dim() != 4 or tuple(images.shape[1:]) != self.image:
-            raise ValueError(f"images have shape {tuple(images.shape)}; the teacher takes (m, {', '.join(map(str, self.image))})")
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; the teacher takes (m, {', '.join(map(str, self.image))})"
+            )
         if len(images) == 0:
             raise ValueError("images holds no image; a query needs at least one")
         if images.is_floating_point():
@@ -59,8 +61,10 @@ class Oracle(ABC):
         elif images.dtype == torch.uint8 and self.transport == "uint8":
             sent = images
         else:
-            raise TypeError(f"images have dtype {images.dtype}; transport {self.transport!r} takes "
-                            f"{'uint8 or float' if self.transport == 'uint8' else 'float'}")
+            raise TypeError(
+                f"images have dtype {images.dtype}; transport {self.transport!r} takes "
+                f"{'uint8 or float' if self.transport == 'uint8' else 'float'}"
+            )
         remembered = self.ledger.recall(sent)
         if remembered is not None:
             return remembered.to(images.device)

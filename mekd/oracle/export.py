@@ -30,7 +30,11 @@ class Classifier(nn.Module):
     std: Tensor
 
     def __init__(
-        self, net: nn.Module, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.5,), resize: int | None = None
+        self,
+        net: nn.Module,
+        mean: Sequence[float] = (0.5,),
+        std: Sequence[float] = (0.5,),
+        resize: int | None = None,
     ) -> None:
         super().__init__()
         self.net, self.resize = net, resize
@@ -60,8 +64,14 @@ def export(classifier: nn.Module, path: Path, image: tuple[int, int, int], trans
     try:
         with _quiet():
             torch.onnx.export(
-                classifier, (images[:2],), beside, dynamo=True, external_data=False, verbose=False,
-                input_names=["images"], output_names=["logits"],
+                classifier,
+                (images[:2],),
+                beside,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+                input_names=["images"],
+                output_names=["logits"],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
         session = open_session(beside, "cpu")

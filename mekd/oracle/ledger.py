@@ -77,7 +77,8 @@ class Ledger:
         return {**self.counts, **cost}
 
     def __str__(self) -> str:
-        sent = f"{self.counts['queries']} queries, {self.counts['bytes_up'] / 1e6:.1f} MB up, {self.counts['bytes_down'] / 1e6:.1f} MB down"
+        up, down = (self.counts[name] / 1e6 for name in ("bytes_up", "bytes_down"))
+        sent = f"{self.counts['queries']} queries, {up:.1f} MB up, {down:.1f} MB down"
         return sent + (f", {self.counts['uncertain']} uncertain" if self.counts["uncertain"] else "")
 
     def rewind(self, request: int) -> None:
@@ -85,12 +86,13 @@ class Ledger:
         if request < self.settled:
             raise LedgerError(
                 f"the ledger of {self.stage} has settled {self.settled} requests, but the checkpoint knows of "
-                f"{request}: its checkpoint is missing or older. Put the checkpoint back, or start anew with another --out"
+                f"{request}: its checkpoint is missing or older. Put it back, or start anew with another --out"
             )
         if request > self.next_unanswered():
             raise LedgerError(
                 f"the checkpoint of {self.stage} knows of {request} requests, the ledger of "
-                f"{self.next_unanswered()}: the ledger folder is missing or older. Put it back, or start anew with another --out"
+                f"{self.next_unanswered()}: the ledger folder is missing or older. Put it back, or start anew with "
+                "another --out"
             )
         self.next = request
 

@@ -17,7 +17,12 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-_DTYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+_DTYPES = {
+    "tensor(uint8)": np.uint8,
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+}
 
 
 class ModelError(ValueError):
@@ -120,7 +125,9 @@ def open_session(path: Path, providers: str | Sequence[str] = "auto") -> Any:
     try:
         import onnxruntime as ort
     except ImportError as error:
-        raise ProviderError("ONNX Runtime is not installed: pip install 'mekd[onnx]' (CPU) or 'mekd[onnx-gpu]'") from error
+        raise ProviderError(
+            "ONNX Runtime is not installed: pip install 'mekd[onnx]' (CPU) or 'mekd[onnx-gpu]'"
+        ) from error
     if clash := runtime_clash():
         raise ProviderError(clash)
     if not path.is_file():
@@ -174,7 +181,9 @@ def runtime_clash() -> str | None:
     )
 
 
-def _find_input(session: Any, path: object, image: tuple[int, int, int] | None) -> tuple[Any, tuple[int, int, int], bool]:
+def _find_input(
+    session: Any, path: object, image: tuple[int, int, int] | None
+) -> tuple[Any, tuple[int, int, int], bool]:
     """The image input, its (ch, H, W), and whether channels come last."""
     inputs = session.get_inputs()
     found = [i for i in inputs if len(i.shape) == 4 and i.type in _DTYPES]
@@ -212,7 +221,9 @@ def _find_output(
         if any(isinstance(n, int) and n != 1 for n in tail[1:]):
             raise ModelError(f"{path} is no classifier: its output {sink.name} has shape {sink.shape}, not (m, C)")
         return sink.name, output, tail[0] if isinstance(tail[0], int) else None
-    labels = [o for o in sinks if o.type in ("tensor(int64)", "tensor(int32)", "tensor(string)") and len(o.shape) in (1, 2)]
+    labels = [
+        o for o in sinks if o.type in ("tensor(int64)", "tensor(int32)", "tensor(string)") and len(o.shape) in (1, 2)
+    ]
     if labels and response == "label":
         if labels[0].type == "tensor(string)":
             if not classes:

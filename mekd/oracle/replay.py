@@ -75,7 +75,9 @@ class Replay:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             except OSError as error:
                 path.unlink()
-                raise files.WriteError(f"{path} needs {array.nbytes / 1e6:.0f} MB ({error}); free some space") from error
+                raise files.WriteError(
+                    f"{path} needs {array.nbytes / 1e6:.0f} MB ({error}); free some space"
+                ) from error
             self._arrays[name] = array
         self._kind = {"kind": response.kind, "decimals": response.decimals, "arrays": list(rows)}
         files.write_text(self.folder / "replay.json", json.dumps(self._kind) + "\n")

@@ -68,7 +68,9 @@ class Response:
         values = self.values
         if self.kind != "logits":
             # Rounding can leave a row of zeros: an answer that prefers no class.
-            values = torch.where(values.sum(-1, keepdim=True) > 0, values, torch.full_like(values, 1 / values.shape[-1]))
+            values = torch.where(
+                values.sum(-1, keepdim=True) > 0, values, torch.full_like(values, 1 / values.shape[-1])
+            )
         return {"topk": (values, self.indices)} if self.indices is not None else {self.kind: values}
 
     def to(self, device: torch.device | str) -> "Response":
@@ -94,9 +96,7 @@ def concatenate(responses: list[Response]) -> Response:
     return Response(first.kind, values, indices, first.decimals)
 
 
-def answer(
-    scores: Tensor, kind: str, *, output: str, k: int = 5, decimals: int | None = None
-) -> Response:
+def answer(scores: Tensor, kind: str, *, output: str, k: int = 5, decimals: int | None = None) -> Response:
     """Turn a classifier's raw output (m, C), output="logits" or "probs", into what the API gives away.
 
     decimals rounds the values, as APIs do. Raises AnswerError for NaN, for probabilities that are none, and for

@@ -16,8 +16,14 @@ class TorchOracle(Oracle):
     """
 
     def __init__(
-        self, module: nn.Module, image: tuple[int, int, int], num_classes: int, response: str = "probs",
-        *, output: str = "logits", **options,  # type: ignore[no-untyped-def]
+        self,
+        module: nn.Module,
+        image: tuple[int, int, int],
+        num_classes: int,
+        response: str = "probs",
+        *,
+        output: str = "logits",
+        **options,  # type: ignore[no-untyped-def]
     ) -> None:
         super().__init__(image, num_classes, response, **options)
         module.eval()

@@ -1,0 +1,9 @@
+import importlib
+import sys
+
+NAMES = ("limits",)
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
+        raise SystemExit(f"usage: python -m bench NAME [options], NAME one of {', '.join(NAMES)}")
+    raise SystemExit(importlib.import_module(f"bench.{sys.argv[1]}").main(sys.argv[2:]))
