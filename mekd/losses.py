@@ -30,7 +30,7 @@ class DeprivatizationLoss(nn.Module):
         self.alpha = alpha
         self.minimax = minimax
 
-    def forward(self, d_fake: Tensor, confidence: Tensor | None = None, **answer: Tensor) -> Tensor:
+    def forward(self, d_fake: Tensor, confidence: Tensor | None = None, **answer: Any) -> Tensor:
         """mean (1 + alpha y) softplus(-d) for d_fake (m,) and y as confidence (m,), logits= or probs= (m, C)."""
         return functional.generator_loss(d_fake, confidence, alpha=self.alpha, minimax=self.minimax, **answer)
 

@@ -38,8 +38,8 @@ class Dataset:
 
     def to(self, device: torch.device) -> "Dataset":
         """The same data on another device."""
-        moved = (t.to(device) for t in (self.train_images, self.train_labels, self.test_images, self.test_labels))
-        return Dataset(*moved, self.classes)
+        train, test = self.train_images.to(device), self.test_images.to(device)
+        return Dataset(train, self.train_labels.to(device), test, self.test_labels.to(device), self.classes)
 
 
 def load(name: str, path: str | None, size: int) -> Dataset:

@@ -24,8 +24,8 @@ def deprivatize(run: Run) -> None:
     asks = config.alpha > 0 and run.config.oracle.response != "label"
 
     torch.manual_seed(run.config.seed + 1)
-    generator = Generator(oracle.num_classes, run.config.data.size, data.image[0], config.width).to(run.device)
-    discriminator = Discriminator(run.config.data.size, data.image[0]).to(run.device, memory_format=torch.channels_last)
+    generator = run.place(Generator(oracle.num_classes, run.config.data.size, data.image[0], config.width))
+    discriminator = run.place(Discriminator(run.config.data.size, data.image[0]))
     average = copy.deepcopy(generator)
     loss = DeprivatizationLoss(config.alpha, config.minimax)
     adam_g = torch.optim.Adam(generator.parameters(), config.lr, betas=(0.5, 0.999))
@@ -84,5 +84,5 @@ def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
     """average <- decay * average + (1 - decay) * module for parameters; buffers are copied."""
     for mean, new in zip(average.parameters(), module.parameters(), strict=True):
         mean.lerp_(new, 1 - decay)
-    for mean, new in zip(average.buffers(), module.buffers(), strict=True):
-        mean.copy_(new)
+    for kept, current in zip(average.buffers(), module.buffers(), strict=True):
+        kept.copy_(current)

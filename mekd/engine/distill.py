@@ -37,7 +37,7 @@ def distill(run: Run) -> None:
         store, asked = collect(run, "replay", generator, oracle, config.replay, depends, seed=seed + 3, begin_at=asked)
 
     torch.manual_seed(seed + 4)
-    student = build(config.student, classes, image[0]).to(run.device, memory_format=torch.channels_last)
+    student = run.place(build(config.student, classes, image[0]))
     optimizer = sgd(student, config.lr, config.weight_decay)
     loss = MEKDLoss(generator, floor=floor_of(run.config.oracle.decimals), **config.loss_options())
     best: dict[str, Any] = {"agreement": -1.0, "step": 0, "weights": None}

@@ -5,6 +5,7 @@ and the plain baseline, which sends its private images to the teacher.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,10 +40,10 @@ def evaluate(run: Run) -> None:
         )
     answers = run.checkpoint("evaluate")
     teacher, asked = ask_once(oracle, data.test_images, answers.with_name("evaluate-test.pt"))
-    student = build(config.distill.student, oracle.num_classes, data.image[0]).to(run.device)
+    student = run.place(build(config.distill.student, oracle.num_classes, data.image[0]))
     student.load_state_dict(files.load(path))
     predicted = predict(student, data.test_images).cpu()
-    result = {
+    result: dict[str, Any] = {
         "teacher_accuracy": accuracy(teacher.labels, data.test_labels),
         "student_accuracy": accuracy(predicted, data.test_labels),
         "baseline_accuracy": None,
@@ -65,7 +66,7 @@ def train_baseline(run: Run, local: Tensor, answers: Response, data: datasets.Da
     config = run.config.distill
     steps = run.config.evaluate.baseline_steps or config.steps
     torch.manual_seed(run.config.seed + 4)
-    student = build(config.student, len(data.classes), data.image[0]).to(run.device, memory_format=torch.channels_last)
+    student = run.place(build(config.student, len(data.classes), data.image[0]))
     optimizer = sgd(student, config.lr, config.weight_decay)
     state = {"student": student, "optimizer": optimizer}
     depends = fingerprint(run.config, "baseline") | {"teacher": run.teacher_digest()}
@@ -75,7 +76,7 @@ def train_baseline(run: Run, local: Tensor, answers: Response, data: datasets.Da
         for step in loop:
             set_cosine_lr(optimizer, config.lr, step, steps)
             rows = torch.randint(len(local), (batch,), device=run.device)
-            loss = functional.kd_loss(student(images[rows]), **answers[rows].target)  # type: ignore[arg-type]
+            loss = functional.kd_loss(student(images[rows]), **answers[rows].target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

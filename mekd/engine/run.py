@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,8 @@ from mekd.nets import Generator
 from mekd.oracle.base import Oracle
 from mekd.oracle.ledger import Ledger
 from mekd.oracle.onnx import OnnxOracle
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 class StageError(RuntimeError):
@@ -45,6 +47,10 @@ class Run:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise StageError(f"engine.device is {name!r}, but torch finds no CUDA device; `mekd doctor` says more")
         return device
+
+    def place(self, module: Module) -> Module:
+        """A network on the run's device, its weights laid out for channels_last convolutions."""
+        return module.to(self.device).to(memory_format=torch.channels_last)
 
     @property
     def teacher_onnx(self) -> Path:

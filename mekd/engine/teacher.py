@@ -23,7 +23,7 @@ def train_teacher(run: Run) -> None:
         return
     data = run.load_data()
     torch.manual_seed(run.config.seed)
-    teacher = build(config.arch, len(data.classes), data.image[0]).to(run.device, memory_format=torch.channels_last)
+    teacher = run.place(build(config.arch, len(data.classes), data.image[0]))
     optimizer = sgd(teacher, config.lr, config.weight_decay)
     state = {"teacher": teacher, "optimizer": optimizer}
     with Loop(run, "teacher", config.steps, state, fingerprint(run.config, "teacher"), batch=config.batch) as loop:

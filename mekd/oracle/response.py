@@ -1,6 +1,7 @@
 """What a black box answers: logits, probabilities, a few best classes, or only a label."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ class Response:
         return probs.amax(-1)
 
     @property
-    def target(self) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+    def target(self) -> dict[str, Any]:
         """The answer as the keyword argument of kd_loss and MEKDLoss."""
         if self.kind == "label":
             return {"labels": self.labels}

@@ -1,5 +1,7 @@
 """A torch classifier behind the interface of an oracle: for tests and for trying things out."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ class TorchOracle(Oracle):
         response: str = "probs",
         *,
         output: str = "logits",
-        **options,  # type: ignore[no-untyped-def]
+        **options: Any,
     ) -> None:
         super().__init__(image, num_classes, response, **options)
         module.eval()
