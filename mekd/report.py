@@ -25,7 +25,6 @@ def report(run: Run) -> None:
     """Read the run's folder and write what a person wants to see of it; nothing is trained or asked."""
     if not run.checkpoint("distill").exists():
         raise StageError(f"{run.checkpoint('distill')} is missing: there is nothing to report before `mekd distill`")
-    run.save_config()
     summary = summarize(run)
     run.write_json("summary.json", summary)
     files.write_text(run.out / "summary.csv", _csv(summary))

@@ -24,8 +24,8 @@ def softmax64(logits: Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("decimals", [None, 0, 2, 4])
 def test_logits_are_given_as_they_are_or_rounded(decimals: int | None) -> None:
-    response = answer(LOGITS * 1.2341, "logits", output="logits", decimals=decimals)
-    expected = (LOGITS * 1.2341).numpy()
+    response = answer(LOGITS * 1.23457, "logits", output="logits", decimals=decimals)
+    expected = (LOGITS * 1.23457).numpy()
     if decimals is not None:
         expected = np.round(expected.astype(np.float64), decimals)
     assert response.kind == "logits" and response.indices is None and response.decimals == decimals

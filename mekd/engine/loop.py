@@ -84,6 +84,7 @@ class Loop:
             if self.ledger is not None:
                 self.ledger.rewind(self.requests)
             self._forget_metrics()
+        self.run.save_config()
 
     def save(self) -> None:
         """Write a checkpoint, then let the ledger forget the answers that it contains."""

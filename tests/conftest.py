@@ -1,0 +1,32 @@
+"""What several tests need: a small teacher as an ONNX file, and the smallest run that has every stage."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mekd.nets import build
+from mekd.oracle.export import Classifier, export
+
+
+@pytest.fixture(scope="session")
+def teacher_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained ResNet8 for 1 x 16 x 16 pixels and 10 classes, with its logits spread out."""
+    torch.manual_seed(0)
+    net = build("resnet8", 10, 1)
+    torch.nn.init.normal_(net.fc.weight, std=1.0)  # type: ignore[union-attr, arg-type]
+    path = tmp_path_factory.mktemp("teacher") / "teacher.onnx"
+    export(Classifier(net), path, (1, 16, 16))
+    return path
+
+
+@pytest.fixture
+def tiny(teacher_onnx: Path) -> list[str]:
+    """Settings of a run of all stages that takes seconds, with checkpoints in odd places."""
+    settings = {
+        "data.name": "digits", "data.size": 16, "teacher.onnx": teacher_onnx, "teacher.arch": "resnet8",
+        "deprivatize.steps": 9, "deprivatize.batch": 8, "deprivatize.width": 0.1,
+        "distill.steps": 9, "distill.batch": 8, "distill.holdout": 20, "distill.eval_every": 3,
+        "engine.checkpoint_every": 4, "engine.log_every": 2, "engine.device": "cpu",
+    }  # fmt: skip
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
