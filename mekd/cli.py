@@ -2,9 +2,8 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
-from mekd.config import Config, check_keys, known_keys, nearest, read_yaml
+from mekd.config import Config, dump_yaml, flatten, known_keys, nearest, read_yaml
 
 USAGE = """usage: mekd STAGE [--config FILE] [--out DIR] [--key.sub value ...] [--print_config]
 
@@ -102,14 +101,12 @@ def parse(words: list[str]) -> tuple[Config, Path] | None:
     parser = ArgumentParser(prog="mekd STAGE", exit_on_error=False, add_help=True)
     parser.add_argument("--config", type=str, default=None, metavar="FILE", help="YAML file of settings")
     parser.add_argument("--out", type=str, default=None, metavar="DIR", help="the run's folder")
-    parser.add_argument("--print_config", action="store_true", help="print the resolved settings and stop")
     parser.add_class_arguments(Config, as_group=False)
     try:
         source = _value_of(words, "--config")
         if source is not None:
-            parser.set_defaults(_dotted(read_yaml(source)))
-        namespace = parser.parse_args(words)
-        values = parser.instantiate_classes(namespace)
+            parser.set_defaults(dict(flatten(read_yaml(source))))
+        values = parser.instantiate(parser.parse_args([word for word in words if word != "--print_config"]))
     except SystemExit:
         return None
     except ValueError:
@@ -118,9 +115,7 @@ def parse(words: list[str]) -> tuple[Config, Path] | None:
         raise UsageError(_plain(str(error))) from error
     fields = {name: values[name] for name in Config.__dataclass_fields__}
     config = Config(**fields)
-    if values["print_config"]:
-        from mekd.config import dump_yaml
-
+    if "--print_config" in words:
         print(dump_yaml(config), end="")
         return None
     out = values["out"] or f"runs/{Path(values['config']).stem if values['config'] else 'default'}"
@@ -132,7 +127,6 @@ def _check_words(words: list[str]) -> None:
     for word in words:
         key = word[2:].partition("=")[0]
         if word.startswith("--") and key not in known:
-            check_keys({}, "command line")
             raise UsageError(f"there is no setting {word}; {nearest(key)}")
 
 
@@ -143,12 +137,6 @@ def _value_of(words: list[str], option: str) -> str | None:
         if word.startswith(option + "="):
             return word.partition("=")[2]
     return None
-
-
-def _dotted(tree: dict[str, Any]) -> dict[str, Any]:
-    from mekd.config import _flatten
-
-    return dict(_flatten(tree))
 
 
 def _plain(message: str) -> str:

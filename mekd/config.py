@@ -47,6 +47,8 @@ class TeacherConfig:
         lr: peak learning rate
         weight_decay: L2 penalty
         resize: side in pixels that arch wants, inside the exported graph; null for data.size
+        mean: per channel, subtracted from pixels in [0, 1], inside the exported graph
+        std: per channel, divides them, inside the exported graph
     """
 
     onnx: str | None = None
@@ -57,6 +59,8 @@ class TeacherConfig:
     lr: float = 0.1
     weight_decay: float = 5e-4
     resize: int | None = None
+    mean: list[float] = field(default_factory=lambda: [0.5])
+    std: list[float] = field(default_factory=lambda: [0.5])
 
     def __post_init__(self) -> None:
         _positive("teacher", self, "batch", "lr")
@@ -268,20 +272,21 @@ _SECTIONS = {
 
 def fingerprint(config: Config, stage: str) -> dict[str, Any]:
     """The settings that a stage's checkpoint depends on, by dotted name."""
-    flat = dict(_flatten(dataclasses.asdict(config)))
+    flat = dict(flatten(dataclasses.asdict(config)))
     return {key: value for key, value in flat.items() if key.split(".")[0] in _SECTIONS[stage] and key not in FREE}
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Settings by section as pairs of a dotted name and a value."""
     found: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        found += _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, value)]
+        found += flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, value)]
     return found
 
 
 def known_keys() -> list[str]:
     """Every setting by its dotted name."""
-    return [key for key, _ in _flatten(dataclasses.asdict(Config()))]
+    return [key for key, _ in flatten(dataclasses.asdict(Config()))]
 
 
 def check_keys(tree: Mapping[str, Any], source: str) -> None:
@@ -291,7 +296,7 @@ def check_keys(tree: Mapping[str, Any], source: str) -> None:
     for key, value in tree.items():
         if key in sections and key not in known and not isinstance(value, Mapping):
             raise ValueError(f"{source}: {key} must be a section of settings, not {value!r}")
-    for key, _ in _flatten(tree):
+    for key, _ in flatten(tree):
         if key not in known:
             raise ValueError(f"{source}: there is no setting {key!r}; {nearest(key)}")
 

@@ -12,3 +12,8 @@ def to_uint8(images: Tensor) -> Tensor:
 def to_float(pixels: Tensor) -> Tensor:
     """Map uint8 pixels, any shape, to float32 in [-1, 1]."""
     return pixels.to(torch.float32).div_(127.5).sub_(1)
+
+
+def as_float(images: Tensor) -> Tensor:
+    """Images as a network sees them, however they were transported: uint8 is mapped, float is left as it is."""
+    return to_float(images) if images.dtype == torch.uint8 else images

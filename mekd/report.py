@@ -16,6 +16,7 @@ from mekd.engine.train import predict
 from mekd.metrics import confusion
 from mekd.nets import build
 from mekd.oracle.replay import Replay
+from mekd.pixels import as_float
 
 STAGES = ("teacher", "deprivatize", "holdout", "replay", "distill", "baseline")
 ACCOUNTS = ("deprivatize", "distill")
@@ -213,7 +214,7 @@ def _confusion(run: Run, classes: tuple[str, ...], path: Path) -> Any:
         images, answer = Replay(run.out / "holdout", run.config.distill.holdout).read(slice(None))
         student = build(run.config.distill.student, len(classes), images.shape[1])
         student.load_state_dict(files.load(run.out / "student.pt"))
-        counts = confusion(answer.labels, predict(student, images), len(classes)).numpy()
+        counts = confusion(answer.labels, predict(student, as_float(images)), len(classes)).numpy()
         title = "on held-out synthetic queries"
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     figure, axis = plt.subplots(figsize=(5.5, 5))

@@ -111,13 +111,15 @@ def test_generator_gradcheck(kind: str, minimax: bool) -> None:
     d, logits = make()
     answer, _ = answer_of(kind, logits)
     d.requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda x: generator_loss(x, **answer, minimax=minimax, reduction="none"), (d,)
-    )
+
+    def loss(x: Tensor) -> Tensor:
+        return generator_loss(x, **answer, minimax=minimax, reduction="none")
+
+    assert torch.autograd.gradcheck(loss, (d,))
 
 
 @pytest.mark.parametrize(
-    ("value", "minimax", "loss", "slope"),
+    ("d", "minimax", "loss", "slope"),
     [
         # A discriminator that is sure of the fake: the gradient does not vanish.
         (-1000.0, False, 1500.0, -1.5),
@@ -129,15 +131,13 @@ def test_generator_gradcheck(kind: str, minimax: bool) -> None:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_generator_stays_finite(
-    value: float, minimax: bool, loss: float, slope: float, dtype: torch.dtype
-) -> None:
-    d = torch.full((3,), value, dtype=dtype, requires_grad=True)
-    got = generator_loss(d, alpha=0.5, minimax=minimax, reduction="sum")
+def test_generator_is_finite(d: float, minimax: bool, loss: float, slope: float, dtype: torch.dtype) -> None:
+    fake = torch.full((3,), d, dtype=dtype, requires_grad=True)
+    got = generator_loss(fake, alpha=0.5, minimax=minimax, reduction="sum")
     got.backward()
     assert got.item() == pytest.approx(3 * loss, abs=1e-6)
-    assert d.grad is not None
-    np.testing.assert_allclose(d.grad.numpy(), [slope] * 3, atol=1e-6)
+    assert fake.grad is not None
+    np.testing.assert_allclose(fake.grad.numpy(), [slope] * 3, atol=1e-6)
 
 
 def test_a_sure_teachers_logits_do_not_overflow() -> None:
@@ -226,9 +226,8 @@ def test_module_is_both_functions(kind: str, minimax: bool, alpha: float) -> Non
     loss = DeprivatizationLoss(alpha, minimax)
     x = d.numpy()
     fooling = -softplus(x) if minimax else softplus(-x)
-    np.testing.assert_allclose(
-        loss(d, **answer).item(), (fooling + alpha * y * softplus(-x)).mean(), rtol=1e-12
-    )
+    wanted = (fooling + alpha * y * softplus(-x)).mean()
+    np.testing.assert_allclose(loss(d, **answer).item(), wanted, rtol=1e-12)
     assert torch.equal(loss(d, **answer), generator_loss(d, **answer, alpha=alpha, minimax=minimax))
     assert torch.equal(loss.discriminator(d, d + 1), discriminator_loss(d, d + 1))
     np.testing.assert_allclose(
@@ -249,7 +248,7 @@ ANSWER = torch.full((4, 3), 1 / 3)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kind", "fragments"),
+    ("arguments", "kind", "parts"),
     [
         # Two answers.
         ({"logits": ANSWER, "probs": ANSWER}, ValueError, ["confidence, logits and probs", "one"]),
@@ -275,15 +274,15 @@ ANSWER = torch.full((4, 3), 1 / 3)
         ),
     ],
 )
-def test_generator_errors(arguments: dict[str, Any], kind: type[Exception], fragments: list[str]) -> None:
+def test_generator_errors(arguments: dict[str, Any], kind: type[Exception], parts: list[str]) -> None:
     with pytest.raises(kind) as caught:
         generator_loss(**{"d_fake": D, **arguments})
-    for fragment in fragments:
-        assert fragment in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kind", "fragments"),
+    ("arguments", "kind", "parts"),
     [
         ({"d_real": D.long()}, TypeError, ["d_real", "torch.int64", "floating"]),
         ({"d_fake": D.long()}, TypeError, ["d_fake", "torch.int64", "floating"]),
@@ -291,11 +290,11 @@ def test_generator_errors(arguments: dict[str, Any], kind: type[Exception], frag
         ({"reduction": "none"}, ValueError, ["reduction", "'none'", "'mean', 'sum'"]),
     ],
 )
-def test_discriminator_errors(arguments: dict[str, Any], kind: type[Exception], fragments: list[str]) -> None:
+def test_discriminator_errors(arguments: dict[str, Any], kind: type[Exception], parts: list[str]) -> None:
     with pytest.raises(kind) as caught:
         discriminator_loss(**{"d_real": D, "d_fake": D, **arguments})
-    for fragment in fragments:
-        assert fragment in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
 
 
 def test_module_refuses_a_negative_weight() -> None:

@@ -160,7 +160,9 @@ def test_confidence_of_a_label_is_one() -> None:
     assert confidence.dtype == torch.float32 and confidence.tolist() == [1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize(("kind", "bytes_of_a_row"), [("logits", 16), ("probs", 16), ("topk", 2 * 4 + 2 * 8), ("label", 8)])
+@pytest.mark.parametrize(
+    ("kind", "bytes_of_a_row"), [("logits", 16), ("probs", 16), ("topk", 2 * 4 + 2 * 8), ("label", 8)]
+)
 def test_nbytes(kind: str, bytes_of_a_row: int) -> None:
     assert make(kind).nbytes == 3 * bytes_of_a_row
     assert make(kind)[1:].nbytes == 2 * bytes_of_a_row

@@ -148,7 +148,7 @@ IMAGE = torch.zeros(2, 3, 4, 4)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kind", "fragments"),
+    ("arguments", "kind", "parts"),
     [
         # The teacher's half must not be trained.
         ({"teacher": IMAGE.clone().requires_grad_()}, ValueError, ["teacher", "requires grad", "detach"]),
@@ -164,8 +164,8 @@ IMAGE = torch.zeros(2, 3, 4, 4)
         ),
     ],
 )
-def test_errors_name_the_argument(arguments: dict[str, Any], kind: type[Exception], fragments: list[str]) -> None:
+def test_errors_name_the_argument(arguments: dict[str, Any], kind: type[Exception], parts: list[str]) -> None:
     with pytest.raises(kind) as caught:
         image_l1_loss(**{"student": IMAGE, "teacher": IMAGE, **arguments})
-    for fragment in fragments:
-        assert fragment in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)

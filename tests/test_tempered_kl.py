@@ -78,7 +78,7 @@ def make(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> tuple[Tensor, dict[str, Any], Rows, Rows]:
-    """Student logits, the target as kd_loss takes it, its tempered probabilities (N, C), and who counts (N,)."""
+    """Student logits, the target as kd_loss takes it, its tempered probabilities (N, C), who counts (N,)."""
     random = np.random.default_rng(seed)
     n, c = int(np.prod(lead, dtype=int)), num_classes
     student = torch.from_numpy(3 * random.standard_normal((*lead, c))).to(dtype)
@@ -273,9 +273,8 @@ def test_all_classes_named_is_the_dense_case(rest: str) -> None:
     indices = torch.stack([torch.randperm(7, generator=torch.Generator().manual_seed(i)) for i in range(6)])
     values = target["probs"].gather(-1, indices)
     dense = kd_loss(student, **target, tau=3.0, reduction="none")
-    torch.testing.assert_close(
-        kd_loss(student, topk=(values, indices), rest=rest, tau=3.0, reduction="none"), dense
-    )
+    got = kd_loss(student, topk=(values, indices), rest=rest, tau=3.0, reduction="none")
+    torch.testing.assert_close(got, dense)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +341,7 @@ def test_a_batch_of_ignored_rows_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("student_mask", "teacher_mask"),
+    ("own_mask", "teacher_mask"),
     [
         # The teacher rules a class out, the student does not know: 0 log 0.
         ([], [2]),
@@ -356,10 +355,10 @@ def test_a_batch_of_ignored_rows_costs_nothing() -> None:
 )
 @pytest.mark.parametrize("kind", ["logits", "probs", "drop"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_masked_logits(kind: str, student_mask: list[int], teacher_mask: list[int], dtype: torch.dtype) -> None:
+def test_masked_logits(kind: str, own_mask: list[int], teacher_mask: list[int], dtype: torch.dtype) -> None:
     student, target, _, _ = make("logits", 2.0, num_classes=5, dtype=dtype)
     teacher = target["logits"].index_fill(1, torch.tensor(teacher_mask, dtype=torch.int64), NEG_INF)
-    student = student.index_fill(1, torch.tensor(student_mask, dtype=torch.int64), NEG_INF).requires_grad_()
+    student = student.index_fill(1, torch.tensor(own_mask, dtype=torch.int64), NEG_INF).requires_grad_()
     probs = teacher.softmax(-1)
     answer = {
         "logits": {"logits": teacher},
@@ -369,7 +368,7 @@ def test_masked_logits(kind: str, student_mask: list[int], teacher_mask: list[in
     losses = kd_loss(student, **answer, tau=2.0, reduction="none", scale="one")
     losses.sum().backward()
 
-    known = [c for c in range(5) if c not in student_mask]
+    known = [c for c in range(5) if c not in own_mask]
     p = softmax(teacher.double().numpy() / 2.0)
     exact = student.detach().double().numpy()[:, known]
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {}
@@ -573,7 +572,7 @@ TOPK = (torch.full((4, 2), 0.4), torch.tensor([[0, 1]] * 4))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kind", "fragments"),
+    ("arguments", "kind", "parts"),
     [
         # No teacher.
         ({}, ValueError, ["none", "exactly one", "logits, probs, labels, topk"]),
@@ -633,11 +632,11 @@ TOPK = (torch.full((4, 2), 0.4), torch.tensor([[0, 1]] * 4))
         ({"logits": S, "tau": torch.ones(5)}, ValueError, ["tau", "(5,)", "0-d"]),
     ],
 )
-def test_errors_name_the_argument(arguments: dict[str, Any], kind: type[Exception], fragments: list[str]) -> None:
+def test_errors_name_the_argument(arguments: dict[str, Any], kind: type[Exception], parts: list[str]) -> None:
     with pytest.raises(kind) as caught:
         kd_loss(**{"student": S, **arguments})
-    for fragment in fragments:
-        assert fragment in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("label", [5, -1])

@@ -46,7 +46,7 @@ def deprivatize(run: Run) -> None:
         depends,
         batch=config.batch,
         ledger=oracle.ledger,
-        queries=config.batch if asks else 0,
+        queries=(lambda step: config.batch) if asks else None,
     ) as loop:
         for _ in loop:
             real = to_float(local[torch.randint(len(local), (config.batch,), device=run.device)])

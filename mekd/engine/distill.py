@@ -15,7 +15,7 @@ from mekd.losses import MEKDLoss
 from mekd.nets import build
 from mekd.oracle.export import Classifier, export
 from mekd.oracle.response import Response, floor_of
-from mekd.pixels import to_float, to_uint8
+from mekd.pixels import as_float, to_uint8
 
 
 def distill(run: Run) -> None:
@@ -32,7 +32,7 @@ def distill(run: Run) -> None:
     seed = run.config.seed
     holdout, asked = collect(run, "holdout", generator, oracle, config.holdout, depends, seed=seed + 2)
     held_images, held_answer = holdout.read(slice(None))
-    held_images, held_labels = held_images.to(run.device), held_answer.labels.to(run.device)
+    held_images, held_labels = as_float(held_images.to(run.device)), held_answer.labels.to(run.device)
     if config.replay:
         store, asked = collect(run, "replay", generator, oracle, config.replay, depends, seed=seed + 3, begin_at=asked)
 
@@ -63,13 +63,14 @@ def distill(run: Run) -> None:
         depends,
         batch=config.batch,
         ledger=oracle.ledger,
-        queries=0 if config.replay else config.batch,
+        queries=None if config.replay else lambda step: config.batch,
         begin_at=asked,
     ) as loop:
+        finished = loop.done
         for step in loop:
             set_cosine_lr(optimizer, config.lr, step, config.steps)
             pixels, answer = replayed() if config.replay else fresh()
-            logits = student(to_float(pixels) if pixels.dtype == torch.uint8 else pixels)
+            logits = student(as_float(pixels))
             image_loss, kl = loss.terms(logits, **answer.target)
             total = loss.image * image_loss + loss.beta * kl
             optimizer.zero_grad()
@@ -85,6 +86,8 @@ def distill(run: Run) -> None:
                 loop.write(step + 1, agreement=round(agreement, 6))
     oracle.ledger.close()
 
+    if finished and (run.out / "student.onnx").exists():
+        return
     student.load_state_dict(best["weights"])
     files.save(run.out / "student.pt", student.state_dict())
     worst = export(Classifier(student), run.out / "student.onnx", image, run.config.oracle.transport)

@@ -42,7 +42,7 @@ def evaluate(run: Run) -> None:
     teacher, asked = ask_once(oracle, data.test_images, answers.with_name("evaluate-test.pt"))
     student = run.place(build(config.distill.student, oracle.num_classes, data.image[0]))
     student.load_state_dict(files.load(path))
-    predicted = predict(student, data.test_images).cpu()
+    predicted = predict(student, to_float(data.test_images)).cpu()
     result: dict[str, Any] = {
         "teacher_accuracy": accuracy(teacher.labels, data.test_labels),
         "student_accuracy": accuracy(predicted, data.test_labels),
@@ -81,7 +81,7 @@ def train_baseline(run: Run, local: Tensor, answers: Response, data: datasets.Da
             loss.backward()
             optimizer.step()
             loop.log(loss=loss)
-    return predict(student, data.test_images)
+    return predict(student, to_float(data.test_images))
 
 
 def ask_once(oracle: Oracle, images: Tensor, path: Path, begin_at: int = 0) -> tuple[Response, int]:

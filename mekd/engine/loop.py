@@ -5,7 +5,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -26,8 +26,8 @@ class Loop:
 
     state: the modules, optimisers and dicts that the steps change, by name; a checkpoint holds them and the
     random states, so that a resumed stage takes exactly the steps that an undisturbed one would. A dict is
-    updated in place. queries: what one step asks of the ledger's budget; a step that it cannot pay is not begun.
-    begin_at: the requests that the ledger knew of before the stage.
+    updated in place. queries(step): what a step asks of the ledger's budget; a step that it cannot pay is not
+    begun. begin_at: the requests that the ledger knew of before the stage.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Loop:
         *,
         batch: int,
         ledger: Ledger | None = None,
-        queries: int = 0,
+        queries: Callable[[int], int] | None = None,
         begin_at: int = 0,
     ) -> None:
         self.run, self.name, self.steps, self.state = run, name, steps, state
@@ -144,7 +144,8 @@ class Loop:
             raise Interrupted(f"{self.name} is finished and saved; the same command goes on with the next stage")
 
     def _check_stop(self) -> None:
-        spent = self.ledger is not None and self.queries and not self.ledger.affords(self.queries)
+        asked = self.queries(self.step) if self.queries is not None else 0
+        spent = self.ledger is not None and asked > 0 and not self.ledger.affords(asked)
         if not spent and not self._stop:
             return
         self.save()
@@ -155,7 +156,7 @@ class Loop:
         assert self.ledger is not None
         raise BudgetSpent(
             f"{self.ledger.stage}.budget is {self.ledger.budget} queries and {self.ledger.spent} are spent; the next "
-            f"step of {self.name} needs {self.queries}. It stands at step {self.step} of {self.steps}, saved. To go "
+            f"step of {self.name} needs {asked}. It stands at step {self.step} of {self.steps}, saved. To go "
             f"on, run the same command with a larger --{self.ledger.stage}.budget"
             + (
                 f", or accept the generator as it is with --deprivatize.steps {self.step}"

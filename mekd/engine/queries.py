@@ -24,24 +24,26 @@ def collect(
     """Ask for count images of G and keep them in the folder NAME; returns the store and the ledger's next request."""
     batch = min(256, count)
     store = Replay(run.out / name, count)
-    torch.manual_seed(seed)
-    steps = -(-count // batch)
     depends = {**fingerprint, "count": count}
+
+    def rows(step: int) -> int:
+        return min(batch, count - step * batch)
+
+    torch.manual_seed(seed)
     with Loop(
         run,
         name,
-        steps,
+        -(-count // batch),
         {"store": store},
         depends,
         batch=batch,
         ledger=oracle.ledger,
-        queries=batch,
+        queries=rows,
         begin_at=begin_at,
     ) as loop:
         for step in loop:
-            rows = min(batch, count - step * batch)
             with torch.no_grad():
-                images = generator(torch.randn(rows, oracle.num_classes, device=run.device))
+                images = generator(torch.randn(rows(step), oracle.num_classes, device=run.device))
             images = to_uint8(images) if oracle.transport == "uint8" else images
             with loop.clock("teacher"):
                 store.write(step * batch, images, oracle.query(images))

@@ -111,7 +111,7 @@ class Run:
         if not path.exists():
             raise StageError(f"{path} is missing: run `mekd deprivatize` first")
         saved = files.load(path)
-        if saved["step"] < self.config.deprivatize.steps:
+        if saved["step"] != self.config.deprivatize.steps:
             raise StageError(
                 f"deprivatize stands at step {saved['step']} of {self.config.deprivatize.steps}: run "
                 f"`mekd deprivatize` to finish it, or accept it as it is with --deprivatize.steps {saved['step']}"

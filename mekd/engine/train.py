@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mekd.pixels import to_float
-
 
 def sgd(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.SGD:
     """SGD with Nesterov momentum 0.9."""
@@ -39,10 +37,10 @@ def augment(images: Tensor, flip: bool) -> Tensor:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, pixels: Tensor, batch: int = 512) -> Tensor:
-    """Classes (n,) of uint8 images, in eval mode; the mode is put back afterwards."""
+def predict(model: nn.Module, images: Tensor, batch: int = 512) -> Tensor:
+    """Classes (n,) of images as the model takes them, in eval mode; the mode is put back afterwards."""
     training = model.training
     model.eval()
-    classes = torch.cat([model(to_float(part)).argmax(1) for part in pixels.split(batch)])
+    classes = torch.cat([model(part).argmax(1) for part in images.split(batch)])
     model.train(training)
     return classes.clone()

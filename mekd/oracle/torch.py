@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mekd.oracle.base import Oracle
 from mekd.oracle.response import Response, answer
-from mekd.pixels import to_float
+from mekd.pixels import as_float
 
 
 class TorchOracle(Oracle):
@@ -34,7 +34,7 @@ class TorchOracle(Oracle):
         @torch.inference_mode()
         def send(images: Tensor) -> Tensor:
             device = next(iter(module.parameters()), images).device
-            return module((to_float(images) if images.dtype == torch.uint8 else images).to(device))
+            return module(as_float(images).to(device))
 
         def respond(images: Tensor) -> Response:
             return answer(send(images).clone(), kind, output=output, k=k, decimals=decimals)

@@ -1,0 +1,100 @@
+"""`pip install mekd` needs torch alone: what is heavier is imported where it is used."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+#: Extras of pyproject.toml.
+EXTRAS = [
+    "triton",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "matplotlib",
+    "yaml",
+    "jsonargparse",
+    "sklearn",
+    "tqdm",
+    "torchvision",
+    "nvidia.dali",
+]
+
+#: Makes them look like packages that were never installed, to torch and to us.
+WITHOUT = f"""
+import sys
+from importlib.machinery import PathFinder
+
+found = PathFinder.find_spec
+
+def find_spec(name, path=None, target=None):
+    if any(name == extra or name.startswith(extra + ".") for extra in {EXTRAS!r}):
+        return None
+    return found(name, path, target)
+
+PathFinder.find_spec = staticmethod(find_spec)
+for extra in {EXTRAS!r}:
+    try:
+        __import__(extra)
+    except ImportError:
+        continue
+    raise SystemExit(f"{{extra}} can still be imported: this tests nothing")
+"""
+
+LOSSES = """
+import torch
+import mekd, mekd.functional, mekd.losses, mekd.nets
+from mekd.functional import kd_loss
+from mekd.losses import DeprivatizationLoss, MEKDLoss
+
+def check(loss, leaf):
+    loss.backward()
+    assert leaf.grad.isfinite().all() and leaf.grad.abs().sum() > 0
+
+student = torch.randn(4, 10, requires_grad=True)
+check(kd_loss(student, torch.randn(4, 10), tau=4.0), student)
+generator = torch.nn.Sequential(torch.nn.Linear(10, 12), torch.nn.Tanh())
+student = torch.randn(4, 10, requires_grad=True)
+check(MEKDLoss(generator)(student, probs=torch.randn(4, 10).softmax(-1)), student)
+fake = torch.randn(4, requires_grad=True)
+check(DeprivatizationLoss()(fake, torch.rand(4)), fake)
+"""
+
+HELP = """
+import runpy
+sys.argv = ["mekd", "--help"]
+try:
+    runpy.run_module("mekd", run_name="__main__", alter_sys=True)
+except SystemExit as stop:
+    assert stop.code == 0, stop.code
+"""
+
+
+def run(*words: str) -> str:
+    """What a fresh Python prints."""
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_losses_and_help_need_nothing_but_torch() -> None:
+    assert run("-c", WITHOUT + LOSSES + HELP).startswith("usage: mekd STAGE")
+
+
+def test_the_import_costs_no_more_than_torch_where_the_extras_are_installed() -> None:
+    # An import inside a try would pass the test above, and still cost its time and memory here.
+    code = """
+import sys, torch
+before = set(sys.modules)
+import mekd, mekd.functional, mekd.losses, mekd.nets, mekd.cli
+print(*sorted(set(sys.modules) - before))
+"""
+    new = run("-c", code).split()
+    assert "mekd.losses" in new
+    assert [name for name in new if any(f"{name}.".startswith(f"{extra}.") for extra in EXTRAS)] == []
+
+
+def test_help_of_the_module() -> None:
+    said = run("-m", "mekd", "--help")
+    assert said.startswith("usage: mekd STAGE") and "doctor" in said
