@@ -105,7 +105,9 @@ def parse(words: list[str]) -> tuple[Config, Path] | None:
     try:
         source = _value_of(words, "--config")
         if source is not None:
-            parser.set_defaults(dict(flatten(read_yaml(source))))
+            tree = read_yaml(source)
+            parser.parse_object(tree)  # set_defaults takes text for any type
+            parser.set_defaults(dict(flatten(tree)))
         values = parser.instantiate(parser.parse_args([word for word in words if word != "--print_config"]))
     except SystemExit:
         return None

@@ -6,7 +6,7 @@ If the two sides were made differently, the image distance would measure the dif
 import torch
 from torch import Tensor
 
-from mekd.reference import fill_topk, log_probs
+from mekd.reference import accumulation_dtype, fill_topk, log_probs
 
 CODES = ("auto", "logits", "log_probs", "onehot", "standardized")
 #: Probabilities below this are alike to a float32 API: half the spacing of float32 numbers just below 1.
@@ -49,13 +49,13 @@ def resolve_code(code: str, target: str, num_classes: int) -> str:
 def student_code(logits: Tensor, code: str, target: str, tau: float | Tensor, floor: float) -> Tensor:
     """The student's side for logits (m, C); code as resolve_code returned it."""
     if code == "logits":
-        return logits.float() / tau
+        return logits.to(accumulation_dtype(logits)) / tau
     if code == "log_probs":
         return centred_log_probs(log_probs(logits, 1.0), floor) / tau
     if target == "labels":
         return standardize(log_probs(logits, 1.0).exp())
     if target == "logits":
-        return standardize(logits.float())
+        return standardize(logits.to(accumulation_dtype(logits)))
     return standardize(centred_log_probs(log_probs(logits, 1.0), floor))
 
 
@@ -76,8 +76,8 @@ def teacher_code(
     if target == "labels":
         return standardize(torch.nn.functional.one_hot(answer, num_classes).to(torch.float32))
     if code == "logits":
-        return answer.float() / tau
+        return answer.to(accumulation_dtype(answer)) / tau
     if code == "standardized" and target == "logits":
-        return standardize(answer.float())
+        return standardize(answer.to(accumulation_dtype(answer)))
     log_p = centred_log_probs(log_probs(answer, 1.0, probs=target == "probs"), floor)
     return log_p / tau if code == "log_probs" else standardize(log_p)

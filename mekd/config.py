@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mekd.codes import CODES
-from mekd.functional import REDUCTIONS, SCALES, check_choice
+from mekd.functional import SCALES, check_choice
 from mekd.losses import PRESETS
 
 
@@ -181,7 +181,16 @@ class DistillConfig:
         if self.scale is not None:
             check_choice("distill.scale", self.scale, SCALES)
         if self.reduction is not None:
-            check_choice("distill.reduction", self.reduction, REDUCTIONS)
+            check_choice("distill.reduction", self.reduction, ("mean", "batchmean"))
+        for name in ("tau", "kl_tau"):
+            if getattr(self, name) is not None:
+                _positive("distill", self, name)
+        weights = {name: self.loss_options()[name] for name in ("beta", "image")}
+        for name, value in weights.items():
+            if not value >= 0:
+                raise ValueError(f"distill.{name} is {value}; it must be at least 0")
+        if not any(weights.values()):
+            raise ValueError("distill.beta and distill.image are 0; one must be above 0")
         _positive("distill", self, "steps", "batch", "lr", "holdout", "eval_every")
         if self.replay < 0:
             raise ValueError(f"distill.replay is {self.replay}; it must be at least 0")
@@ -280,7 +289,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Settings by section as pairs of a dotted name and a value."""
     found: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        found += flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, value)]
+        found += flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
     return found
 
 

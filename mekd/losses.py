@@ -104,8 +104,8 @@ class MEKDLoss(nn.Module):
         target, answer = next((name, value) for name, value in given.items() if value is not None)
         num_classes = student.shape[-1]
         code = resolve_code(self.code, target, num_classes)
-        teacher = teacher_code(answer, code, target, self.tau, self.floor, num_classes, self.rest)
         own = student_code(student, code, target, self.tau, self.floor)
+        teacher = teacher_code(answer, code, target, self.tau, self.floor, num_classes, self.rest).to(own.dtype)
         (generator,) = self._generator
         draw = getattr(generator, "preactivation", None)
         with torch.no_grad():

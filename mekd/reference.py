@@ -24,7 +24,7 @@ def log_probs(target: Tensor, tau: Tensor | float, probs: bool = False) -> Tenso
 
     p^(1/tau), normalised, is softmax(logits / tau): log p is the logits up to a constant that softmax ignores.
     """
-    return log_softmax(target.to(accumulation_dtype(target)).log() if probs else target, tau)
+    return log_softmax(target.to(accumulation_dtype(target)).clamp_min(0).log() if probs else target, tau)
 
 
 def tempered_kl(student: Tensor, target: Tensor, tau: Tensor | float, probs: bool = False) -> Tensor:
@@ -37,8 +37,8 @@ def tempered_kl(student: Tensor, target: Tensor, tau: Tensor | float, probs: boo
 
 def tempered_kl_labels(student: Tensor, labels: Tensor, tau: Tensor | float, ignore_index: int = -100) -> Tensor:
     """KL(onehot(label) || softmax(student / tau)) for labels (N,): the cross-entropy; 0 for ignored rows."""
-    log_q = log_softmax(student, tau)
     kept = labels != ignore_index
+    log_q = log_softmax(student.masked_fill(~kept.unsqueeze(-1), 0.0), tau)
     picked = log_q.gather(-1, labels.where(kept, 0).unsqueeze(-1)).squeeze(-1)
     return torch.where(kept, -picked, torch.zeros_like(picked))
 

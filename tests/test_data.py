@@ -39,7 +39,7 @@ def idx_arrays(size: int = 28) -> dict[str, np.ndarray]:
     }
 
 
-def write_idx(folder: Path, zipped: bool = False, **replaced: np.ndarray) -> Path:
+def write_idx(folder: Path, zipped: bool = False, **replaced: Any) -> Path:
     """The folder of an MNIST-like set; replaced names files by their first word and kind: train_labels."""
     folder.mkdir()
     for name, array in idx_arrays().items():
@@ -250,7 +250,7 @@ def test_damaged_idx_files(tmp_path: Path, zipped: bool, damage: Damage, parts: 
         ),
     ],
 )
-def test_idx_files_that_do_not_fit(tmp_path: Path, arrays: dict[str, np.ndarray], parts: list[str]) -> None:
+def test_idx_files_that_do_not_fit(tmp_path: Path, arrays: dict[str, Any], parts: list[str]) -> None:
     folder = write_idx(tmp_path / "set", **arrays)
     with pytest.raises(DataError) as caught:
         load("mnist", str(folder), 28)
@@ -261,10 +261,14 @@ def test_idx_files_that_do_not_fit(tmp_path: Path, arrays: dict[str, np.ndarray]
 # CIFAR's python batches.
 
 
-class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]
+#: The pickler in Python, whose every opcode can be replaced.
+Pickler: Any = vars(pickle)["_Pickler"]
+
+
+class Python2Pickler(Pickler):
     """Writes protocol 2 as Python 2 did: text and bytes alike are its str."""
 
-    dispatch: ClassVar = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar = dict(Pickler.dispatch)
 
     def save_bytes(self, value: bytes | str) -> None:
         raw = value.encode() if isinstance(value, str) else value

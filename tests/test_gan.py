@@ -49,7 +49,7 @@ KINDS = [
 ]
 
 
-def answer_of(kind: str, logits: Tensor) -> tuple[dict[str, Tensor], np.ndarray]:
+def answer_of(kind: str, logits: Tensor) -> tuple[dict[str, Any], np.ndarray]:
     """The answer as generator_loss takes it, and y."""
     probs = softmax(logits.double().numpy())
     as_tensor = torch.from_numpy(probs).to(logits.dtype)

@@ -156,7 +156,7 @@ def test_value_is_the_formula(target: str, code: str, means: str, kind: type[Pla
     student, teacher = inputs()
     answer, log_p = answer_of(target, teacher)
     generator = kind()
-    weights = {"beta": 0.7, "image": 1.5}
+    weights: dict[str, Any] = {"beta": 0.7, "image": 1.5}
     loss = MEKDLoss(generator, tau=4.0, kl_tau=3.0, code=code, reduction=reduction, **weights)
     s, t = student.double().numpy(), teacher.double().numpy()
     ours, theirs = (image(generator, c) for c in codes(means, target, s, t, log_p, 4.0))
@@ -221,9 +221,9 @@ def test_top_k_without_the_rest() -> None:
 def test_a_student_that_agrees_draws_the_same_image(code: str, target: str, offset: float) -> None:
     _, teacher = inputs()
     probs = teacher.softmax(-1)
-    answer = {"logits": teacher, "probs": probs, "topk": tuple(probs.sort(descending=True))}[target]
+    answers: dict[str, Any] = {"logits": teacher, "probs": probs, "topk": probs.sort(descending=True)}
     student = (teacher + offset).requires_grad_()
-    image_term, kl_term = MEKDLoss(WithPreactivation(), code=code).terms(student, **{target: answer})
+    image_term, kl_term = MEKDLoss(WithPreactivation(), code=code).terms(student, **{target: answers[target]})
     assert image_term.item() == pytest.approx(0, abs=1e-6)
     assert kl_term.item() == pytest.approx(0, abs=1e-6)
 
@@ -379,7 +379,7 @@ def test_the_student_learns_from_both_terms(target: str, kind: type[Plain]) -> N
     _, teacher = inputs()
     answer, _ = answer_of(target, teacher)
 
-    def gradient(**weights: float) -> Tensor:
+    def gradient(**weights: Any) -> Tensor:
         student = inputs()[0].requires_grad_()
         MEKDLoss(kind(), **weights)(student, **answer).backward()
         assert student.grad is not None

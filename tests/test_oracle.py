@@ -202,9 +202,10 @@ def test_only_the_question_can_be_reached(connect: Callable[..., Oracle]) -> Non
     assert oracle.image == IMAGE and oracle.num_classes == CLASSES
 
 
-def test_answers_carry_no_gradient(connect: Callable[..., Oracle]) -> None:
+@pytest.mark.parametrize("kind", ["logits", "probs", "topk"])
+def test_answers_carry_no_gradient(connect: Callable[..., Oracle], kind: str) -> None:
     images = to_float(pixels(4)).requires_grad_()
-    response = connect().query(images)
+    response = connect(kind, k=3).query(images)
     assert not values(response).requires_grad and not values(response).is_inference()
     # The answer must be usable in a step that does have a gradient.
     student = torch.zeros(4, CLASSES, requires_grad=True)

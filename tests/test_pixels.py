@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mekd.pixels import to_float, to_uint8
+from mekd.pixels import as_float, to_float, to_uint8
 
 ALL = torch.arange(256, dtype=torch.uint8)
 
@@ -72,6 +72,13 @@ def test_shapes_and_dtypes(shape: tuple[int, ...]) -> None:
     assert (pixels.shape, pixels.dtype) == (shape, torch.uint8)
     images = to_float(pixels)
     assert (images.shape, images.dtype) == (shape, torch.float32)
+
+
+def test_images_are_floats_however_they_came() -> None:
+    assert torch.equal(as_float(ALL), to_float(ALL))
+    # A float transport sends what the generator drew: not rounded, not mapped again.
+    drawn = torch.tensor([-0.999, 0.1234, 1.0])
+    assert torch.equal(as_float(drawn), drawn)
 
 
 def test_inputs_are_left_alone() -> None:

@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ def _read(path: Path) -> bytes:
             try:
                 raw = candidate.read_bytes()
                 return gzip.decompress(raw) if candidate.suffix == ".gz" else raw
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, zlib.error) as error:
                 raise DataError(f"{candidate} cannot be read ({error}); it may be cut short: fetch it again") from error
     raise DataError(f"{path} is missing, and so is {path.name}.gz; data.path must hold it")
 
@@ -197,8 +198,8 @@ def _cifar(path: Path, train: list[str], test: str, meta: str, label: bytes, nam
     (images, labels), (test_images, test_labels) = part(train), part([test])
     try:
         classes = [name.decode() for name in _batch(path / meta)[names]]
-    except KeyError as error:
-        raise DataError(f"{path / meta} does not list {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path / meta} does not list {names.decode()} ({error!r})") from error
     return images, labels, test_images, test_labels, classes
 
 

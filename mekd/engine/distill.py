@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mekd import files
+from mekd.codes import resolve_code
 from mekd.config import fingerprint
 from mekd.engine.loop import Loop
 from mekd.engine.queries import collect
@@ -25,6 +26,9 @@ def distill(run: Run) -> None:
     oracle = run.open_oracle("distill", image, config.budget)
     classes = oracle.num_classes
     generator = run.load_generator(classes, image[0])
+    if config.image > 0:  # said before the first query is paid
+        target = {"label": "labels"}.get(oracle.response, oracle.response)
+        resolve_code(config.code, target, classes)
     depends = fingerprint(run.config, "distill") | {
         "teacher": run.teacher_digest(),
         "deprivatize.steps": run.config.deprivatize.steps,
