@@ -43,7 +43,7 @@ def doctor() -> int:
         missing = [package for package, v in found.items() if v is None]
         complete &= not missing or extra in ("dali", "vision")
         have = ", ".join(f"{package} {v}" for package, v in found.items() if v)
-        hint = f"missing {', '.join(missing)}: pip install 'mekd[{extra}]'" if missing else ""
+        hint = f"missing {', '.join(missing)}: pip install {' '.join(missing)}" if missing else ""
         print(f"{extra:<12} {'; '.join(part for part in (have, hint) if part)}")
     ok, line = _checked(_runtime)
     print(f"{'runtime':<12} {line}")

@@ -1,5 +1,6 @@
 """Writing files so that a reader finds the old one or the new one, never half of one."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +27,14 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        beside.unlink(missing_ok=True)
         stays = "; the earlier one stays as it was" if path.exists() else ""
         raise WriteError(
             f"{path} could not be written ({error}){stays}. Free some space, or check the folder's permissions, "
             "and run the same command again: it goes on from the last checkpoint"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,14 +49,13 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     """torch.load of tensors and plain values only; ValueError says so where the file is damaged or none of ours."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"{path} is damaged or no checkpoint ({type(error).__name__}); delete it to start anew"
-        ) from error
+    with open(path, "rb") as file:  # what cannot be opened says so itself
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"{path} is damaged or no checkpoint ({type(error).__name__}); delete it to start anew"
+            ) from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dict; it is no checkpoint")
     return state

@@ -79,7 +79,6 @@ def test_what_the_main_job_can_do_without(capsys: pytest.CaptureFixture[str], mo
     assert "missing nvidia-dali-cuda130: pip install" in said["dali"]
 
 
-@pytest.mark.xfail(strict=True, reason="the hint is 'mekd[onnx]', which brings onnxruntime beside onnxruntime-gpu")
 def test_the_hint_does_not_bring_a_second_runtime(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

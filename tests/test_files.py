@@ -91,7 +91,6 @@ def test_a_failing_fill(tmp_path: Path, error: Exception, earlier: bool) -> None
     assert caught.value.__cause__ is error
 
 
-@pytest.mark.xfail(strict=True, reason="errors other than OSError and RuntimeError leave .file.part behind")
 @pytest.mark.parametrize(
     "error", [ValueError("no"), KeyboardInterrupt(), MemoryError()], ids=lambda e: type(e).__name__
 )
@@ -110,7 +109,6 @@ def test_a_folder_in_the_place_of_the_file(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file"]
 
 
-@pytest.mark.xfail(strict=True, reason="clearing up fails as well, and its NotADirectoryError is what is raised")
 def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(WriteError, match="runs/file could not be written"):
@@ -232,7 +230,6 @@ def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path: Path, form: str) -
     assert not target.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="what cannot be opened is called damaged, and to be deleted")
 def test_what_cannot_be_opened_is_not_called_damaged(tmp_path: Path) -> None:
     # A folder stands for all that open() refuses; root may read any file.
     (tmp_path / "a.pt").mkdir()

@@ -401,10 +401,7 @@ def test_the_student_learns_from_both_terms(target: str, kind: type[Plain]) -> N
         ("probs", "standardized"),
         ("topk", "log_probs"),
         # The same, where the code is made of the logits as they are, or of a one-hot label.
-        *(
-            pytest.param(*fit, marks=pytest.mark.xfail(strict=True, reason="the code is cast to float32"))
-            for fit in (("logits", "logits"), ("logits", "standardized"), ("labels", "onehot"))
-        ),
+        *(fit for fit in (("logits", "logits"), ("logits", "standardized"), ("labels", "onehot"))),
     ],
 )
 def test_gradcheck(target: str, code: str) -> None:

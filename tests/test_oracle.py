@@ -317,7 +317,6 @@ def test_transport_float_takes_no_pixels() -> None:
     assert oracle.ledger.spent == 0 and recorder.sent == []
 
 
-@pytest.mark.xfail(strict=True, reason="images of NaN are cast to some pixel, sent and paid for")
 @pytest.mark.parametrize("transport", ["uint8", "float"])
 def test_images_of_a_generator_that_diverged_cost_nothing(transport: str) -> None:
     recorder = Recorder()
@@ -349,7 +348,6 @@ def test_too_few_answers_are_refused() -> None:
     assert oracle.ledger.counts["uncertain"] == 4 and oracle.ledger.counts["queries"] == 0
 
 
-@pytest.mark.xfail(strict=True, reason="TorchOracle believes num_classes and does not look at the answer's width")
 def test_a_module_with_another_number_of_classes_is_refused() -> None:
     with pytest.raises(AnswerError, match="5 scores an image; 7"):
         TorchOracle(Recorder(), IMAGE, 7).query(pixels(2))
@@ -497,7 +495,6 @@ def test_a_softmax_at_the_end_means_probabilities(tmp_path: Path) -> None:
         asked(path, "logits").query(images)
 
 
-@pytest.mark.xfail(strict=True, reason="that logits cannot be had is known when the file is opened, and said too late")
 def test_logits_asked_of_probabilities_cost_nothing(tmp_path: Path) -> None:
     path, ledger = echo(tmp_path / "x.onnx", [softmax("scores")]), Ledger("s")
     with pytest.raises((AnswerError, ModelError), match="cannot be had"):
@@ -505,7 +502,6 @@ def test_logits_asked_of_probabilities_cost_nothing(tmp_path: Path) -> None:
     assert ledger.spent == 0
 
 
-@pytest.mark.xfail(strict=True, reason="only a Softmax that is the very last node counts: softmax is taken twice")
 @pytest.mark.parametrize("behind", ["Cast", "Identity", "Flatten", "Squeeze"])
 def test_a_softmax_just_before_the_end_means_probabilities(tmp_path: Path, behind: str) -> None:
     options = {"to": FLOAT} if behind == "Cast" else {}
@@ -584,7 +580,6 @@ def test_a_class_index_out_of_range(tmp_path: Path) -> None:
     assert oracle.ledger.counts["uncertain"] == 2
 
 
-@pytest.mark.xfail(strict=True, reason="the message names the largest index, not the one that is out of range")
 def test_a_negative_class_index_is_named(tmp_path: Path) -> None:
     tail = argmax(helper.make_node("Sub", ["best", "one"], ["label"]))
     path = echo(tmp_path / "x.onnx", tail, output=("label", INT64, ["m"]), constants={"one": np.array(1)})
@@ -774,7 +769,6 @@ def test_a_file_that_is_no_model(tmp_path: Path, name: str) -> None:
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="'provider' in the path is taken for a complaint about an execution provider")
 def test_a_damaged_file_is_no_fault_of_the_provider(tmp_path: Path) -> None:
     path = tmp_path / "my_provider.onnx"
     path.write_text("no model")
@@ -801,7 +795,6 @@ def refused(path: Path, response: str = "logits", *, images: Tensor | None = Non
     return str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="mean and std are not compared with the channels")
 @pytest.mark.parametrize(
     "wrong", [{"mean": (0.5, 0.5, 0.5)}, {"std": (0.2, 0.2, 0.2)}, {"std": (0.0,)}], ids=["mean", "std", "zero"]
 )
@@ -809,14 +802,12 @@ def test_mean_and_std_that_do_not_fit(tmp_path: Path, wrong: dict[str, Any]) -> 
     assert next(iter(wrong)) in refused(echo(tmp_path / "x.onnx"), **wrong)
 
 
-@pytest.mark.xfail(strict=True, reason="an output (m, 3) of class indices is flattened to 3 m labels")
 def test_several_class_indices_an_image(tmp_path: Path) -> None:
     tail = [helper.make_node("TopK", ["flat", "three"], ["scores", "labels"], axis=1)]
     path = echo(tmp_path / "x.onnx", tail, output=("labels", INT64, ["m", 3]), constants={"three": np.array([3])})
     assert "labels" in refused(path, "label", num_classes=6)
 
 
-@pytest.mark.xfail(strict=True, reason="a graph that fails on the images raises ONNX Runtime's own error")
 def test_a_graph_that_does_not_run_on_images_of_that_size(tmp_path: Path) -> None:
     # Open in the file, but the linear layer behind fits 2 x 3 only.
     tail = [helper.make_node("MatMul", ["flat", "weight"], ["scores"])]
@@ -827,7 +818,6 @@ def test_a_graph_that_does_not_run_on_images_of_that_size(tmp_path: Path) -> Non
         asked(path, image=(1, 3, 3)).query(oracle_images)
 
 
-@pytest.mark.xfail(strict=True, reason="another number of answers than images is a bare RuntimeError")
 def test_one_answer_for_the_whole_batch(tmp_path: Path) -> None:
     tail = [helper.make_node("ReduceMean", ["flat"], ["scores"], axes=[0], keepdims=1)]
     path = echo(tmp_path / "x.onnx", tail, output=("scores", FLOAT, [1, 6]))
@@ -885,7 +875,6 @@ def test_a_provider_that_this_build_lacks(tmp_path: Path, monkeypatch: pytest.Mo
         OnnxOracle(path, providers="cuda")
 
 
-@pytest.mark.xfail(strict=True, reason="an empty list ends in an IndexError")
 def test_no_provider_at_all(tmp_path: Path) -> None:
     with pytest.raises((ProviderError, ValueError), match="provider"):
         OnnxOracle(echo(tmp_path / "x.onnx"), providers=[])

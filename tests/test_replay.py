@@ -119,7 +119,6 @@ def test_another_count(tmp_path: Path, count: int) -> None:
         Replay(tmp_path, count)
 
 
-@pytest.mark.xfail(strict=True, reason="a reopened store does not compare the answers with what it holds")
 @pytest.mark.parametrize(("kind", "decimals"), [("logits", None), ("label", None), ("probs", 2)])
 def test_answers_of_another_kind_are_refused(tmp_path: Path, kind: str, decimals: int | None) -> None:
     images, response = drawn()
@@ -153,7 +152,6 @@ def test_a_full_disk_is_known_before_anything_is_kept(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="the images are allocated, and stay, when the answers find no space")
 def test_a_disk_that_is_full_at_the_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, response = drawn()
     store = Replay(tmp_path, COUNT)
@@ -196,7 +194,6 @@ print(json.dumps(found))
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.xfail(strict=True, reason="numpy's own allocation fails first, outside of the try: OSError, a half file")
 @pytest.mark.parametrize("name", ["images", "values"])
 def test_the_kernel_refuses(limited: dict[str, tuple[str, list[str]]], name: str) -> None:
     error, left = limited[name]

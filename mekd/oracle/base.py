@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mekd.functional import check_choice
 from mekd.oracle.ledger import Ledger
-from mekd.oracle.response import KINDS, Response
+from mekd.oracle.response import KINDS, AnswerError, Response
 from mekd.pixels import to_uint8
 
 TRANSPORTS = ("uint8", "float")
@@ -56,6 +56,8 @@ class Oracle(ABC):
             )
         if len(images) == 0:
             raise ValueError("images holds no image; a query needs at least one")
+        if images.is_floating_point() and not images.isfinite().all():
+            raise ValueError("images hold NaN or infinity: the generator diverged; nothing was sent")
         if images.is_floating_point():
             sent = to_uint8(images.detach()) if self.transport == "uint8" else images.detach().float()
         elif images.dtype == torch.uint8 and self.transport == "uint8":
@@ -71,7 +73,7 @@ class Oracle(ABC):
         self.ledger.intend(sent)
         answered = self._send(sent)
         if len(answered) != len(images):
-            raise RuntimeError(f"the teacher answered {len(answered)} of {len(images)} images")
+            raise AnswerError(f"the teacher answered {len(answered)} of {len(images)} images")
         self.ledger.record(sent, answered)
         return answered.to(images.device)
 

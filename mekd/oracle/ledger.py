@@ -20,7 +20,7 @@ from torch import Tensor
 from mekd import files
 from mekd.oracle.response import Response
 
-_HEADER = struct.Struct("<cII")  # kind of record (I or A), length, CRC-32 of the payload
+_HEADER = struct.Struct("<cII")  # kind of record (T, I or A), length of the payload, CRC-32 of kind and payload
 _COUNTS = ("requests", "queries", "bytes_up", "bytes_down", "uncertain")
 
 
@@ -35,10 +35,10 @@ class LedgerError(RuntimeError):
 class Ledger:
     """The account of one stage: requests, queries (one image is one query), bytes, and a hard budget.
 
-    stage names the account. folder holds STAGE.json (what is settled) and STAGE.journal (requests since the
-    last checkpoint); without a folder the account lives in memory. budget: queries at most, including the
-    uncertain ones; price: what one query costs. uncertain counts queries that were sent and whose answer was
-    lost or unusable: the provider may have billed them.
+    stage names the account. folder holds STAGE.journal (the totals at the last checkpoint, and every request
+    since) and STAGE.json (those totals, for others to read); without a folder the account lives in memory.
+    budget: queries at most, the uncertain ones included; price: what one query costs. uncertain counts queries
+    that were sent and whose answer was lost or unusable: the provider may have billed them.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class Ledger:
         self._journal: BinaryIO | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self._totals_path = folder / f"{stage}.json"
-            self._open(folder / f"{stage}.journal")
+            self._path = folder / f"{stage}.journal"
+            self._read()
 
     @property
     def spent(self) -> int:
@@ -138,9 +138,13 @@ class Ledger:
             return
         if self._answers:  # still replaying: the journal's tail is needed, and totals already count it
             return
-        files.write_text(self._totals_path, json.dumps({**self.counts, "settled": self.settled}, indent=1) + "\n")
-        self._journal.truncate(0)
-        self._journal.seek(0)
+        totals = json.dumps({**self.counts, "settled": self.settled}, indent=1)
+        # One file, replaced in one step: no kill can leave totals beside the records that they contain.
+        files.write(self._path, lambda file: file.write(_record(b"T", totals.encode())))
+        self._journal.close()
+        self._journal = open(self._path, "r+b", buffering=0)  # noqa: SIM115
+        self._journal.seek(0, io.SEEK_END)
+        files.write_text(self._path.with_suffix(".json"), totals + "\n")
 
     def close(self) -> None:
         """Close the journal."""
@@ -157,7 +161,7 @@ class Ledger:
     def _append(self, kind: bytes, payload: bytes) -> None:
         if self._journal is None:
             return
-        record = _HEADER.pack(kind, len(payload), zlib.crc32(payload)) + payload
+        record = _record(kind, payload)
         start = self._journal.tell()
         try:
             if self._journal.write(record) < len(record):
@@ -170,24 +174,21 @@ class Ledger:
                 "command again: it goes on from the last checkpoint"
             ) from error
 
-    def _open(self, path: Path) -> None:
-        if self._totals_path.exists():
-            totals = json.loads(self._totals_path.read_text())
-            self.settled = self.next = totals.pop("settled")
-            self.counts = totals
+    def _read(self) -> None:
         # Unbuffered: what a killed process wrote is in the kernel's hands.
-        self._journal = open(path, "r+b" if path.exists() else "w+b", buffering=0)  # noqa: SIM115
+        self._journal = open(self._path, "r+b" if self._path.exists() else "w+b", buffering=0)  # noqa: SIM115
         good = 0
-        for kind, payload, good in _records(self._journal):  # noqa: B007
-            if kind == b"I":
-                intent = json.loads(payload)
-                if intent["request"] >= self.settled:
-                    self.counts["uncertain"] += intent["queries"]
+        for kind, payload, good in _records(self._journal, self._path):  # noqa: B007
+            if kind == b"T":
+                self.counts = json.loads(payload)
+                self.settled = self.next = self.counts.pop("settled")
+                files.write_text(self._path.with_suffix(".json"), payload.decode() + "\n")
+            elif kind == b"I":
+                self.counts["uncertain"] += json.loads(payload)["queries"]
             else:
                 head, response = _unpack(payload)
-                if head["request"] >= self.settled:
-                    self._answers[head["request"]] = (head["digest"], response)
-                    self._count(head["up"], response)
+                self._answers[head["request"]] = (head["digest"], response)
+                self._count(head["up"], response)
         self._journal.truncate(good)  # a record that the kill cut short
         self._journal.seek(good)
 
@@ -196,12 +197,21 @@ def _digest(images: Tensor) -> str:
     return hashlib.blake2b(images.cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
 
-def _records(journal: BinaryIO) -> Iterator[tuple[bytes, bytes, int]]:
-    """The whole records of a journal, each with the offset behind it."""
+def _record(kind: bytes, payload: bytes) -> bytes:
+    return _HEADER.pack(kind, len(payload), zlib.crc32(kind + payload)) + payload
+
+
+def _records(journal: BinaryIO, path: Path) -> Iterator[tuple[bytes, bytes, int]]:
+    """The whole records of a journal, each with the offset behind it; the one that a kill cut short is left out."""
+    size = path.stat().st_size
     while len(header := journal.read(_HEADER.size)) == _HEADER.size:
         kind, length, crc = _HEADER.unpack(header)
         payload = journal.read(length)
-        if kind not in (b"I", b"A") or len(payload) < length or zlib.crc32(payload) != crc:
+        if len(payload) < length or zlib.crc32(kind + payload) != crc:
+            if journal.tell() < size:
+                raise LedgerError(
+                    f"{path} is damaged before its end; put a copy back, or start anew with another --out"
+                )
             return
         yield kind, payload, journal.tell()
 

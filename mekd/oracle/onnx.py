@@ -25,6 +25,10 @@ _DTYPES = {
 }
 
 
+#: Nodes behind a softmax that leave probabilities what they are.
+_SAME = ("Cast", "Identity", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Dropout")
+
+
 class ModelError(ValueError):
     """The .onnx file is no classifier that can be asked, or not one for these images."""
 
@@ -72,6 +76,11 @@ class OnnxOracle(Oracle):
         dtype = _DTYPES[source.type]
         if dtype == np.uint8 and self.transport == "float":
             raise ModelError(f"{path} takes uint8 images; transport must be 'uint8'")
+        for name, numbers in (("mean", mean), ("std", std)):
+            if len(numbers) not in (1, image[0]) or (name == "std" and min(numbers) <= 0):
+                raise ModelError(f"{name} is {tuple(numbers)}; the teacher takes {image[0]} channels, std above 0")
+        if output == "probs" and response == "logits":
+            raise ModelError(f"{path} answers probabilities; its logits cannot be had: --oracle.response probs")
         shift, spread = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (mean, std))
 
         def feed(images: Tensor) -> np.ndarray:
@@ -91,6 +100,16 @@ class OnnxOracle(Oracle):
             parts = [session.run([sink], {source.name: fed[i : i + batch]})[0] for i in range(0, len(fed), batch)]
             return np.concatenate(parts)[:m]
 
+        try:  # two blank images: what fails here costs nothing, what fails in query() does
+            blank = run(torch.zeros(2, *image, dtype=torch.uint8))
+        except Exception as error:
+            raise ModelError(f"{path} does not run on images {image}: {error}") from error
+        width = num_classes if output in ("logits", "probs") else 1
+        if len(blank) != 2 or blank.size != 2 * width:
+            raise ModelError(
+                f"{path} answers two images with {sink} of shape {blank.shape}: {blank.size // 2} scores an image; "
+                f"{width} were expected"
+            )
         self._respond = _responder(run, self, output, list(classes or []))
 
     def _send(self, images: Tensor) -> Response:
@@ -110,7 +129,8 @@ def _responder(
         if output == "index":
             indices = torch.from_numpy(raw.astype(np.int64).reshape(-1))
             if indices.min() < 0 or indices.max() >= num_classes:
-                raise AnswerError(f"the teacher answered class {int(indices.max())}; there are {num_classes}")
+                wrong = indices[(indices < 0) | (indices >= num_classes)][0]
+                raise AnswerError(f"the teacher answered class {int(wrong)}; there are {num_classes}")
             return Response("label", None, indices)
         scores = torch.from_numpy(raw.astype(np.float32).reshape(len(raw), -1))
         if scores.shape[1] != num_classes:
@@ -133,6 +153,8 @@ def open_session(path: Path, providers: str | Sequence[str] = "auto") -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"teacher.onnx is {str(path)!r}; no such file")
     names = _provider_names(providers, ort.get_available_providers())
+    if not names:
+        raise ProviderError("no execution provider is named; say auto, cpu, cuda or tensorrt")
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
     settings.intra_op_num_threads = torch.get_num_threads()
@@ -141,7 +163,8 @@ def open_session(path: Path, providers: str | Sequence[str] = "auto") -> Any:
     try:
         session = ort.InferenceSession(str(path), settings, providers=names)
     except Exception as error:
-        if "provider" in str(error).lower() or "CUDA" in str(error):
+        said = str(error).replace(str(path), "")
+        if "provider" in said.lower() or "CUDA" in said:
             raise ProviderError(f"{names[0]} does not start: {error}") from error
         raise ModelError(f"{path} is no ONNX model that ONNX Runtime can load: {error}") from error
     if session.get_providers()[0] != names[0]:
@@ -240,5 +263,7 @@ def _ends_in_softmax(path: object, sink: str) -> bool:
     except ImportError as error:
         raise ModelError("output='auto' needs the package onnx; or say output='logits' or 'probs'") from error
     graph = onnx.load(str(path), load_external_data=False).graph
-    makers = {name: node.op_type for node in graph.node for name in node.output}
-    return makers.get(sink) == "Softmax"
+    makers = {name: node for node in graph.node for name in node.output}
+    while (node := makers.get(sink)) is not None and node.op_type in _SAME:
+        sink = node.input[0]
+    return node is not None and node.op_type == "Softmax"

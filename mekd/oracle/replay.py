@@ -41,6 +41,11 @@ class Replay:
         rows = {name: part.cpu().numpy() for name, part in parts.items() if part is not None}
         if not self._arrays:
             self._allocate(rows, response)
+        elif (response.kind, response.decimals) != (self._kind["kind"], self._kind["decimals"]):
+            raise ValueError(
+                f"{self.folder} holds answers of kind {self._kind['kind']} with decimals {self._kind['decimals']}, the "
+                f"teacher gave {response.kind} with {response.decimals}; start anew with another --out"
+            )
         for name, part in rows.items():
             self._arrays[name][start : start + len(part)] = part
 
@@ -65,19 +70,20 @@ class Replay:
 
     def _allocate(self, rows: dict[str, np.ndarray], response: Response) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        paths = {name: self.folder / f"{name}.npy" for name in rows}
+        arrays: dict[str, np.ndarray] = {}
         for name, part in rows.items():
-            path = self.folder / f"{name}.npy"
-            shape = (self.count, *part.shape[1:])
-            array = np.lib.format.open_memmap(path, mode="w+", dtype=part.dtype, shape=shape)
+            path, shape = paths[name], (self.count, *part.shape[1:])
             try:
+                arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=part.dtype, shape=shape)
                 # Without this the file has holes, and a full disk shows as a crash in the middle of a query.
                 with open(path, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             except OSError as error:
-                path.unlink()
-                raise files.WriteError(
-                    f"{path} needs {array.nbytes / 1e6:.0f} MB ({error}); free some space"
-                ) from error
-            self._arrays[name] = array
+                for path in paths.values():
+                    path.unlink(missing_ok=True)
+                size = part[:1].nbytes * self.count / 1e6
+                raise files.WriteError(f"{paths[name]} needs {size:.0f} MB ({error}); free some space") from error
+        self._arrays = arrays
         self._kind = {"kind": response.kind, "decimals": response.decimals, "arrays": list(rows)}
         files.write_text(self.folder / "replay.json", json.dumps(self._kind) + "\n")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mekd.oracle.base import Oracle
-from mekd.oracle.response import Response, answer
+from mekd.oracle.response import AnswerError, Response, answer
 from mekd.pixels import as_float
 
 
@@ -37,7 +37,11 @@ class TorchOracle(Oracle):
             return module(as_float(images).to(device))
 
         def respond(images: Tensor) -> Response:
-            return answer(send(images).clone(), kind, output=output, k=k, decimals=decimals)
+            scores = send(images).clone()
+            if scores.dim() != 2 or scores.shape[1] != num_classes:
+                width = scores[0].numel()
+                raise AnswerError(f"the teacher answered {width} scores an image; {num_classes} were expected")
+            return answer(scores, kind, output=output, k=k, decimals=decimals)
 
         self._respond = respond
 
