@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _mistakes() -> tuple[type[Exception], ...]:
-    return (ValueError, FileNotFoundError, ImportError)
+    return (ValueError, OSError, ImportError)
 
 
 def _stopped(command: str, error: RuntimeError) -> int:

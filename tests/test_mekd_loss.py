@@ -5,47 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mekd.losses import PRESETS, MEKDLoss
-
-Rows = np.ndarray
-CLASSES = 6
-#: Half the spacing of float32 numbers just below 1.
-FLOOR = 2.0**-25
-
-
-class Plain(nn.Module):
-    """Linear, batch norm, tanh: codes (m, C) to images (m, 3, 2, 2). Counts how it is run."""
-
-    def __init__(self, num_classes: int = CLASSES) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.linear, self.bn = nn.Linear(num_classes, 12), nn.BatchNorm1d(12)
-        with torch.no_grad():
-            for x in (*self.parameters(), self.bn.running_mean, self.bn.running_var):
-                assert x is not None
-                low = 0.5 if x is self.bn.running_var else -0.3
-                x.copy_(low + torch.rand(x.shape, generator=generator))
-        self.runs: list[bool] = []
-
-    def draw(self, code: Tensor) -> Tensor:
-        self.runs.append(torch.is_grad_enabled())
-        return self.bn(self.linear(code)).unflatten(1, (3, 2, 2))
-
-    def forward(self, code: Tensor) -> Tensor:
-        return self.draw(code).tanh()
-
-
-class WithPreactivation(Plain):
-    """The same, with the image before its tanh at hand; asking for more is a waste."""
-
-    def preactivation(self, code: Tensor) -> Tensor:
-        return self.draw(code)
-
-    def forward(self, code: Tensor) -> Tensor:
-        raise AssertionError("the tanh is the loss's")
-
+from small_generator import Plain, Rows, WithPreactivation, answer_of, centre, image, inputs, log_softmax
 
 GENERATORS = [
     # Anybody's module: it is called.
@@ -53,24 +16,6 @@ GENERATORS = [
     # Ours: the tanh is left to the loss.
     WithPreactivation,
 ]
-
-
-def image(generator: Plain, code: Rows) -> Rows:
-    """What the generator draws with its running statistics, in float64: (m, 12)."""
-    w = {name: x.double().numpy() for name, x in generator.state_dict().items()}
-    x = code @ w["linear.weight"].T + w["linear.bias"]
-    x = (x - w["bn.running_mean"]) / np.sqrt(w["bn.running_var"] + generator.bn.eps)
-    return np.tanh(x * w["bn.weight"] + w["bn.bias"])
-
-
-def log_softmax(x: Rows) -> Rows:
-    shifted = x - x.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def centre(log_p: Rows, floor: float = FLOOR) -> Rows:
-    log_p = np.maximum(log_p, np.log(floor))
-    return log_p - log_p.mean(-1, keepdims=True)
 
 
 def standardize(x: Rows) -> Rows:
@@ -83,33 +28,6 @@ def kl(log_p: Rows, student: Rows, tau: float) -> float:
     p = np.exp(log_p)
     with np.errstate(invalid="ignore"):
         return float(np.where(p > 0, p * (log_p - log_softmax(student / tau)), 0.0).sum(-1).mean())
-
-
-def inputs(num_classes: int = CLASSES, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Logits of a student and of a teacher (5, C)."""
-    random = np.random.default_rng(0)
-    student, teacher = torch.from_numpy(3 * random.standard_normal((2, 5, num_classes))).to(dtype)
-    return student, teacher
-
-
-def answer_of(target: str, teacher: Tensor) -> tuple[dict[str, Any], Rows]:
-    """The answer as MEKDLoss takes it, and log p."""
-    log_p = log_softmax(teacher.double().numpy())
-    if target == "logits":
-        return {"logits": teacher}, log_p
-    if target == "labels":
-        labels = teacher.argmax(-1)
-        with np.errstate(divide="ignore"):
-            return {"labels": labels}, np.log(np.eye(teacher.shape[-1])[labels.numpy()])
-    probs = torch.from_numpy(np.exp(log_p)).to(teacher.dtype)
-    if target == "probs":
-        return {"probs": probs}, log_p
-    # The best two, the rest shared equally.
-    values, indices = probs.topk(2)
-    rest = (1 - values.double().numpy().sum(-1, keepdims=True)) / (teacher.shape[-1] - 2)
-    p = np.repeat(rest, teacher.shape[-1], axis=1)
-    np.put_along_axis(p, indices.numpy(), values.double().numpy(), axis=1)
-    return {"topk": (values, indices)}, np.log(p)
 
 
 def codes(code: str, target: str, student: Rows, teacher: Rows, log_p: Rows, tau: float) -> tuple[Rows, Rows]:
@@ -193,140 +111,6 @@ def test_top_k_without_the_rest() -> None:
     distance = np.abs(image(generator, own) - image(generator, target)).mean()
     assert image_term.item() == pytest.approx(distance, rel=2e-5)
     assert kl_term.item() == pytest.approx(kl(log_p, s, 1.0), rel=2e-5)
-
-
-# The code is made alike on both sides.
-
-
-@pytest.mark.parametrize(
-    ("code", "target", "offset"),
-    [
-        # Logits against the very same logits.
-        ("logits", "logits", 0.0),
-        ("log_probs", "logits", 0.0),
-        ("standardized", "logits", 0.0),
-        # Logits against the probabilities that an API makes of them.
-        ("log_probs", "probs", 0.0),
-        ("standardized", "probs", 0.0),
-        # ... and against all of them, sorted.
-        ("log_probs", "topk", 0.0),
-        ("standardized", "topk", 0.0),
-        # A constant per row, which softmax ignores, is no difference where the code is centred.
-        ("log_probs", "logits", 2.0),
-        ("standardized", "logits", 2.0),
-        ("log_probs", "probs", 2.0),
-        ("standardized", "probs", 2.0),
-    ],
-)
-def test_a_student_that_agrees_draws_the_same_image(code: str, target: str, offset: float) -> None:
-    _, teacher = inputs()
-    probs = teacher.softmax(-1)
-    answers: dict[str, Any] = {"logits": teacher, "probs": probs, "topk": probs.sort(descending=True)}
-    student = (teacher + offset).requires_grad_()
-    image_term, kl_term = MEKDLoss(WithPreactivation(), code=code).terms(student, **{target: answers[target]})
-    assert image_term.item() == pytest.approx(0, abs=1e-6)
-    assert kl_term.item() == pytest.approx(0, abs=1e-6)
-
-
-def test_a_student_sure_of_the_label_draws_the_same_image() -> None:
-    labels = torch.tensor([0, 3, 5])
-    student = 100 * nn.functional.one_hot(labels, CLASSES).float()
-    image_term, _ = MEKDLoss(Plain()).terms(student, labels=labels)
-    assert image_term.item() == pytest.approx(0, abs=1e-6)
-    # Sure of another one, it does not.
-    image_term, _ = MEKDLoss(Plain()).terms(student, labels=labels.flip(0))
-    assert image_term.item() > 1e-2
-
-
-@pytest.mark.parametrize(
-    ("floor", "low", "lower", "alike"),
-    [
-        # An API of two decimals answers 0.00 for anything below half a step.
-        (0.005, 0.004, 0.0, True),
-        # Above the floor, a difference is a difference.
-        (0.005, 0.02, 0.01, False),
-        # What float32 cannot tell from 0 beside 1, by default.
-        (FLOOR, 1e-9, 0.0, True),
-        # What it can.
-        (FLOOR, 1e-6, 1e-7, False),
-    ],
-)
-def test_probabilities_are_floored(floor: float, low: float, lower: float, alike: bool) -> None:
-    def probs(p: float) -> Tensor:
-        # The others keep their values: nothing but the small one differs.
-        return torch.tensor([[p, 0.3, 0.25, 0.2, 0.15, 0.1 - floor]], dtype=torch.float64)
-
-    student = probs(low).log().float()
-    # Normalisation of the student moves all by log of a sum that is near 1.
-    total = float(probs(low).sum())
-    generator = Plain()
-    loss = MEKDLoss(generator, tau=1.0, floor=floor)
-    got = loss.terms(student, probs=probs(lower).float())[0].item()
-
-    def code(p: Tensor) -> Rows:
-        return centre(np.log(np.maximum((p / p.sum()).numpy(), 1e-300)), floor)
-
-    wanted = np.abs(image(generator, code(probs(low))) - image(generator, code(probs(lower)))).mean()
-    assert abs(total - 1) < 0.02
-    assert got == pytest.approx(wanted, rel=1e-4, abs=1e-6)
-    assert (got < 2e-3) == alike
-
-
-def test_a_floored_class_gets_no_gradient_from_the_image() -> None:
-    student = torch.tensor([[-60.0, 1.0, 0.5, 0.0, -0.5, -1.0]], requires_grad=True)
-    _, teacher = inputs()
-    image_term, _ = MEKDLoss(Plain()).terms(student, probs=teacher[:1].softmax(-1))
-    image_term.backward()
-    assert student.grad is not None
-    assert torch.isfinite(student.grad).all()
-    assert abs(student.grad[0, 0].item()) < 1e-12
-    assert student.grad[0, 1:].abs().max() > 1e-4
-
-
-@pytest.mark.parametrize(
-    ("code", "target", "num_classes"),
-    [
-        # Two classes, standardised, are +1 and -1 whatever their values.
-        ("standardized", "logits", 2),
-        ("standardized", "probs", 2),
-        ("standardized", "labels", 2),
-        # One class has no variance at all.
-        ("standardized", "logits", 1),
-        # A label of two classes is standardised too.
-        ("auto", "labels", 2),
-    ],
-)
-def test_standardizing_fewer_than_three_classes_is_refused(code: str, target: str, num_classes: int) -> None:
-    student, teacher = inputs(num_classes)
-    answer = {"logits": teacher, "probs": teacher.softmax(-1), "labels": teacher.argmax(-1)}[target]
-    with pytest.raises(ValueError, match=f"at least 3 classes, not {num_classes}"):
-        MEKDLoss(Plain(num_classes), code=code)(student, **{target: answer})
-
-
-def test_two_classes_are_enough_for_probabilities() -> None:
-    student, teacher = inputs(2)
-    assert MEKDLoss(Plain(2))(student, probs=teacher.softmax(-1)).item() > 0
-
-
-@pytest.mark.parametrize(
-    ("code", "target"),
-    [
-        # log p is no logit: the difference of the two formats would be the loss.
-        ("logits", "probs"),
-        ("logits", "topk"),
-        ("logits", "labels"),
-        # A label has no log-probabilities.
-        ("log_probs", "labels"),
-        # Probabilities are more than their argmax.
-        ("onehot", "logits"),
-        ("onehot", "probs"),
-        ("onehot", "topk"),
-    ],
-)
-def test_codes_that_do_not_fit_the_answer_are_refused(code: str, target: str) -> None:
-    student, teacher = inputs()
-    with pytest.raises(ValueError, match=rf"code is '{code}'.*{target}.*auto"):
-        MEKDLoss(Plain(), code=code)(student, **answer_of(target, teacher)[0])
 
 
 # The generator is frozen.
