@@ -13,7 +13,10 @@ def main(arguments: Sequence[str]) -> int:
     """Print a Markdown table of the runs' summary.json, a row per run, and a row of means."""
     parser = argparse.ArgumentParser(prog="python -m bench seeds", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
-    rows = [(run, json.loads((run / "summary.json").read_text())) for run in parser.parse_args(arguments).runs]
+    runs = parser.parse_args(arguments).runs
+    if unfinished := [str(run) for run in runs if not (run / "summary.json").exists()]:
+        parser.error(f"no summary.json in {', '.join(unfinished)}: name folders of finished runs")
+    rows = [(run, json.loads((run / "summary.json").read_text())) for run in runs]
     print("| run | seed | response | teacher | baseline | student | agreement | queries | seconds |")
     print("|---|---|---|---|---|---|---|---|---|")
     for run, summary in rows:
