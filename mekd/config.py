@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mekd.codes import CODES
-from mekd.functional import SCALES, check_choice
+from mekd.checks import SCALES, check_choice
 from mekd.losses import PRESETS
 
 
@@ -110,6 +110,7 @@ class DeprivatizeConfig:
         alpha: weight of the information term; 0 asks the teacher nothing
         minimax: G minimises log(1 - D) instead of -log D
         width: multiplies the generator's channels
+        dropout: share of the discriminator's channels that is left out; 0 where private images are many
         ema: decay of an average of G's weights, used in step 2; 0 for the last weights
         budget: queries at most; null for no limit
     """
@@ -120,11 +121,13 @@ class DeprivatizeConfig:
     alpha: float = 0.5
     minimax: bool = False
     width: float = 1.0
+    dropout: float = 0.25
     ema: float = 0.0
     budget: int | None = None
 
     def __post_init__(self) -> None:
         _positive("deprivatize", self, "steps", "batch", "lr", "width")
+        _between("deprivatize.dropout", self.dropout, 0, 1)
         _between("deprivatize.ema", self.ema, 0, 1)
         if self.alpha < 0:
             raise ValueError(f"deprivatize.alpha is {self.alpha}; it must be at least 0")

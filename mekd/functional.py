@@ -1,60 +1,32 @@
-"""The losses as functions: arguments are checked here, once, and the formulas are those of mekd.reference."""
+"""The losses as functions. Arguments are checked here, formulas are in mekd.reference, and mekd.ops runs them.
+
+Common to all: losses come as float32 (float64 for float64 inputs) whatever the inputs' dtype; a teacher that requires
+grad is refused, and so are second derivatives. weights (...) multiplies each row's loss, mask (...) is True for the
+rows that count, which may hold anything elsewhere. reduction: "none" gives (...), "sum" adds up, "batchmean" divides
+that by the rows that count, "mean" by all elements, as F.kl_div does. dim: where the classes are, 1 for dense
+predictions (B, C, H, W). tau: a float or a 0-d tensor; under torch.compile only the tensor changes without a
+recompile. impl names a backend, "reference" or "cpp", and is an error where that cannot run. Raises ValueError or
+TypeError naming the argument; values (labels, probabilities, indices, tau) are checked while they are read: on the
+CPU always, on a GPU with MEKD_CHECK=1 in the environment.
+"""
 
 import torch
 from torch import Tensor
 
-from mekd import reference
-
-SCALES = ("tau2", "tau", "one")
-REDUCTIONS = ("none", "mean", "batchmean", "sum")
-TOPK_RESTS = ("spread", "drop")
-
-
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError unless value is one of the allowed names."""
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
-
-
-def check_positive(name: str, value: float | Tensor) -> None:
-    """Raise ValueError unless value is above 0. A tensor on a GPU is believed: asking would stop the device."""
-    if isinstance(value, Tensor):
-        if value.dim() != 0:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a float or a 0-d tensor")
-        if value.is_cuda:
-            return
-    if not value > 0:
-        raise ValueError(f"{name} is {float(value)}; it must be above 0")
-
-
-def _check_teacher(name: str, target: Tensor, shape: torch.Size | None = None) -> None:
-    if target.requires_grad:
-        raise ValueError(f"{name} requires grad; a teacher gets no gradient: pass {name}.detach()")
-    if shape is not None and target.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(target.shape)}; it must be {tuple(shape)}, as the student's")
-
-
-def _check_floating(name: str, x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating dtype")
-
-
-def _check_labels(name: str, labels: Tensor, shape: torch.Size) -> None:
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{name} has dtype {labels.dtype}; it must be torch.int64")
-    if labels.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(labels.shape)}; it must be {tuple(shape)}")
-
-
-def _reduce(losses: Tensor, reduction: str, elements: int, rows: int | Tensor) -> Tensor:
-    """none, sum, batchmean (sum / rows), mean (sum / all elements); the loss of an empty batch is 0."""
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    if reduction == "batchmean":
-        return losses.sum() / (rows.clamp_min(1) if isinstance(rows, Tensor) else max(rows, 1))
-    return losses.sum() / max(elements, 1)
+from mekd import ops
+from mekd.checks import (
+    REDUCTIONS,
+    SCALES,
+    TOPK_RESTS,
+    check_choice,
+    check_device,
+    check_floating,
+    check_labels,
+    check_rows,
+    check_student,
+    check_teacher,
+    tau_tensor,
+)
 
 
 def kd_loss(
@@ -68,71 +40,175 @@ def kd_loss(
     scale: str = "tau2",
     rest: str = "spread",
     ignore_index: int = -100,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    dim: int = -1,
     reduction: str = "batchmean",
+    impl: str | None = None,
 ) -> Tensor:
     """scale * KL(p_t^tau || softmax(student / tau)), the loss of Hinton et al. (2015), for any kind of answer.
 
     student: logits (..., C). Exactly one target: logits (..., C); probs (..., C), re-tempered as p^(1/tau);
-    labels (...) int64, one-hot and not softened; topk=(values, indices), both (..., K), whose missing mass is
-    spread over the other classes (rest="spread") or dropped (rest="drop"). scale: "tau2", "tau" or "one".
-    reduction: "batchmean" divides by the rows that are not ignored, "mean" by all elements, as F.kl_div does.
-    Returns float32 (float64 for a float64 student). Raises ValueError or TypeError naming the argument.
+    labels (...) int64, one-hot and not softened, ignore_index for rows that do not count; topk=(values, indices),
+    both (..., K), whose missing mass is spread over the other classes (rest="spread") or dropped (rest="drop").
+    scale: "tau2", "tau" or "one". For the rest see mekd.functional.
     """
-    given = {"logits": logits, "probs": probs, "labels": labels, "topk": topk}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) != 1:
+    if (logits is not None) + (probs is not None) + (labels is not None) + (topk is not None) != 1:
+        given = {"logits": logits, "probs": probs, "labels": labels, "topk": topk}
+        names = [name for name, value in given.items() if value is not None]
         raise ValueError(f"targets given: {', '.join(names) or 'none'}; give exactly one of {', '.join(given)}")
     check_choice("scale", scale, SCALES)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("rest", rest, TOPK_RESTS)
-    check_positive("tau", tau)
-    _check_floating("student", student)
-    if student.dim() == 0:
-        raise ValueError("student is 0-d; it must have shape (..., C)")
-    lead, num_classes = student.shape[:-1], student.shape[-1]
-    rows: int | Tensor = lead.numel()
-    flat = student.reshape(-1, num_classes)
+    student = _classes_last(student, dim)
+    tau = tau_tensor(tau, student.device)
+    check_student("student", student)
+    rows = student.shape[:-1]
+    if weights is not None or mask is not None:
+        check_rows(weights, mask, rows, student)
 
     if labels is not None:
-        _check_labels("labels", labels, lead)
-        losses = reference.tempered_kl_labels(flat, labels.reshape(-1), tau, ignore_index)
-        rows = (labels != ignore_index).sum()
-    elif topk is not None:
-        values, indices = topk
-        _check_teacher("topk values", values)
-        _check_floating("topk values", values)
-        _check_labels("topk indices", indices, values.shape)
-        if values.shape[:-1] != lead or not 1 <= values.shape[-1] <= num_classes:
+        check_labels("labels", labels, rows, student)
+        return ops.run(
+            "tempered_kl_labels", student, labels, tau, weights, mask, ignore_index, scale,
+            reduction=reduction, impl=impl,
+        )  # fmt: skip
+    if topk is not None:
+        values, indices = (_classes_last(x, dim) for x in topk)
+        check_choice("rest", rest, TOPK_RESTS)
+        check_labels("topk indices", indices, values.shape, student)
+        if values.shape[:-1] != rows or not 1 <= values.shape[-1] <= student.shape[-1]:
             raise ValueError(
-                f"topk values have shape {tuple(values.shape)}; they must be {(*lead, 'K')}, K from 1 to {num_classes}"
+                f"topk values have shape {tuple(values.shape)}; they must be {(*rows, 'K')}, "
+                f"K from 1 to {student.shape[-1]}"
             )
-        k = values.shape[-1]
-        losses = reference.tempered_kl_topk(flat, values.reshape(-1, k), indices.reshape(-1, k), tau, rest)
-    else:
-        name, target = ("logits", logits) if logits is not None else ("probs", probs)
-        assert target is not None
-        _check_teacher(name, target, student.shape)
-        _check_floating(name, target)
-        losses = reference.tempered_kl(flat, target.reshape(-1, num_classes), tau, probs=name == "probs")
+        check_teacher("topk values", values, values)
+        check_device("topk values", values, student)
+        return ops.run(
+            "tempered_kl_topk", student, values, indices, tau, weights, mask, rest, scale,
+            reduction=reduction, impl=impl,
+        )  # fmt: skip
+    target = logits if logits is not None else probs
+    assert target is not None
+    target = _classes_last(target, dim)
+    check_teacher("probs" if logits is None else "logits", target, student)
+    return ops.run(
+        "tempered_kl", student, target, tau, weights, mask, logits is None, scale, reduction=reduction, impl=impl
+    )
 
-    factor = {"tau2": tau * tau, "tau": tau, "one": 1.0}[scale]
-    return _reduce(losses.reshape(lead) * factor, reduction, student.numel(), rows)
+
+def logit_standardized_kd_loss(
+    student: Tensor, logits: Tensor, *, tau: float | Tensor = 1.0, scale: str = "tau2", dim: int = -1, **others: object
+) -> Tensor:
+    """kd_loss of logits that are standardised per row, (x - mean) / (1e-7 + std) (Sun et al., CVPR 2024).
+
+    student, logits: (..., C) with C at least 2; others as in kd_loss.
+    """
+    student, logits = _classes_last(student, dim), _classes_last(logits, dim)
+    check_student("student", student)
+    check_teacher("logits", logits, student)
+    if student.shape[-1] < 2:
+        raise ValueError(f"student has shape {tuple(student.shape)}; one class has no deviation: at least 2 are needed")
+    ours, theirs = ((x - x.mean(-1, keepdim=True)) / (1e-7 + x.std(-1, keepdim=True)) for x in (student, logits))
+    return kd_loss(ours, theirs, tau=tau, scale=scale, **others)  # type: ignore[arg-type]
+
+
+def dkd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    tau: float | Tensor = 4.0,
+    scale: str = "tau2",
+    ignore_index: int = -100,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    dim: int = -1,
+    reduction: str = "batchmean",
+    impl: str | None = None,
+) -> Tensor:
+    """scale * (alpha * KL of target against rest + beta * KL within the rest): decoupled KD (Zhao et al., 2022).
+
+    student, teacher: logits (..., C); labels (...) int64, the target classes. For the rest see mekd.functional.
+    """
+    check_choice("scale", scale, SCALES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if alpha < 0 or beta < 0:
+        raise ValueError(f"alpha is {alpha} and beta is {beta}; both must be at least 0")
+    student, teacher = _classes_last(student, dim), _classes_last(teacher, dim)
+    check_student("student", student)
+    check_teacher("teacher", teacher, student)
+    check_labels("labels", labels, student.shape[:-1], student)
+    check_rows(weights, mask, student.shape[:-1], student)
+    return ops.run(
+        "dkd", student, teacher, labels, tau_tensor(tau, student.device), weights, mask, float(alpha), float(beta),
+        ignore_index, scale, reduction=reduction, impl=impl,
+    )  # fmt: skip
+
+
+def jsd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    beta: float = 0.5,
+    log_probs: bool = False,
+    tau: float | Tensor = 1.0,
+    scale: str = "one",
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    dim: int = -1,
+    reduction: str = "batchmean",
+    impl: str | None = None,
+) -> Tensor:
+    """scale * (beta KL(p || m) + (1 - beta) KL(q || m)), m = beta p + (1 - beta) q: generalised Jensen-Shannon.
+
+    student (q), teacher (p): logits (..., C); with log_probs=True log-probabilities, taken as they are. beta in
+    [0, 1]: 0 is KL(p || q) and 1 is KL(q || p) (Agarwal et al., 2024). For the rest see mekd.functional.
+    """
+    check_choice("scale", scale, SCALES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta is {beta}; it must lie between 0 and 1")
+    student, teacher = _classes_last(student, dim), _classes_last(teacher, dim)
+    check_student("student", student)
+    check_teacher("teacher", teacher, student)
+    check_rows(weights, mask, student.shape[:-1], student)
+    return ops.run(
+        "jsd", student, teacher, tau_tensor(tau, student.device), weights, mask, float(beta), log_probs, scale,
+        reduction=reduction, impl=impl,
+    )  # fmt: skip
 
 
 def image_l1_loss(
-    student: Tensor, teacher: Tensor, *, tanh: bool = True, finished: bool = False, reduction: str = "mean"
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    tanh: bool = True,
+    finished: bool = False,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    inplace: bool = False,
+    impl: str | None = None,
 ) -> Tensor:
     """L1 distance of the images that the generator draws from the student's and from the teacher's code.
 
     student, teacher: pre-activations (m, ch, H, W), to which tanh is applied here; finished=True says that
     teacher already is an image, tanh=False that both are. reduction: "mean" over elements, "batchmean" (sum
-    over pixels, mean over images: the paper's), "sum", "none" (m,).
+    over pixels, mean over images: the paper's), "sum", "none" (m,). inplace=True writes the gradient over student,
+    which spares an allocation of its size: nothing else may read student, and backward runs once.
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    _check_floating("student", student)
-    _check_teacher("teacher", teacher, student.shape)
-    losses = reference.tanh_l1(student, teacher, tanh, finished)
-    return _reduce(losses, reduction, student.numel(), student.shape[0])
+    check_floating("student", student)
+    if student.dim() == 0:
+        raise ValueError("student is 0-d; it must have shape (m, ...)")
+    check_teacher("teacher", teacher, student)
+    check_rows(weights, None, student.shape[:1], student)
+    if inplace and not torch.compiler.is_compiling() and student.requires_grad and torch.is_grad_enabled():
+        if student.is_leaf:
+            raise ValueError("student is a leaf that requires grad, and inplace=True would overwrite it; use False")
+        return ops.run_in_place(student, teacher, weights, tanh, finished, reduction, impl=impl)
+    return ops.run("tanh_l1", student, teacher, weights, tanh, finished, reduction=reduction, impl=impl)
 
 
 def generator_loss(
@@ -144,6 +220,7 @@ def generator_loss(
     alpha: float = 0.5,
     minimax: bool = False,
     reduction: str = "mean",
+    impl: str | None = None,
 ) -> Tensor:
     """L_G of deprivatisation: the mean of (1 + alpha y_i) softplus(-d_i) (Ma et al., 2024, with the sign set right).
 
@@ -151,29 +228,65 @@ def generator_loss(
     confidence (m,), or taken from its answer, logits or probs (m, C); 1 when nothing is given (a teacher that
     answers labels). minimax=True: G minimises log(1 - sigmoid(d)) instead of softplus(-d).
     """
+    return _generator(d_fake, confidence, logits, probs, 1.0, alpha, minimax, reduction, impl)
+
+
+def information_maximization_loss(
+    d_fake: Tensor,
+    confidence: Tensor | None = None,
+    *,
+    logits: Tensor | None = None,
+    probs: Tensor | None = None,
+    reduction: str = "mean",
+    impl: str | None = None,
+) -> Tensor:
+    """L_IM of deprivatisation alone: the mean of y_i softplus(-d_i) (Ma et al., 2024), arguments as generator_loss."""
+    return _generator(d_fake, confidence, logits, probs, 0.0, 1.0, False, reduction, impl)
+
+
+def _generator(
+    d_fake: Tensor,
+    confidence: Tensor | None,
+    logits: Tensor | None,
+    probs: Tensor | None,
+    base: float,
+    alpha: float,
+    minimax: bool,
+    reduction: str,
+    impl: str | None,
+) -> Tensor:
     check_choice("reduction", reduction, REDUCTIONS)
-    _check_floating("d_fake", d_fake)
-    if sum(x is not None for x in (confidence, logits, probs)) > 1:
-        raise ValueError("confidence, logits and probs: give one at most")
+    check_floating("d_fake", d_fake)
+    if d_fake.dim() == 0:
+        raise ValueError("d_fake is 0-d; it must have shape (m,)")
+    given = {"confidence": confidence, "logits": logits, "probs": probs}
+    answers = [(name, value) for name, value in given.items() if value is not None]
+    if len(answers) > 1:
+        raise ValueError(f"given: {', '.join(name for name, _ in answers)}; give one of {', '.join(given)} at most")
     if alpha < 0:
         raise ValueError(f"alpha is {alpha}; it must be at least 0")
-    answer = logits if logits is not None else probs
-    if answer is not None:
-        _check_teacher("logits" if logits is not None else "probs", answer)
-        if answer.dim() != 2 or answer.shape[0] != d_fake.shape[0]:
-            raise ValueError(f"the answer has shape {tuple(answer.shape)}; it must be ({d_fake.shape[0]}, C)")
-        confidence = (reference.log_softmax(answer).exp() if logits is not None else answer).amax(-1)
-    if confidence is None:
-        confidence = torch.ones_like(d_fake)
-    _check_teacher("confidence", confidence, d_fake.shape)
-    losses = reference.gan_generator(d_fake, confidence.detach(), alpha, minimax)
-    return _reduce(losses, reduction, d_fake.numel(), d_fake.numel())
+    kind, response = answers[0] if answers else ("confidence", None)
+    if response is not None:
+        if kind == "confidence":
+            check_teacher(kind, response, d_fake)
+        else:
+            check_teacher(kind, response, response)
+            check_device(kind, response, d_fake)
+            if response.dim() != 2 or response.shape[0] != d_fake.numel() or response.shape[1] == 0:
+                raise ValueError(f"{kind} has shape {tuple(response.shape)}; it must be ({d_fake.numel()}, C)")
+    return ops.run(
+        "gan_generator", d_fake, response, kind, base, float(alpha), minimax, reduction=reduction, impl=impl
+    )
 
 
-def discriminator_loss(d_real: Tensor, d_fake: Tensor, *, reduction: str = "mean") -> Tensor:
+def discriminator_loss(d_real: Tensor, d_fake: Tensor, *, reduction: str = "mean", impl: str | None = None) -> Tensor:
     """L_D: mean softplus(-d(x)) + mean softplus(d(G(z))) for logits (m,) and (n,); "sum" adds both sums."""
     check_choice("reduction", reduction, ("mean", "sum"))
-    _check_floating("d_real", d_real)
-    _check_floating("d_fake", d_fake)
-    real, fake = reference.gan_discriminator(d_real, d_fake)
-    return _reduce(real, reduction, real.numel(), 1) + _reduce(fake, reduction, fake.numel(), 1)
+    check_floating("d_real", d_real)
+    check_floating("d_fake", d_fake)
+    check_device("d_fake", d_fake, d_real)
+    return ops.run("gan_discriminator", d_real, d_fake, reduction=reduction, impl=impl)
+
+
+def _classes_last(x: Tensor, dim: int) -> Tensor:
+    return x if dim in (-1, x.dim() - 1) else x.movedim(dim, -1)

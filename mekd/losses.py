@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mekd import functional
+from mekd import checks, functional
 from mekd.codes import CODES, FLOAT32_FLOOR, resolve_code, student_code, teacher_code
 
 #: Hyper-parameters by name: ours, the paper's (Ma et al., 2024) and those of the authors' public code.
@@ -67,12 +67,12 @@ class MEKDLoss(nn.Module):
         rest: str = "spread",
     ) -> None:
         super().__init__()
-        functional.check_positive("tau", tau)
-        functional.check_positive("kl_tau", kl_tau)
-        functional.check_choice("scale", scale, functional.SCALES)
-        functional.check_choice("code", code, CODES)
-        functional.check_choice("reduction", reduction, ("mean", "batchmean"))
-        functional.check_choice("rest", rest, functional.TOPK_RESTS)
+        checks.check_positive("tau", tau)
+        checks.check_positive("kl_tau", kl_tau)
+        checks.check_choice("scale", scale, checks.SCALES)
+        checks.check_choice("code", code, CODES)
+        checks.check_choice("reduction", reduction, ("mean", "batchmean"))
+        checks.check_choice("rest", rest, checks.TOPK_RESTS)
         if beta < 0 or image < 0 or beta + image == 0:
             raise ValueError(f"beta is {beta} and image is {image}; both must be at least 0, and one above 0")
         if not 0 < floor < 1:

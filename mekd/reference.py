@@ -1,8 +1,12 @@
 """Every op in a few lines of plain PyTorch: the definition of its value, and the oracle of every test.
 
-Each function takes rows (N, C) or a batch (m, ...), computes in float32 (float64 for float64 inputs) and
-returns one loss per row or sample. Gradients follow by autograd; tests compare the fused backends with them.
+A function NAME takes rows (..., C) or a batch (m, ...), computes in float32 (float64 for float64 inputs) and returns
+one loss per row or sample. NAME_loss is the whole op: it checks the values, and applies weights, mask, scale and
+reduction. Gradients follow by autograd; tests compare the fused backends with them.
 """
+
+import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -76,17 +80,208 @@ def tanh_l1(a: Tensor, b: Tensor, tanh: bool = True, finished: bool = False) -> 
     return (a - b).abs().flatten(1).sum(1)
 
 
-def gan_generator(d_fake: Tensor, confidence: Tensor, alpha: float, minimax: bool = False) -> Tensor:
-    """(1 + alpha y) softplus(-d) per sample: the generator's GAN loss and the information term in one pass.
+def dkd(
+    student: Tensor, teacher: Tensor, labels: Tensor, tau: Tensor | float, alpha: float, beta: float
+) -> Tensor:
+    """Decoupled KD (Zhao et al., 2022): alpha * KL of target class against rest + beta * KL within the rest.
 
-    minimax=True replaces the first softplus(-d) by log(1 - sigmoid(d)) = -softplus(d).
+    student, teacher: logits (N, C), labels (N,). With one class both parts are 0, with two the second one is.
+    """
+    target = torch.nn.functional.one_hot(labels, student.shape[-1]).bool()
+    log_q, log_p = log_softmax(student, tau), log_softmax(teacher, tau).to(accumulation_dtype(student))
+
+    def split(log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the target and of all others together, without 1 - p, which would round to 0."""
+        return log_probs[target], log_probs.masked_fill(target, -math.inf).logsumexp(-1)
+
+    (hit_q, miss_q), (hit_p, miss_p) = split(log_q), split(log_p)
+    binary = _kl_term(hit_p, hit_q) + _kl_term(miss_p, miss_q)
+    if student.shape[-1] < 3:
+        return alpha * binary
+    hidden_p, hidden_q = ((x.to(log_q.dtype) / tau).masked_fill(target, -math.inf) for x in (teacher, student))
+    rest = tempered_kl(hidden_q, hidden_p, 1.0)
+    return alpha * binary + beta * rest
+
+
+def _kl_term(log_p: Tensor, log_q: Tensor) -> Tensor:
+    p = log_p.exp()
+    return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).masked_fill(p == 0, 0.0)
+
+
+def jsd(student: Tensor, teacher: Tensor, tau: Tensor | float, beta: float, log_probs: bool = False) -> Tensor:
+    """Generalised Jensen-Shannon divergence beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
+
+    student, teacher: logits (N, C), or log-probabilities that are taken as they are (tau is then not used). beta = 0
+    means KL(p || q) and beta = 1 means KL(q || p), the limits of the formula divided by beta and by 1 - beta.
+    """
+    log_q = student.to(accumulation_dtype(student)) if log_probs else log_softmax(student, tau)
+    log_p = teacher.to(log_q.dtype) if log_probs else log_softmax(teacher, tau).to(log_q.dtype)
+    if beta == 0:
+        return _kl_term(log_p, log_q).sum(-1)
+    if beta == 1:
+        return _kl_term(log_q, log_p).sum(-1)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    return (beta * _kl_term(log_p, log_m) + (1 - beta) * _kl_term(log_q, log_m)).sum(-1)
+
+
+def gan_generator(
+    d_fake: Tensor, confidence: Tensor, alpha: float, minimax: bool = False, base: float = 1.0
+) -> Tensor:
+    """(base + alpha y) softplus(-d) per sample: the generator's GAN loss and the information term in one pass.
+
+    minimax=True replaces base * softplus(-d) by base * log(1 - sigmoid(d)) = -base * softplus(d).
     """
     d = d_fake.to(accumulation_dtype(d_fake))
     fooling = -F.softplus(d) if minimax else F.softplus(-d)
-    return fooling + alpha * confidence.to(d.dtype) * F.softplus(-d)
+    return base * fooling + alpha * confidence.to(d.dtype) * F.softplus(-d)
 
 
 def gan_discriminator(d_real: Tensor, d_fake: Tensor) -> tuple[Tensor, Tensor]:
     """softplus(-d(x)) and softplus(d(G(z))) per sample."""
     real, fake = (d.to(accumulation_dtype(d)) for d in (d_real, d_fake))
     return F.softplus(-real), F.softplus(fake)
+
+
+# The whole ops, with the arguments of their schemas in mekd.ops.
+
+
+def tempered_kl_loss(
+    student: Tensor, target: Tensor, tau: Tensor, weights: Tensor | None, mask: Tensor | None,
+    probs: bool, scale: str, reduction: str,
+) -> Tensor:  # fmt: skip
+    """tempered_kl of (..., C), weighted, masked, scaled and reduced."""
+    if probs and checks_values(target):
+        _refuse(target < 0, target, "probs", "probabilities are at least 0")
+    student, target = _hide(student, mask, 0.0), _hide(target, mask, 1.0)
+    return _rows(tempered_kl(student, target, _checked(tau), probs), student, tau, weights, mask, scale, reduction)
+
+
+def tempered_kl_labels_loss(
+    student: Tensor, labels: Tensor, tau: Tensor, weights: Tensor | None, mask: Tensor | None,
+    ignore_index: int, scale: str, reduction: str,
+) -> Tensor:  # fmt: skip
+    """tempered_kl_labels of (..., C) and labels (...), weighted, masked, scaled and reduced."""
+    mask = _kept(labels, mask, ignore_index, student.shape[-1])
+    student = _hide(student, mask, 0.0)
+    losses = tempered_kl_labels(student, labels.where(mask, 0), _checked(tau), -1)
+    return _rows(losses, student, tau, weights, mask, scale, reduction)
+
+
+def tempered_kl_topk_loss(
+    student: Tensor, values: Tensor, indices: Tensor, tau: Tensor, weights: Tensor | None, mask: Tensor | None,
+    rest: str, scale: str, reduction: str,
+) -> Tensor:  # fmt: skip
+    """tempered_kl_topk of (..., C), values and indices (..., K), weighted, masked, scaled and reduced."""
+    classes = student.shape[-1]
+    if checks_values(values):
+        _refuse(values < 0, values, "topk values", "probabilities are at least 0")
+        _refuse((indices < 0) | (indices >= classes), indices, "topk indices", f"classes are 0 to {classes - 1}")
+        ordered = indices.sort(-1).values
+        _refuse(ordered[..., 1:] == ordered[..., :-1], ordered[..., 1:], "topk indices", "a row names a class once")
+    student, values = _hide(student, mask, 0.0), _hide(values, mask, 1.0)
+    losses = tempered_kl_topk(student, values, indices, _checked(tau), rest)
+    return _rows(losses, student, tau, weights, mask, scale, reduction)
+
+
+def dkd_loss(
+    student: Tensor, teacher: Tensor, labels: Tensor, tau: Tensor, weights: Tensor | None, mask: Tensor | None,
+    alpha: float, beta: float, ignore_index: int, scale: str, reduction: str,
+) -> Tensor:  # fmt: skip
+    """dkd of (..., C) and labels (...), weighted, masked, scaled and reduced."""
+    mask = _kept(labels, mask, ignore_index, student.shape[-1])
+    student, teacher = _hide(student, mask, 0.0), _hide(teacher, mask, 0.0)
+    flat = (x.reshape(-1, x.shape[-1]) for x in (student, teacher))
+    losses = dkd(*flat, labels.where(mask, 0).reshape(-1), _checked(tau), alpha, beta).reshape(labels.shape)
+    return _rows(losses, student, tau, weights, mask, scale, reduction)
+
+
+def jsd_loss(
+    student: Tensor, teacher: Tensor, tau: Tensor, weights: Tensor | None, mask: Tensor | None,
+    beta: float, log_probs: bool, scale: str, reduction: str,
+) -> Tensor:  # fmt: skip
+    """jsd of (..., C), weighted, masked, scaled and reduced."""
+    student, teacher = _hide(student, mask, 0.0), _hide(teacher, mask, 0.0)
+    losses = jsd(student, teacher, _checked(tau), beta, log_probs)
+    return _rows(losses, student, tau, weights, mask, scale, reduction)
+
+
+def tanh_l1_loss(
+    a: Tensor, b: Tensor, weights: Tensor | None, tanh: bool, finished: bool, reduction: str
+) -> Tensor:
+    """tanh_l1 of (m, ...), weighted and reduced."""
+    losses = tanh_l1(a, b, tanh, finished)
+    losses = losses if weights is None else losses * weights.to(losses.dtype)
+    return _reduce(losses, reduction, a.numel(), a.shape[0])
+
+
+def gan_generator_loss(
+    d: Tensor, response: Tensor | None, kind: str, base: float, alpha: float, minimax: bool, reduction: str
+) -> Tensor:
+    """gan_generator with y from a response of this kind: confidence (m,), logits or probs (m, C); y = 1 without."""
+    if response is None:
+        y = torch.ones_like(d)
+    elif kind == "confidence":
+        y = response
+    else:
+        y = (log_softmax(response).exp() if kind == "logits" else response).amax(-1)
+    return _reduce(gan_generator(d, y, alpha, minimax, base), reduction, d.numel(), d.numel())
+
+
+def gan_discriminator_loss(d_real: Tensor, d_fake: Tensor, reduction: str) -> Tensor:
+    """Both sides of gan_discriminator, each reduced, and added."""
+    real, fake = gan_discriminator(d_real, d_fake)
+    return _reduce(real, reduction, real.numel(), 1) + _reduce(fake, reduction, fake.numel(), 1)
+
+
+def checks_values(x: Tensor) -> bool:
+    """Whether values are looked at: always on the CPU, elsewhere with MEKD_CHECK=1, as it stops the device."""
+    return x.device.type == "cpu" or os.environ.get("MEKD_CHECK") == "1"
+
+
+def _refuse(bad: Tensor, x: Tensor, name: str, allowed: str) -> None:
+    if bad.any():
+        raise ValueError(f"{name} hold {x[bad].flatten()[0].item():g}; {allowed}")
+
+
+def _checked(tau: Tensor) -> Tensor:
+    if checks_values(tau) and not 0 < tau < math.inf:
+        raise ValueError(f"tau is {tau.item()}; it must be above 0 and finite")
+    return tau
+
+
+def _kept(labels: Tensor, mask: Tensor | None, ignore_index: int, classes: int) -> Tensor:
+    """Which rows count; a label out of range is an error unless it is ignored."""
+    kept = labels != ignore_index
+    if mask is not None:
+        kept = kept & mask
+    if checks_values(labels):
+        _refuse(kept & ((labels < 0) | (labels >= classes)), labels, "labels", f"classes are 0 to {classes - 1}")
+    return kept
+
+
+def _hide(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
+    """Rows that do not count may hold anything, NaN too: nothing of it may reach a loss or a gradient."""
+    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), value)
+
+
+def _rows(
+    losses: Tensor, student: Tensor, tau: Tensor, weights: Tensor | None, mask: Tensor | None, scale: str,
+    reduction: str,
+) -> Tensor:  # fmt: skip
+    if mask is not None:
+        losses = losses.masked_fill(~mask, 0.0)
+    if weights is not None:
+        losses = losses * weights.to(losses.dtype)
+    losses = losses * {"tau2": tau * tau, "tau": tau, "one": 1.0}[scale]
+    return _reduce(losses, reduction, student.numel(), losses.numel() if mask is None else mask.sum())
+
+
+def _reduce(losses: Tensor, reduction: str, elements: int, rows: int | Tensor) -> Tensor:
+    """none, sum, batchmean (sum / rows that count), mean (sum / all elements); the loss of an empty batch is 0."""
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    if reduction == "batchmean":
+        return losses.sum() / (rows.clamp_min(1) if isinstance(rows, Tensor) else max(rows, 1))
+    return losses.sum() / max(elements, 1)

@@ -337,7 +337,7 @@ TOPK = (torch.full((4, 2), 0.4), torch.tensor([[0, 1]] * 4))
         ({"logits": S, "tau": 0.0}, ValueError, ["tau", "0.0", "above 0"]),
         ({"logits": S, "tau": -1.0}, ValueError, ["tau", "-1.0", "above 0"]),
         ({"logits": S, "tau": float("nan")}, ValueError, ["tau", "nan", "above 0"]),
-        ({"logits": S, "tau": torch.tensor(-2.0)}, ValueError, ["tau", "-2.0", "above 0"]),
+        ({"logits": S, "tau": torch.tensor(-2.0)}, ValueError, ["tau", "-2", "above 0"]),
         # A temperature per row would broadcast along the classes.
         ({"logits": S, "tau": torch.ones(5)}, ValueError, ["tau", "(5,)", "0-d"]),
     ],

@@ -25,7 +25,7 @@ def deprivatize(run: Run) -> None:
 
     torch.manual_seed(run.config.seed + 1)
     generator = run.place(Generator(oracle.num_classes, run.config.data.size, data.image[0], config.width))
-    discriminator = run.place(Discriminator(run.config.data.size, data.image[0]))
+    discriminator = run.place(Discriminator(run.config.data.size, data.image[0], config.dropout))
     average = copy.deepcopy(generator)
     loss = DeprivatizationLoss(config.alpha, config.minimax)
     adam_g = torch.optim.Adam(generator.parameters(), config.lr, betas=(0.5, 0.999))
@@ -81,8 +81,9 @@ def deprivatize(run: Run) -> None:
 
 @torch.no_grad()
 def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * module for parameters; buffers are copied."""
-    for mean, new in zip(average.parameters(), module.parameters(), strict=True):
-        mean.lerp_(new, 1 - decay)
-    for kept, current in zip(average.buffers(), module.buffers(), strict=True):
-        kept.copy_(current)
+    """average <- decay * average + (1 - decay) * module, running statistics too; counters are copied."""
+    for mean, new in zip(average.state_dict().values(), module.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(new, 1 - decay)
+        else:
+            mean.copy_(new)

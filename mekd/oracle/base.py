@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from mekd.functional import check_choice
+from mekd.checks import check_choice
 from mekd.oracle.ledger import Ledger
 from mekd.oracle.response import KINDS, AnswerError, Response
 from mekd.pixels import to_uint8

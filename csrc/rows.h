@@ -1,0 +1,196 @@
+// What the ops over rows of logits share: rows of any layout, one loss a row, row weights and mask, scale and
+// reduction, and errors found while the values are read.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "vec.h"
+
+namespace mekd {
+namespace {
+
+using at::Tensor;
+using Result = std::tuple<Tensor, Tensor>;
+
+// (..., C) as rows with unit stride inside; copied only where the strides do not allow it.
+inline Tensor as_rows(const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) >= 1, "expected shape (..., C) with at least one class, got ", x.sizes());
+  Tensor rows = x.dim() == 2 ? x : x.reshape({x.numel() / x.size(-1), x.size(-1)});
+  return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
+}
+
+// Rows of a tensor, read as A, n elements at a time and padded to whole vectors with -inf, which softmax ignores.
+template <typename A>
+struct Rows {
+  Tensor tensor;
+  const char* data;
+  int64_t stride; // in bytes: offsets are 64 bits wide before they are multiplied
+  int64_t item;
+  bool direct; // no conversion: read where they are
+  Load<A> load;
+
+  explicit Rows(const Tensor& x)
+      : tensor(as_rows(x)),
+        data(static_cast<const char*>(tensor.const_data_ptr())),
+        stride(tensor.stride(0) * tensor.element_size()),
+        item(tensor.element_size()),
+        direct(tensor.scalar_type() == c10::CppTypeToScalarType<A>::value),
+        load(loader<A>(tensor.scalar_type())) {}
+
+  // Where the n elements of a row from begin on are: in memory, or in the buffer.
+  const A* operator()(int64_t row, int64_t begin, int64_t n, A* buffer) const {
+    const char* from = data + row * stride + begin * item;
+    if (direct && n % kWidth<A> == 0) return reinterpret_cast<const A*>(from);
+    load(from, buffer, n);
+    for (int64_t j = n; j % kWidth<A>; ++j) buffer[j] = -kInf<A>;
+    return buffer;
+  }
+};
+
+// The first bad value that any thread came upon.
+struct Fault {
+  std::atomic<bool> found{false};
+  int64_t row = 0;
+  double value = 0;
+
+  void report(int64_t at, double what) {
+    if (!found.exchange(true)) {
+      row = at;
+      value = what;
+    }
+  }
+};
+
+inline double positive(const Tensor& tau) {
+  const double value = tau.item<double>();
+  TORCH_CHECK_VALUE(value > 0 && std::isfinite(value), "tau is ", value, "; it must be above 0 and finite");
+  return value;
+}
+
+// How the losses of rows become what the op returns.
+struct Finish {
+  double factor = 1; // what every row's loss and gradient is multiplied with
+  bool none = false; // reduction "none": a loss for each row
+  std::vector<double> weights;
+  Tensor mask;
+
+  bool skips(int64_t row) const { return mask.defined() && !mask.const_data_ptr<bool>()[row]; }
+  double of(int64_t row) const { return weights.empty() ? factor : factor * weights[row]; }
+};
+
+inline double scale_factor(std::string_view scale, double tau) {
+  return scale == "tau2" ? tau * tau : scale == "tau" ? tau : 1.0;
+}
+
+// "mean" divides by all elements, "batchmean" by the rows that count; counted: those that labels leave, or -1.
+inline Finish finish(
+    int64_t rows, int64_t classes, double scale, std::string_view reduction,
+    const std::optional<Tensor>& weights, const std::optional<Tensor>& mask, int64_t counted = -1) {
+  Finish how;
+  if (weights.has_value()) {
+    TORCH_CHECK_VALUE(weights->numel() == rows, "weights have shape ", weights->sizes(), "; there are ", rows, " rows");
+    const Tensor flat = weights->to(at::kDouble).contiguous();
+    how.weights.assign(flat.const_data_ptr<double>(), flat.const_data_ptr<double>() + rows);
+  }
+  int64_t kept = counted < 0 ? rows : counted;
+  if (mask.has_value()) {
+    TORCH_CHECK_VALUE(
+        mask->numel() == rows && mask->scalar_type() == at::kBool, "mask has shape ", mask->sizes(), " and dtype ",
+        mask->scalar_type(), "; it must be bool with one element for each of ", rows, " rows");
+    how.mask = mask->contiguous();
+    if (counted < 0) {
+      const bool* on = how.mask.const_data_ptr<bool>();
+      kept = std::count(on, on + rows, true);
+    }
+  }
+  how.none = reduction == "none";
+  const double divisor = reduction == "mean" ? double(rows) * classes : reduction == "batchmean" ? kept : 1.0;
+  how.factor = scale / (divisor > 0 ? divisor : 1.0);
+  return how;
+}
+
+// float16 is too narrow for gradients that a GradScaler has not scaled yet: those stay float32 until backward.
+inline at::ScalarType grad_dtype(const Tensor& x) {
+  return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
+}
+
+inline Tensor empty_grad(const Tensor& like, bool wanted) {
+  const auto options = like.options().dtype(grad_dtype(like));
+  return wanted ? at::empty(like.sizes(), options) : at::empty({0}, options);
+}
+
+// The gradient's rows: A where that is its dtype, rounded once where it is not.
+template <typename A>
+struct Output {
+  int64_t item;
+  bool same;
+  Store<A> store;
+
+  explicit Output(at::ScalarType type)
+      : item(c10::elementSize(type)), same(type == c10::CppTypeToScalarType<A>::value), store(storer<A>(type)) {}
+
+  bool direct(int64_t n) const { return same && n % kWidth<A> == 0; }
+};
+
+// Scratch of a thread: two rows of A, and what each block of them is referred to.
+template <typename A>
+struct Scratch {
+  std::vector<A> memory;
+  A *s, *t;             // the student's and the target's exponentials
+  A *top_s, *top_t; // by block
+
+  explicit Scratch(int64_t classes) : memory(2 * padded<A>(classes) + 2 * (classes / kBlock + 1)) {
+    s = memory.data();
+    t = s + padded<A>(classes);
+    top_s = t + padded<A>(classes);
+    top_t = top_s + classes / kBlock + 1;
+  }
+};
+
+// Calls row(i, scratch, factor, grad) -> loss before its factor, for every row that counts, and reduces.
+template <typename A, typename Row>
+Result for_rows(const Tensor& student, const Finish& how, bool grad, Row row) {
+  const int64_t classes = student.size(-1), rows = student.numel() / classes;
+  Tensor gradient = empty_grad(student, grad);
+  const auto options = student.options().dtype(c10::CppTypeToScalarType<A>::value);
+  Tensor losses = at::empty(how.none ? student.sizes().slice(0, student.dim() - 1) : at::IntArrayRef(rows), options);
+  A* const loss = losses.mutable_data_ptr<A>();
+  char* const base = grad ? static_cast<char*>(gradient.mutable_data_ptr()) : nullptr;
+  const int64_t step = classes * gradient.element_size();
+  at::parallel_for(0, rows, std::max<int64_t>(1, 32768 / classes), [&](int64_t begin, int64_t end) {
+    Scratch<A> scratch(classes);
+    for (int64_t i = begin; i < end; ++i) {
+      char* const to = base ? base + i * step : nullptr;
+      if (how.skips(i)) {
+        loss[i] = 0;
+        if (to) std::memset(to, 0, step);
+        continue;
+      }
+      const double factor = how.of(i);
+      loss[i] = static_cast<A>(factor * row(i, scratch, factor, to));
+    }
+  });
+  if (how.none) return {losses, gradient};
+  double total = 0;
+  for (int64_t i = 0; i < rows; ++i) total += loss[i];
+  Tensor value = at::empty({}, options);
+  *value.mutable_data_ptr<A>() = static_cast<A>(total);
+  return {value, gradient};
+}
+
+// Float for everything narrower than double.
+template <typename Body>
+auto for_dtype(const Tensor& student, Body body) {
+  return student.scalar_type() == at::kDouble ? body(double{}) : body(float{});
+}
+
+} // namespace
+} // namespace mekd

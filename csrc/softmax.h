@@ -1,0 +1,92 @@
+// Two softmaxes over one row, in one reading: exponentials block by block, referred to the largest logit so far.
+#pragma once
+
+#include "rows.h"
+
+namespace mekd {
+namespace {
+
+constexpr double kLog2e = 1.4426950408889634;
+constexpr double kLog2 = 0.6931471805599453;
+
+// Sums over a row, and the largest logit of each side, which they are referred to.
+template <typename A>
+struct Pair {
+  double kl;     // KL(p || q)
+  double zs, zt; // sums of the exponentials
+  A top_s, top_t;
+};
+
+// Reads a row through load_s and load_t (begin, n, buffer) and leaves 2^((x - top of its block) * unit), which is
+// e^((x - top) / tau), in the scratch. unit: log2(e) / tau.
+template <typename A, typename LoadS, typename LoadT>
+Pair<A> read_pair(int64_t classes, A unit, Scratch<A>& scratch, LoadS load_s, LoadT load_t) {
+  using V = Vectorized<A>;
+  A max_s = -kInf<A>, max_t = -kInf<A>, top_s = 0, top_t = 0;
+  double zs = 0, zt = 0, weighted = 0;
+  for (int64_t begin = 0, block = 0; begin < classes; begin += kBlock, ++block) {
+    const int64_t n = std::min(kBlock, classes - begin), whole = padded<A>(n);
+    A* const p = scratch.t + begin;
+    A* const q = scratch.s + begin;
+    const A* const s = load_s(begin, n, q);
+    const A* const t = load_t(begin, n, p);
+
+    max_s = std::max(max_s, max(s, whole));
+    max_t = std::max(max_t, max(t, whole));
+    scratch.top_s[block] = max_s;
+    scratch.top_t[block] = max_t;
+    // Nothing but masks so far: refer to 0. To write_pair the infinite top says that the block counts nothing.
+    const A new_s = max_s == -kInf<A> ? 0 : max_s, new_t = max_t == -kInf<A> ? 0 : max_t;
+    if (block > 0) { // what was summed so far is referred to the new tops
+      const double down_s = (double(top_s) - new_s) * unit, down_t = (double(top_t) - new_t) * unit;
+      weighted = zt == 0 ? 0 : std::exp2(down_t) * (weighted + zt * (down_t - down_s));
+      zs = zs == 0 ? 0 : zs * std::exp2(down_s);
+      zt = zt == 0 ? 0 : zt * std::exp2(down_t);
+    }
+    top_s = new_s;
+    top_t = new_t;
+
+    const V by(unit), of_s(top_s), of_t(top_t), zero(0);
+    V sum_s(0), sum_t(0), sum_w(0);
+    for (int64_t j = 0; j < whole; j += kWidth<A>) {
+      const V a = (V::loadu(t + j) - of_t) * by;
+      const V b = (V::loadu(s + j) - of_s) * by;
+      const V pj = exp2(a), qj = exp2(b);
+      sum_t = sum_t + pj;
+      sum_s = sum_s + qj;
+      // 0 log 0 = 0, also where log q is -inf
+      sum_w = sum_w + V::blendv(pj * (a - b), zero, pj == zero);
+      pj.store(p + j);
+      qj.store(q + j);
+    }
+    zs += sum(sum_s);
+    zt += sum(sum_t);
+    weighted += sum(sum_w);
+  }
+  const double kl = kLog2 * weighted / zt + std::log(zs / zt);
+  return {kl < 0 ? 0 : kl, zs, zt, top_s, top_t}; // below 0 by rounding alone
+}
+
+// grad = by_s * q - by_t * p for the exponentials that read_pair left.
+template <typename A>
+void write_pair(
+    int64_t classes, A unit, const Scratch<A>& scratch, const Pair<A>& pair, double by_s, double by_t, const Output<A>& output,
+    char* to) {
+  using V = Vectorized<A>;
+  by_s /= pair.zs;
+  by_t /= pair.zt;
+  for (int64_t begin = 0, block = 0; begin < classes; begin += kBlock, ++block) {
+    const int64_t n = std::min(kBlock, classes - begin);
+    const A* const p = scratch.t + begin;
+    A* const q = scratch.s + begin;
+    const bool only = n == classes; // one block is referred to its own top
+    const V of_s(static_cast<A>(only ? by_s : by_s * std::exp2((double(scratch.top_s[block]) - pair.top_s) * unit)));
+    const V of_t(static_cast<A>(only ? by_t : by_t * std::exp2((double(scratch.top_t[block]) - pair.top_t) * unit)));
+    A* const grad = output.direct(n) ? reinterpret_cast<A*>(to) + begin : q;
+    for (int64_t j = 0; j < n; j += kWidth<A>) (V::loadu(q + j) * of_s - V::loadu(p + j) * of_t).store(grad + j);
+    if (grad == q) output.store(q, to + begin * output.item, n);
+  }
+}
+
+} // namespace
+} // namespace mekd

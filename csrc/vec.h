@@ -1,0 +1,137 @@
+// SIMD helpers over at::vec: everything is computed in blocks of A (float, or double for double tensors), whatever
+// the dtype in memory. The same source is compiled once per instruction set; the anonymous namespace keeps the
+// functions of one build out of the other.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace mekd {
+namespace {
+
+using at::vec::Vectorized;
+
+template <typename A>
+constexpr int64_t kWidth = Vectorized<A>::size();
+
+constexpr int64_t kBlock = 1024; // elements that are loaded, scanned and exponentiated while they lie in L1
+template <typename A>
+constexpr A kInf = std::numeric_limits<A>::infinity();
+
+template <typename A>
+constexpr int64_t padded(int64_t n) { // n elements, rounded up to whole vectors
+  return (n + kWidth<A> - 1) / kWidth<A> * kWidth<A>;
+}
+
+// 2^x for x that are not far above 0, to 1.5 ulp; 0 below 2^-126. x = n + r with r in [-1/2, 1/2], a polynomial of
+// degree 6 for 2^r (relative error 3e-9), and n added to the exponent: half the instructions of a call of Sleef, and
+// inlined, so that neighbours overlap.
+inline Vectorized<float> exp2(Vectorized<float> x) {
+  using V = Vectorized<float>;
+  using I = Vectorized<int32_t>;
+  const V magic(12582912.f); // 1.5 * 2^23: adding it rounds to an integer, which is left in the low bits
+  const V shifted = x + magic;
+  const V r = x - (shifted - magic);
+  V y(1.535336196e-04f);
+  y = at::vec::fmadd(y, r, V(1.339887502e-03f));
+  y = at::vec::fmadd(y, r, V(9.618436918e-03f));
+  y = at::vec::fmadd(y, r, V(5.550332367e-02f));
+  y = at::vec::fmadd(y, r, V(2.402264774e-01f));
+  y = at::vec::fmadd(y, r, V(6.931471825e-01f));
+  y = at::vec::fmadd(y, r, V(1.f));
+  y = at::vec::cast<float>(at::vec::cast<int32_t>(y) + (at::vec::cast<int32_t>(shifted) << I(23)));
+  return V::blendv(y, V(0.f), x < V(-126.f)); // NaN is not below: it stays
+}
+
+inline Vectorized<double> exp2(Vectorized<double> x) { return x.exp2(); }
+
+template <typename A>
+inline A sum(Vectorized<A> v) {
+  return at::vec::vec_reduce_all<A>([](Vectorized<A>& x, Vectorized<A>& y) { return x + y; }, v);
+}
+
+// Largest of n elements, n a multiple of the width. A NaN may be lost: it shows in every sum.
+template <typename A>
+inline A max(const A* x, int64_t n) {
+  using V = Vectorized<A>;
+  const auto higher = [](V a, V b) { return at::vec::clamp_min(a, b); }; // one instruction, unlike maximum
+  V top(-kInf<A>), other(-kInf<A>);
+  int64_t j = 0;
+  for (; j + 2 * kWidth<A> <= n; j += 2 * kWidth<A>) {
+    top = higher(top, V::loadu(x + j));
+    other = higher(other, V::loadu(x + j + kWidth<A>));
+  }
+  for (; j < n; j += kWidth<A>) top = higher(top, V::loadu(x + j));
+  return at::vec::vec_reduce_all<A>([&](V& a, V& b) { return higher(a, b); }, higher(top, other));
+}
+
+// n elements of any floating dtype to A.
+template <typename T, typename A>
+void load(const void* from, A* to, int64_t n) {
+  const T* source = static_cast<const T*>(from);
+  int64_t j = 0;
+  if constexpr (std::is_same_v<T, A>) {
+    std::memcpy(to, source, n * sizeof(A));
+    return;
+  } else if constexpr (std::is_same_v<A, float> && at::vec::is_reduced_floating_point_v<T>) {
+    using H = Vectorized<T>;
+    for (; j + H::size() <= n; j += H::size()) {
+      auto [low, high] = at::vec::convert_to_float<T>(H::loadu(source + j));
+      low.store(to + j);
+      high.store(to + j + kWidth<float>);
+    }
+  }
+  for (; j < n; ++j) to[j] = static_cast<A>(source[j]);
+}
+
+// n elements of A to any floating dtype, rounded once.
+template <typename T, typename A>
+void store(const A* from, void* to, int64_t n) {
+  T* target = static_cast<T*>(to);
+  int64_t j = 0;
+  if constexpr (std::is_same_v<T, A>) {
+    std::memcpy(target, from, n * sizeof(A));
+    return;
+  } else if constexpr (std::is_same_v<A, float> && at::vec::is_reduced_floating_point_v<T>) {
+    using H = Vectorized<T>;
+    for (; j + H::size() <= n; j += H::size()) {
+      at::vec::convert_from_float<T>(Vectorized<float>::loadu(from + j), Vectorized<float>::loadu(from + j + kWidth<float>))
+          .store(target + j);
+    }
+  }
+  for (; j < n; ++j) target[j] = static_cast<T>(from[j]);
+}
+
+template <typename A>
+using Load = void (*)(const void*, A*, int64_t);
+template <typename A>
+using Store = void (*)(const A*, void*, int64_t);
+
+template <typename A>
+Load<A> loader(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble: return load<double, A>;
+    case at::kFloat: return load<float, A>;
+    case at::kBFloat16: return load<at::BFloat16, A>;
+    case at::kHalf: return load<at::Half, A>;
+    default: TORCH_CHECK_TYPE(false, "dtype ", type, " is not supported; use float64, float32, bfloat16 or float16");
+  }
+}
+
+template <typename A>
+Store<A> storer(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble: return store<double, A>;
+    case at::kFloat: return store<float, A>;
+    case at::kBFloat16: return store<at::BFloat16, A>;
+    case at::kHalf: return store<at::Half, A>;
+    default: TORCH_CHECK_TYPE(false, "dtype ", type, " is not supported; use float64, float32, bfloat16 or float16");
+  }
+}
+
+} // namespace
+} // namespace mekd

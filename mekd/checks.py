@@ -1,0 +1,105 @@
+"""Arguments of the losses, checked once: an error names the argument, what it was and what it may be."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+SCALES = ("tau2", "tau", "one")
+REDUCTIONS = ("none", "mean", "batchmean", "sum")
+TOPK_RESTS = ("spread", "drop")
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless value is one of the allowed names."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+
+
+def check_positive(name: str, value: float | Tensor) -> None:
+    """Raise ValueError unless value is above 0. A tensor on a GPU is believed: asking would stop the device."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a float or a 0-d tensor")
+        if value.requires_grad:
+            raise ValueError(f"{name} requires grad, which the losses do not give; pass {name}.detach()")
+        if value.is_cuda:
+            return
+    if not value > 0:
+        raise ValueError(f"{name} is {float(value)}; it must be above 0")
+
+
+def tau_tensor(tau: float | Tensor, device: torch.device) -> Tensor:
+    """The temperature as the 0-d tensor that the ops take. Its value is checked by whoever reads it."""
+    if isinstance(tau, Tensor):
+        if tau.dim() != 0 or tau.requires_grad:
+            check_positive("tau", tau)
+        return tau
+    if torch.compiler.is_compiling():
+        return torch.full((), tau, dtype=torch.float64, device=device)
+    return _constant(float(tau), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(tau: float, device: torch.device) -> Tensor:
+    check_positive("tau", tau)
+    return torch.tensor(tau, dtype=torch.float64, device=device)
+
+
+def check_teacher(name: str, target: Tensor, student: Tensor) -> None:
+    """Raise unless target is a floating tensor of the student's shape and device that wants no gradient."""
+    if target.requires_grad:
+        raise ValueError(f"{name} requires grad; a teacher gets no gradient: pass {name}.detach()")
+    if target.shape != student.shape:
+        raise ValueError(f"{name} has shape {tuple(target.shape)}; it must be {tuple(student.shape)}, as the student's")
+    check_floating(name, target)
+    check_device(name, target, student)
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    """Raise TypeError unless x holds floating-point numbers."""
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating dtype")
+
+
+def check_device(name: str, x: Tensor, student: Tensor) -> None:
+    """Raise ValueError unless x is where the student's logits are."""
+    if x.device != student.device:
+        raise ValueError(f"{name} is on {x.device} and the student on {student.device}; move {name} there")
+
+
+def check_student(name: str, student: Tensor) -> None:
+    """Raise unless student holds floating-point logits (..., C) with C at least 1."""
+    check_floating(name, student)
+    if student.dim() == 0:
+        raise ValueError(f"{name} is 0-d; it must have shape (..., C)")
+    if student.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(student.shape)}; it must have at least one class")
+
+
+def check_labels(name: str, labels: Tensor, shape: torch.Size, student: Tensor) -> None:
+    """Raise unless labels are int64, of the given shape and where the student is."""
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{name} has dtype {labels.dtype}; it must be torch.int64")
+    if labels.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(labels.shape)}; it must be {tuple(shape)}")
+    check_device(name, labels, student)
+
+
+def check_rows(weights: Tensor | None, mask: Tensor | None, shape: torch.Size, student: Tensor) -> None:
+    """Raise unless weights (floating) and mask (bool) have one element for each row."""
+    if weights is not None:
+        check_floating("weights", weights)
+        if weights.shape != shape or weights.requires_grad:
+            raise ValueError(
+                f"weights have shape {tuple(weights.shape)}, requires_grad={weights.requires_grad}; they must have "
+                f"shape {tuple(shape)} and want no gradient"
+            )
+        check_device("weights", weights, student)
+    if mask is not None:
+        if mask.dtype != torch.bool or mask.shape != shape:
+            raise ValueError(
+                f"mask has dtype {mask.dtype} and shape {tuple(mask.shape)}; it must be torch.bool {tuple(shape)}, "
+                "True for the rows that count"
+            )
+        check_device("mask", mask, student)

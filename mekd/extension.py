@@ -1,0 +1,50 @@
+"""Finds and loads the C++ kernels: the build for this processor, and only by the torch that it was built with."""
+
+import re
+from pathlib import Path
+
+import torch
+
+#: The instruction sets that csrc/ is built for, best first, as torch names what a processor can do.
+BUILDS = ("AVX2", "DEFAULT")
+
+
+def version(torch_version: str = torch.__version__) -> str:
+    """The release without what was built locally: 2.14.1 of 2.14.1+cu130."""
+    return torch_version.split("+")[0]
+
+
+def name(build: str) -> str:
+    """The module of one build; it carries the torch that it was built with."""
+    return f"_cpu_{build.lower()}_torch_{version().replace('.', '_')}"
+
+
+def _load() -> tuple[str | None, str]:
+    here = Path(__file__).parent
+    capability = torch.backends.cpu.get_cpu_capability()
+    usable = BUILDS[BUILDS.index("AVX2") :] if capability.startswith("AVX") else ("DEFAULT",)
+    for build in usable:
+        for path in here.glob(name(build) + ".*"):
+            try:
+                torch.ops.load_library(path)
+            except OSError as error:
+                return None, f"{path.name} does not load: {error}"
+            return build, ""
+    others = sorted({found[1].replace("_", ".") for path in here.glob("_cpu_*")
+                     if (found := re.search(r"_torch_([0-9_]+)\.", path.name))})  # fmt: skip
+    if others:
+        return None, (
+            f"its C++ kernels were built for torch {', '.join(others)}, and this is torch {version()}; "
+            "install mekd again, with --no-build-isolation from source"
+        )
+    return None, "its C++ kernels are not built; install from source with a C++ compiler and --no-build-isolation"
+
+
+#: The build that runs, or None and why not. Filled by load(), after the schemas exist.
+LOADED, WHY_NOT = None, "mekd.ops has not been imported"
+
+
+def load() -> None:
+    """Load once; never raises: without the kernels the reference runs."""
+    global LOADED, WHY_NOT
+    LOADED, WHY_NOT = _load()

@@ -1,0 +1,229 @@
+"""The contract of every op: its schema, fake kernel and autograd, and which backend runs it. Knows no math.
+
+An op torch.ops.mekd.NAME returns its loss, and a gradient for each differentiable input (empty unless grad is True),
+computed in the same pass. The dispatcher chooses the backend: C++ for the CPU where the extension is built,
+mekd.reference elsewhere. functional and losses are what to call; this is what they stand on.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mekd import extension, reference
+
+IMPLS = ("reference", "cpp")
+_LIBRARY = torch.library.Library("mekd", "DEF")
+
+
+class Op(NamedTuple):
+    """What run() needs to know: how many leading arguments are differentiable, and what calls each backend."""
+
+    differentiable: int
+    dispatch: Any
+    reference: Callable[..., tuple[Tensor, ...]]
+
+
+OPS: dict[str, Op] = {}
+
+
+def run(name: str, *arguments: Any, reduction: str, impl: str | None = None) -> Tensor:
+    """The loss of the op for its arguments up to reduction; the last one, grad, is known here."""
+    op = OPS[name]
+    inputs = arguments[: op.differentiable]
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    call = op.dispatch if impl is None else _backend(op, impl, inputs[0])
+    if torch.compiler.is_compiling():
+        return call(*arguments, reduction, wanted)[0]
+    if not wanted:
+        with torch._C._AutoDispatchBelowAutograd():
+            return call(*arguments, reduction, False)[0]
+    # The same as the autograd that is registered below, at half the cost of a call.
+    return _Loss.apply(call, arguments, reduction, *inputs)
+
+
+def _backend(op: Op, impl: str, on: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    if impl == "reference":
+        return op.reference
+    if impl != "cpp":
+        raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(map(repr, IMPLS))}, or None to choose")
+    if on.device.type != "cpu":
+        raise ValueError(f"impl='cpp' runs on the CPU, and the tensors are on {on.device}")
+    if extension.LOADED is None:
+        raise RuntimeError(f"impl='cpp' is not available: {extension.WHY_NOT}")
+    return op.dispatch
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Any, arguments: Any, reduction: str, *inputs: Tensor) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, *grads = call(*arguments, reduction, True)
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [x.dtype for x in inputs]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, None, *_scaled(ctx, upstream))
+
+
+def _scaled(ctx: Any, upstream: Tensor) -> list[Tensor]:
+    """The stored gradients times what comes from above."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "the losses of mekd have first derivatives only: call backward() or grad() without create_graph=True, "
+            "or use the formulas in mekd.reference, which autograd can differentiate twice"
+        )
+    grads = ctx.saved_tensors
+    if upstream.dim() > 0:
+        grads = [grad * upstream.reshape(upstream.shape + (1,) * (grad.dim() - upstream.dim())) for grad in grads]
+    elif upstream.device.type != "cpu" or torch.compiler.is_compiling() or upstream.item() != 1:
+        grads = [grad * upstream for grad in grads]
+    return [grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+
+
+def _define(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], differentiable: int = 1) -> None:
+    """Register one op: its last two arguments are reduction and grad."""
+    results = ", ".join(["Tensor"] * (1 + differentiable))
+    _LIBRARY.define(f"{name}({schema}, str reduction, bool grad) -> ({results})", tags=(torch.Tag.pt2_compliant_tag,))
+    count = schema.count(",") + 3
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*output[1:])
+        ctx.dtypes = [x.dtype for x in inputs[:differentiable]]
+
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return (*_scaled(ctx, upstream), *[None] * (count - differentiable))
+
+    torch.library.register_autograd(f"mekd::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    torch.library.register_fake(f"mekd::{name}", fake, lib=_LIBRARY)
+    plain = functools.partial(_by_autograd, getattr(reference, f"{name}_loss"), differentiable)
+
+    def composite(*arguments: Any) -> tuple[Tensor, ...]:
+        if arguments[0].device.type == "cpu":
+            _warn_once()
+        return plain(*arguments)
+
+    _LIBRARY.impl(name, composite, "CompositeExplicitAutograd")
+    OPS[name] = Op(differentiable, getattr(torch.ops.mekd, name).default, plain)
+
+
+def _by_autograd(formula: Callable[..., Tensor], differentiable: int, *arguments: Any) -> tuple[Tensor, ...]:
+    """The loss by the reference and, if asked, its gradients by PyTorch's autograd, from within a kernel."""
+    *rest, wanted = arguments
+    inputs = [x.detach() for x in rest[:differentiable]]
+    if not wanted:
+        return formula(*inputs, *rest[differentiable:]), *(_empty_grad(x, False) for x in inputs)
+    # A kernel runs below autograd; the formula needs it back.
+    key = torch._C.DispatchKey
+    with (
+        torch.enable_grad(),
+        torch._C._SetExcludeDispatchKeyGuard(key.AutogradFunctionality, False),
+        torch._C._SetExcludeDispatchKeyGuard(key.ADInplaceOrView, False),
+    ):
+        # float16 is too narrow for gradients that no GradScaler has scaled yet.
+        inputs = [(x.float() if x.dtype == torch.float16 else x).requires_grad_() for x in inputs]
+        loss = formula(*inputs, *rest[differentiable:])
+        grads = torch.autograd.grad(loss.sum(), inputs)
+    return loss.detach(), *(grad.contiguous() for grad in grads)
+
+
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(f"mekd runs on plain PyTorch: {extension.WHY_NOT}", stacklevel=4)
+
+
+def _empty_grad(x: Tensor, wanted: bool) -> Tensor:
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    return x.new_empty(x.shape if wanted else (0,), dtype=dtype)
+
+
+def _empty_loss(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return x.new_empty(shape, dtype=reference.accumulation_dtype(x))
+
+
+def _fake_rows(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *_, reduction, wanted = arguments
+    return _empty_loss(student, student.shape[:-1] if reduction == "none" else ()), _empty_grad(student, wanted)
+
+
+def _fake_samples(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *_, reduction, wanted = arguments
+    return _empty_loss(x, x.shape[:1] if reduction == "none" else ()), _empty_grad(x, wanted)
+
+
+def _fake_discriminator(real: Tensor, fake: Tensor, reduction: str, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_loss(real, ()), _empty_grad(real, wanted), _empty_grad(fake, wanted)
+
+
+_ROWS = "Tensor tau, Tensor? weights, Tensor? mask"
+_define("tempered_kl", f"Tensor student, Tensor target, {_ROWS}, bool probs, str scale", _fake_rows)
+_define("tempered_kl_labels", f"Tensor student, Tensor labels, {_ROWS}, int ignore_index, str scale", _fake_rows)
+_define("tempered_kl_topk", f"Tensor student, Tensor values, Tensor indices, {_ROWS}, str rest, str scale", _fake_rows)
+_define(
+    "dkd",
+    f"Tensor student, Tensor teacher, Tensor labels, {_ROWS}, float alpha, float beta, int ignore_index, str scale",
+    _fake_rows,
+)
+_define("jsd", f"Tensor student, Tensor teacher, {_ROWS}, float beta, bool log_probs, str scale", _fake_rows)
+_define("tanh_l1", "Tensor a, Tensor b, Tensor? weights, bool tanh, bool finished", _fake_samples)
+_define(
+    "gan_generator", "Tensor d, Tensor? response, str kind, float base, float alpha, bool minimax", _fake_samples
+)
+_define("gan_discriminator", "Tensor d_real, Tensor d_fake", _fake_discriminator, differentiable=2)
+_LIBRARY.define("tanh_l1_(Tensor(a!) a, Tensor b, Tensor? weights, bool tanh, bool finished, str reduction) -> Tensor")
+
+
+def _tanh_l1_reference(a: Tensor, *arguments: Any) -> Tensor:
+    loss, grad = OPS["tanh_l1"].reference(a, *arguments, True)
+    a.copy_(grad)
+    return loss
+
+
+_LIBRARY.impl("tanh_l1_", _tanh_l1_reference, "CompositeExplicitAutograd")
+torch.library.register_fake("mekd::tanh_l1_", lambda a, *rest: _fake_samples(a, *rest, True)[0], lib=_LIBRARY)
+
+
+class _InPlace(torch.autograd.Function):
+    """tanh_l1_, which leaves the gradient where a was: a may be read by nobody else, and only once."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, call: Any, *arguments: Any) -> Tensor:
+        ctx.gradient = a.detach()
+        with torch._C._AutoDispatchBelowAutograd():
+            loss = call(ctx.gradient, *arguments)
+        torch.autograd.graph.increment_version(a)  # whoever saved a finds out
+        ctx.version = a._version
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        grad, ctx.gradient = ctx.gradient, None
+        if grad is None:
+            raise RuntimeError(
+                "a second backward through image_l1_loss(inplace=True): the gradient lies where the student's "
+                "pre-activation was, and has been given away; use inplace=False"
+            )
+        if grad._version != ctx.version:
+            raise RuntimeError("the student's pre-activation was written to after image_l1_loss(inplace=True) used it")
+        if torch.is_grad_enabled():
+            raise RuntimeError("image_l1_loss has first derivatives only: use create_graph=False")
+        if upstream.dim() > 0:
+            grad.mul_(upstream.reshape((-1,) + (1,) * (grad.dim() - 1)))
+        elif upstream.device.type != "cpu" or upstream.item() != 1:
+            grad.mul_(upstream)
+        return grad, *[None] * 6
+
+
+def run_in_place(a: Tensor, *arguments: Any, impl: str | None = None) -> Tensor:
+    """tanh_l1_ with its gradient, for arguments up to reduction."""
+    op = OPS["tanh_l1"]
+    call = torch.ops.mekd.tanh_l1_.default if impl is None or _backend(op, impl, a) is op.dispatch else _tanh_l1_reference
+    return _InPlace.apply(a, call, *arguments)
+
+
+extension.load()
