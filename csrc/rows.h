@@ -90,26 +90,25 @@ inline double scale_factor(std::string_view scale, double tau) {
   return scale == "tau2" ? tau * tau : scale == "tau" ? tau : 1.0;
 }
 
-// "mean" divides by all elements, "batchmean" by the rows that count; counted: those that labels leave, or -1.
+// "mean" divides by all elements, "batchmean" by the rows that count.
 inline Finish finish(
-    int64_t rows, int64_t classes, double scale, std::string_view reduction,
-    const std::optional<Tensor>& weights, const std::optional<Tensor>& mask, int64_t counted = -1) {
+    const Tensor& student, double scale, std::string_view reduction, const std::optional<Tensor>& weights,
+    const std::optional<Tensor>& mask) {
+  const int64_t classes = student.size(-1), rows = student.numel() / classes;
   Finish how;
   if (weights.has_value()) {
     TORCH_CHECK_VALUE(weights->numel() == rows, "weights have shape ", weights->sizes(), "; there are ", rows, " rows");
     const Tensor flat = weights->to(at::kDouble).contiguous();
     how.weights.assign(flat.const_data_ptr<double>(), flat.const_data_ptr<double>() + rows);
   }
-  int64_t kept = counted < 0 ? rows : counted;
+  int64_t kept = rows;
   if (mask.has_value()) {
     TORCH_CHECK_VALUE(
         mask->numel() == rows && mask->scalar_type() == at::kBool, "mask has shape ", mask->sizes(), " and dtype ",
         mask->scalar_type(), "; it must be bool with one element for each of ", rows, " rows");
     how.mask = mask->contiguous();
-    if (counted < 0) {
-      const bool* on = how.mask.const_data_ptr<bool>();
-      kept = std::count(on, on + rows, true);
-    }
+    const bool* on = how.mask.const_data_ptr<bool>();
+    kept = std::count(on, on + rows, true);
   }
   how.none = reduction == "none";
   const double divisor = reduction == "mean" ? double(rows) * classes : reduction == "batchmean" ? kept : 1.0;
@@ -126,6 +125,32 @@ inline Tensor empty_grad(const Tensor& like, bool wanted) {
   const auto options = like.options().dtype(grad_dtype(like));
   return wanted ? at::empty(like.sizes(), options) : at::empty({0}, options);
 }
+
+// Class labels, one for each row, and which rows count: those that neither the mask nor ignore_index leaves out.
+struct Labels {
+  Tensor flat;
+  Tensor kept;
+  const int64_t* values;
+
+  Labels(const Tensor& labels, int64_t rows, int64_t classes, int64_t ignore_index, const std::optional<Tensor>& mask)
+      : flat(labels.contiguous()), kept(at::empty(labels.sizes(), labels.options().dtype(at::kBool))) {
+    TORCH_CHECK_VALUE(
+        labels.numel() == rows && labels.scalar_type() == at::kLong, "labels have shape ", labels.sizes(), " and dtype ",
+        labels.scalar_type(), "; they must be int64 with one element for each of ", rows, " rows");
+    TORCH_CHECK_VALUE(!mask.has_value() || mask->numel() == rows, "mask has shape ", mask->sizes());
+    values = flat.const_data_ptr<int64_t>();
+    const Tensor on = mask.has_value() ? mask->contiguous() : Tensor();
+    bool* const to = kept.mutable_data_ptr<bool>();
+    for (int64_t i = 0; i < rows; ++i) {
+      to[i] = values[i] != ignore_index && (!on.defined() || on.const_data_ptr<bool>()[i]);
+      TORCH_CHECK_VALUE(
+          !to[i] || (values[i] >= 0 && values[i] < classes), "labels hold ", values[i], " in row ", i,
+          "; classes are 0 to ", classes - 1);
+    }
+  }
+
+  int64_t operator[](int64_t row) const { return values[row]; }
+};
 
 // The gradient's rows: A where that is its dtype, rounded once where it is not.
 template <typename A>
@@ -144,6 +169,7 @@ struct Output {
 template <typename A>
 struct Scratch {
   std::vector<A> memory;
+  std::vector<A> values; // of a top-k answer
   A *s, *t;             // the student's and the target's exponentials
   A *top_s, *top_t; // by block
 

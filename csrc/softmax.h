@@ -88,5 +88,54 @@ void write_pair(
   }
 }
 
+// One side alone: the largest logit, and the sum of the exponentials referred to it.
+template <typename A>
+struct Single {
+  double z;
+  A top;
+};
+
+// read_pair without a target: the exponentials are left in scratch.s.
+template <typename A, typename Read>
+Single<A> read_single(int64_t classes, A unit, Scratch<A>& scratch, Read load) {
+  using V = Vectorized<A>;
+  A highest = -kInf<A>, top = 0;
+  double z = 0;
+  for (int64_t begin = 0, block = 0; begin < classes; begin += kBlock, ++block) {
+    const int64_t n = std::min(kBlock, classes - begin), whole = padded<A>(n);
+    A* const q = scratch.s + begin;
+    const A* const s = load(begin, n, q);
+    highest = std::max(highest, max(s, whole));
+    scratch.top_s[block] = highest;
+    const A now = highest == -kInf<A> ? 0 : highest;
+    z = z == 0 ? 0 : z * std::exp2((double(top) - now) * unit);
+    top = now;
+    V total(0);
+    for (int64_t j = 0; j < whole; j += kWidth<A>) {
+      const V qj = exp2((V::loadu(s + j) - V(top)) * V(unit));
+      total = total + qj;
+      qj.store(q + j);
+    }
+    z += sum(total);
+  }
+  return {z, top};
+}
+
+// grad = by * q
+template <typename A>
+void write_single(
+    int64_t classes, A unit, const Scratch<A>& scratch, const Single<A>& single, double by, const Output<A>& output,
+    char* to) {
+  using V = Vectorized<A>;
+  for (int64_t begin = 0, block = 0; begin < classes; begin += kBlock, ++block) {
+    const int64_t n = std::min(kBlock, classes - begin);
+    A* const q = scratch.s + begin;
+    const V of(static_cast<A>(by / single.z * std::exp2((double(scratch.top_s[block]) - single.top) * unit)));
+    A* const grad = output.direct(n) ? reinterpret_cast<A*>(to) + begin : q;
+    for (int64_t j = 0; j < n; j += kWidth<A>) (V::loadu(q + j) * of).store(grad + j);
+    if (grad == q) output.store(q, to + begin * output.item, n);
+  }
+}
+
 } // namespace
 } // namespace mekd

@@ -30,8 +30,7 @@ Result tempered_kl(
     using A = decltype(kind);
     const Rows<A> s(student), t(target);
     const int64_t classes = student.size(-1);
-    const Finish how = finish(
-        s.tensor.size(0), classes, scale_factor(scale, warmth), reduction, weights, mask);
+    const Finish how = finish(student, scale_factor(scale, warmth), reduction, weights, mask);
     const A unit = static_cast<A>(kLog2e / warmth);
     const Output<A> output(grad_dtype(student));
     Fault negative;

@@ -1,0 +1,71 @@
+// Decoupled KD: the KL of target against rest, and the KL within the rest, each with its weight.
+#include "softmax.h"
+
+namespace mekd {
+namespace {
+
+// p log(p / q) for log-probabilities, with 0 log 0 = 0.
+inline double term(double log_p, double log_q) {
+  const double p = std::exp(log_p);
+  return p == 0 ? 0 : p * (log_p - log_q);
+}
+
+// log sigmoid(x) without overflow.
+inline double log_sigmoid(double x) { return std::min(x, 0.0) - std::log1p(std::exp(-std::abs(x))); }
+
+Result dkd(
+    const Tensor& student, const Tensor& teacher, const Tensor& labels, const Tensor& tau,
+    const std::optional<Tensor>& weights, const std::optional<Tensor>& mask, double alpha, double beta,
+    int64_t ignore_index, std::string_view scale, std::string_view reduction, bool grad) {
+  TORCH_CHECK_VALUE(
+      teacher.sizes() == student.sizes(), "teacher has shape ", teacher.sizes(), "; it must be ", student.sizes());
+  const double warmth = positive(tau);
+  return for_dtype(student, [&](auto kind) {
+    using A = decltype(kind);
+    const Rows<A> s(student), t(teacher);
+    const int64_t classes = student.size(-1);
+    const Labels target(labels, s.tensor.size(0), classes, ignore_index, mask);
+    const Finish how = finish(student, scale_factor(scale, warmth), reduction, weights, target.kept);
+    const A unit = static_cast<A>(kLog2e / warmth);
+    const Output<A> output(grad_dtype(student));
+    return for_rows<A>(student, how, grad, [&](int64_t i, Scratch<A>& scratch, double factor, char* to) {
+      if (classes == 1) { // one class: nothing to tell apart
+        if (to) std::memset(to, 0, output.item);
+        return 0.0;
+      }
+      const int64_t label = target[i];
+      A hit_s = 0, hit_t = 0;
+      // The rest is a softmax of its own, in which the target is masked.
+      const auto hide = [&](const Rows<A>& rows, A& hit) {
+        return [&](int64_t begin, int64_t n, A* buffer) -> const A* {
+          const A* x = rows(i, begin, n, buffer);
+          if (label < begin || label >= begin + n) return x;
+          hit = x[label - begin];
+          if (x != buffer) std::memcpy(buffer, x, n * sizeof(A));
+          buffer[label - begin] = -kInf<A>;
+          return buffer;
+        };
+      };
+      const Pair<A> rest = read_pair<A>(classes, unit, scratch, hide(s, hit_s), hide(t, hit_t));
+      // Log-odds of the target against all others together.
+      const double odds_s = (double(hit_s) - rest.top_s) / warmth - std::log(rest.zs);
+      const double odds_t = (double(hit_t) - rest.top_t) / warmth - std::log(rest.zt);
+      const double within = classes == 2 ? 0 : beta;
+      const double binary = term(log_sigmoid(odds_t), log_sigmoid(odds_s)) + term(log_sigmoid(-odds_t), log_sigmoid(-odds_s));
+      if (to) {
+        const double pull = alpha * (std::exp(log_sigmoid(odds_s)) - std::exp(log_sigmoid(odds_t)));
+        const double by = factor / warmth;
+        write_pair<A>(classes, unit, scratch, rest, by * (within - pull), by * within, output, to);
+        const A value = static_cast<A>(by * pull);
+        output.store(&value, to + label * output.item, 1);
+      }
+      return alpha * binary + (within == 0 ? 0 : within * rest.kl);
+    });
+  });
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(mekd, CPU, m) { m.impl("dkd", dkd); }
+
+} // namespace mekd

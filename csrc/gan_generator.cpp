@@ -1,0 +1,123 @@
+// (base + alpha y) softplus(-d), the generator's GAN loss and the information term, with y, the teacher's top
+// probability, taken from its answer on the way.
+#include "softmax.h"
+
+namespace mekd {
+namespace {
+
+inline double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))); }
+inline double sigmoid(double x) { return x >= 0 ? 1 / (1 + std::exp(-x)) : std::exp(x) / (1 + std::exp(x)); }
+
+template <typename A>
+double load_one(const Tensor& x, int64_t i) {
+  A value;
+  loader<A>(x.scalar_type())(static_cast<const char*>(x.const_data_ptr()) + i * x.element_size(), &value, 1);
+  return value;
+}
+
+// One loss and gradient for each element of d, reduced; body(i, value) -> (loss, derivative).
+template <typename A, typename Body>
+Result for_elements(const Tensor& d, std::string_view reduction, bool grad, int64_t grain, Body body) {
+  const Tensor x = d.contiguous();
+  const int64_t m = x.numel();
+  const bool none = reduction == "none";
+  const double by = (reduction == "mean" || reduction == "batchmean") && m ? 1.0 / m : 1.0;
+  Tensor gradient = empty_grad(x, grad);
+  Tensor losses = at::empty(x.sizes(), x.options().dtype(c10::CppTypeToScalarType<A>::value));
+  const Output<A> output(grad_dtype(x));
+  A* const loss = losses.mutable_data_ptr<A>();
+  char* const to = grad ? static_cast<char*>(gradient.mutable_data_ptr()) : nullptr;
+  at::parallel_for(0, m, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto [value, slope] = body(i, load_one<A>(x, i));
+      loss[i] = static_cast<A>(value);
+      const A scaled = static_cast<A>(by * slope);
+      if (to) output.store(&scaled, to + i * output.item, 1);
+    }
+  });
+  if (none) return {losses, gradient};
+  double total = 0;
+  for (int64_t i = 0; i < m; ++i) total += loss[i];
+  Tensor result = at::empty({}, losses.options());
+  *result.mutable_data_ptr<A>() = static_cast<A>(by * total);
+  return {result, gradient};
+}
+
+// The largest probability of a row of probabilities or, as 1 / sum exp(x - top), of logits.
+template <typename A>
+double confidence(const Rows<A>& rows, int64_t row, int64_t classes, bool logits) {
+  using V = Vectorized<A>;
+  alignas(64) A buffer[kBlock];
+  A top = -kInf<A>;
+  double z = 0;
+  for (int64_t begin = 0; begin < classes; begin += kBlock) {
+    const int64_t n = std::min(kBlock, classes - begin), whole = padded<A>(n);
+    const A* const x = rows(row, begin, n, buffer);
+    if (!logits) { // a NaN must show here: there is no sum
+      V high(-kInf<A>);
+      for (int64_t j = 0; j < whole; j += kWidth<A>) high = at::vec::maximum(high, V::loadu(x + j));
+      const A best = at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::maximum(a, b); }, high);
+      if (std::isnan(best)) return best;
+      top = std::max(top, best);
+      continue;
+    }
+    const A before = top;
+    top = std::max(top, max(x, whole));
+    z = z == 0 ? 0 : z * std::exp(double(before) - top);
+    V all(0);
+    for (int64_t j = 0; j < whole; j += kWidth<A>) {
+      all = all + exp2((V::loadu(x + j) - V(top)) * V(static_cast<A>(kLog2e)));
+    }
+    z += sum(all);
+  }
+  return logits ? 1 / z : top;
+}
+
+Result gan_generator(
+    const Tensor& d, const std::optional<Tensor>& response, std::string_view kind, double base, double alpha,
+    bool minimax, std::string_view reduction, bool grad) {
+  const bool known = kind == "confidence";
+  if (response.has_value()) {
+    TORCH_CHECK_VALUE(
+        known ? response->numel() == d.numel() : response->dim() == 2 && response->size(0) == d.numel(), kind,
+        " has shape ", response->sizes(), "; d has ", d.sizes());
+  }
+  return for_dtype(d, [&](auto type) {
+    using A = decltype(type);
+    const bool given = response.has_value() && alpha != 0;
+    const Tensor certain = given && known ? response->contiguous() : Tensor();
+    const std::optional<Rows<A>> rows = given && !known ? std::optional<Rows<A>>(*response) : std::nullopt;
+    const int64_t classes = rows ? response->size(1) : 1;
+    return for_elements<A>(d, reduction, grad, std::max<int64_t>(1, 32768 / classes), [&](int64_t i, double x) {
+      const double y = !given ? 1 : known ? load_one<A>(certain, i) : confidence<A>(*rows, i, classes, kind == "logits");
+      const double up = softplus(-x), weight = alpha == 0 ? 0 : alpha * y;
+      if (minimax) return std::pair(-base * softplus(x) + weight * up, -base * sigmoid(x) - weight * sigmoid(-x));
+      return std::pair((base + weight) * up, -(base + weight) * sigmoid(-x));
+    });
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> gan_discriminator(
+    const Tensor& d_real, const Tensor& d_fake, std::string_view reduction, bool grad) {
+  return for_dtype(d_real, [&](auto type) {
+    using A = decltype(type);
+    const auto one = [&](const Tensor& d, double sign) {
+      return for_elements<A>(d, reduction, grad, 8192, [sign](int64_t, double x) {
+        return std::pair(softplus(sign * x), sign * sigmoid(sign * x));
+      });
+    };
+    auto [real, grad_real] = one(d_real, -1);
+    auto [fake, grad_fake] = one(d_fake, 1);
+    *real.template mutable_data_ptr<A>() += static_cast<A>(fake.template item<double>());
+    return std::tuple(real, grad_real, grad_fake);
+  });
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(mekd, CPU, m) {
+  m.impl("gan_generator", gan_generator);
+  m.impl("gan_discriminator", gan_discriminator);
+}
+
+} // namespace mekd

@@ -1,0 +1,101 @@
+// The generalised Jensen-Shannon divergence beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, of two
+// softmaxes or of log-probabilities taken as they are; beta = 0 is KL(p || q) and beta = 1 is KL(q || p).
+#include "softmax.h"
+
+namespace mekd {
+namespace {
+
+// What is left of each class when log p and log q are known: its part of the loss, and of the derivative in log q.
+template <typename A>
+struct Weigher {
+  using V = Vectorized<A>;
+  A beta;
+
+  // 0 log 0 = 0
+  static V product(V p, V log_ratio) { return V::blendv(p * log_ratio, V(0), p == V(0)); }
+
+  V operator()(V p, V q, V log_p, V log_q, V& slope) const {
+    if (beta == 0) return slope = V(0) - p, product(p, log_p - log_q);
+    if (beta == 1) {
+      const V ratio = log_q - log_p;
+      slope = V::blendv(q * (ratio + V(1)), V(0), q == V(0));
+      return product(q, ratio);
+    }
+    const V b(beta), c(1 - beta), m = b * p + c * q, log_m = m.log();
+    const V over = product(q, log_q - log_m);
+    slope = c * over; // the derivatives of log m cancel against those of m
+    return b * product(p, log_p - log_m) + c * over;
+  }
+};
+
+Result jsd(
+    const Tensor& student, const Tensor& teacher, const Tensor& tau, const std::optional<Tensor>& weights,
+    const std::optional<Tensor>& mask, double beta, bool log_probs, std::string_view scale, std::string_view reduction,
+    bool grad) {
+  TORCH_CHECK_VALUE(
+      teacher.sizes() == student.sizes(), "teacher has shape ", teacher.sizes(), "; it must be ", student.sizes());
+  const double warmth = positive(tau);
+  return for_dtype(student, [&](auto kind) {
+    using A = decltype(kind);
+    using V = Vectorized<A>;
+    const Rows<A> s(student), t(teacher);
+    const int64_t classes = student.size(-1);
+    const Finish how = finish(student, scale_factor(scale, warmth), reduction, weights, mask);
+    const A unit = static_cast<A>(kLog2e / warmth);
+    const Output<A> output(grad_dtype(student));
+    const Weigher<A> weigh{static_cast<A>(beta)};
+    return for_rows<A>(student, how, grad, [&](int64_t i, Scratch<A>& scratch, double factor, char* to) {
+      const auto read_s = [&](int64_t begin, int64_t n, A* buffer) { return s(i, begin, n, buffer); };
+      const auto read_t = [&](int64_t begin, int64_t n, A* buffer) { return t(i, begin, n, buffer); };
+      // log p = (x - top) * by - log z
+      double log_zs = 0, log_zt = 0, by = 1;
+      A top_s = 0, top_t = 0;
+      if (!log_probs) {
+        const Pair<A> pair = read_pair<A>(classes, unit, scratch, read_s, read_t);
+        log_zs = std::log(pair.zs), log_zt = std::log(pair.zt), by = 1 / warmth;
+        top_s = pair.top_s, top_t = pair.top_t;
+      }
+      const V scale_v(static_cast<A>(by)), of_s(top_s), of_t(top_t), less_s(static_cast<A>(log_zs)), less_t(static_cast<A>(log_zt));
+      const V two(static_cast<A>(kLog2e));
+      double loss = 0, slopes = 0;
+      for (int64_t begin = 0; begin < classes; begin += kBlock) {
+        const int64_t n = std::min(kBlock, classes - begin), whole = padded<A>(n);
+        A* const keep_q = scratch.s + begin;
+        A* const keep_slope = scratch.t + begin;
+        const A* const x = read_s(begin, n, keep_q);
+        const A* const y = read_t(begin, n, keep_slope);
+        V sum_l(0), sum_g(0);
+        for (int64_t j = 0; j < whole; j += kWidth<A>) {
+          const V log_q = (V::loadu(x + j) - of_s) * scale_v - less_s, log_p = (V::loadu(y + j) - of_t) * scale_v - less_t;
+          const V q = exp2(log_q * two);
+          V slope;
+          sum_l = sum_l + weigh(exp2(log_p * two), q, log_p, log_q, slope);
+          sum_g = sum_g + slope;
+          q.store(keep_q + j);
+          slope.store(keep_slope + j);
+        }
+        loss += sum(sum_l);
+        slopes += sum(sum_g);
+      }
+      if (to) {
+        // Through log softmax: g - q sum(g), over tau; log-probabilities get g itself.
+        const V pull(static_cast<A>(log_probs ? 0 : slopes)), factors(static_cast<A>(factor * by));
+        for (int64_t begin = 0; begin < classes; begin += kBlock) {
+          const int64_t n = std::min(kBlock, classes - begin);
+          A* const q = scratch.s + begin;
+          for (int64_t j = 0; j < n; j += kWidth<A>) {
+            ((V::loadu(scratch.t + begin + j) - V::loadu(q + j) * pull) * factors).store(q + j);
+          }
+          output.store(q, to + begin * output.item, n);
+        }
+      }
+      return loss;
+    });
+  });
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(mekd, CPU, m) { m.impl("jsd", jsd); }
+
+} // namespace mekd

@@ -1,0 +1,169 @@
+// Per-sample L1 distance of tanh(a) and tanh(b), of tanh(a) and a finished image, or of two images, with the gradient
+// of a; the in-place twin writes it over a, since a large fresh tensor costs more in page faults than the computation.
+#include <ATen/ops/empty_like.h>
+
+#include "rows.h"
+
+namespace mekd {
+namespace {
+
+constexpr int64_t kChunk = 1 << 14; // elements of one sample that one task works on
+
+// 0 at ties, as the sub-gradient of PyTorch's abs.
+template <typename A>
+inline Vectorized<A> sign(Vectorized<A> x) {
+  using V = Vectorized<A>;
+  const V zero(0);
+  return V::blendv(V::blendv(zero, V(1), x > zero), V(-1), x < zero);
+}
+
+// |tanh(a) - tanh(b)| and its derivative in a. With A = e^2a and B = e^2b the difference is 2 (A - B) / ((A + 1)(B + 1))
+// and 1 - tanh(a)^2 = 4 A / (A + 1)^2: two exponentials and one division. The sign is that of a - b, exactly.
+template <typename A, bool finished>
+inline Vectorized<A> distance(Vectorized<A> a, Vectorized<A> b, Vectorized<A>& slope) {
+  using V = Vectorized<A>;
+  const V one(1), two(2), zero(0), twice(static_cast<A>(2 * 1.4426950408889634)), limit(static_cast<A>(sizeof(A) == 4 ? 40 : 60));
+  const V ea = exp2(at::vec::clamp(a * twice, zero - limit, limit));
+  const V wa = ea + one;
+  if constexpr (finished) {
+    const V r = one / wa, t = one - two * r, gap = t - b;
+    slope = sign(gap) * (V(4) * ea * r * r);
+    return gap.abs();
+  } else {
+    const V eb = exp2(at::vec::clamp(b * twice, zero - limit, limit));
+    const V wb = eb + one, r = one / (wa * wb), u = r * wb;
+    slope = sign(a - b) * (V(4) * ea * u * u);
+    return (two * (ea - eb) * r).abs();
+  }
+}
+
+template <typename A>
+struct Job {
+  const char *a, *b;
+  char* grad; // nullptr: none wanted
+  Load<A> load_a, load_b;
+  Store<A> store;
+  int64_t item_a, item_b, item_grad;
+  bool tanh, finished, direct;
+};
+
+// The sum over n elements from begin on; the gradient times factor.
+template <typename A>
+double chunk(const Job<A>& job, int64_t begin, int64_t n, A factor) {
+  using V = Vectorized<A>;
+  A a[kBlock], b[kBlock];
+  double total = 0;
+  for (int64_t at = begin; at < begin + n; at += kBlock) {
+    const int64_t count = std::min(kBlock, begin + n - at), whole = padded<A>(count);
+    const bool direct = job.direct && whole == count;
+    const A* x = reinterpret_cast<const A*>(job.a) + at;
+    const A* y = reinterpret_cast<const A*>(job.b) + at;
+    A* to = reinterpret_cast<A*>(job.grad) + at;
+    if (!direct) {
+      job.load_a(job.a + at * job.item_a, a, count);
+      job.load_b(job.b + at * job.item_b, b, count);
+      for (int64_t j = count; j < whole; ++j) a[j] = b[j] = 0;
+      x = a, y = b, to = a;
+    }
+    V sum_l(0), slope;
+    const V by(factor);
+    const auto pass = [&](auto f) {
+      for (int64_t j = 0; j < whole; j += kWidth<A>) {
+        sum_l = sum_l + f(V::loadu(x + j), V::loadu(y + j));
+        if (job.grad) (slope * by).store(to + j);
+      }
+    };
+    if (!job.tanh) {
+      pass([&](V p, V q) { return slope = sign(p - q), (p - q).abs(); });
+    } else if (job.finished) {
+      pass([&](V p, V q) { return distance<A, true>(p, q, slope); });
+    } else {
+      pass([&](V p, V q) { return distance<A, false>(p, q, slope); });
+    }
+    // The padding of a finished image is no image, but tanh(0) = 0 all the same.
+    total += sum(sum_l);
+    if (job.grad && !direct) job.store(a, job.grad + at * job.item_grad, count);
+  }
+  return total;
+}
+
+// a: dense, samples one after another, in whatever order the pixels of each lie; b laid out alike.
+Tensor distances(
+    const Tensor& a, const Tensor& b, const std::optional<Tensor>& weights, bool tanh, bool finished,
+    std::string_view reduction, void* grad, at::ScalarType grad_type) {
+  const int64_t samples = a.size(0), pixels = samples ? a.numel() / samples : 0;
+  const int64_t pieces = (pixels + kChunk - 1) / kChunk;
+  std::vector<double> by(samples, reduction == "mean" && a.numel() ? 1.0 / a.numel() : reduction == "batchmean" && samples ? 1.0 / samples : 1.0);
+  if (weights.has_value()) {
+    TORCH_CHECK_VALUE(weights->numel() == samples, "weights have shape ", weights->sizes(), "; there are ", samples, " samples");
+    const Tensor flat = weights->to(at::kDouble).contiguous();
+    for (int64_t i = 0; i < samples; ++i) by[i] *= flat.const_data_ptr<double>()[i];
+  }
+  return for_dtype(a, [&](auto kind) {
+    using A = decltype(kind);
+    const auto own = c10::CppTypeToScalarType<A>::value;
+    const Job<A> job{
+        static_cast<const char*>(a.const_data_ptr()), static_cast<const char*>(b.const_data_ptr()),
+        static_cast<char*>(grad), loader<A>(a.scalar_type()), loader<A>(b.scalar_type()), storer<A>(grad_type),
+        static_cast<int64_t>(a.element_size()), static_cast<int64_t>(b.element_size()),
+        static_cast<int64_t>(c10::elementSize(grad_type)), tanh, finished,
+        a.scalar_type() == own && b.scalar_type() == own && grad_type == own};
+    std::vector<double> parts(samples * pieces);
+    at::parallel_for(0, samples * pieces, std::max<int64_t>(1, 32768 / std::clamp<int64_t>(pixels, 1, kChunk)), [&](int64_t from, int64_t until) {
+      for (int64_t task = from; task < until; ++task) {
+        const int64_t i = task / pieces, first = task % pieces * kChunk;
+        parts[task] = chunk<A>(job, i * pixels + first, std::min(kChunk, pixels - first), static_cast<A>(by[i]));
+      }
+    });
+    const bool none = reduction == "none";
+    Tensor loss = at::empty(none ? at::IntArrayRef(samples) : at::IntArrayRef(), a.options().dtype(own));
+    double total = 0;
+    for (int64_t i = 0; i < samples; ++i) {
+      double one = 0;
+      for (int64_t piece = 0; piece < pieces; ++piece) one += parts[i * pieces + piece];
+      total += by[i] * one;
+      if (none) loss.mutable_data_ptr<A>()[i] = static_cast<A>(by[i] * one);
+    }
+    if (!none) *loss.mutable_data_ptr<A>() = static_cast<A>(total);
+    return loss;
+  });
+}
+
+// Samples one after another without gaps, pixels in any order: NCHW and channels_last need no copy.
+bool sample_major(const Tensor& x) {
+  if (!x.is_non_overlapping_and_dense()) return false;
+  return x.size(0) <= 1 || x.stride(0) == x.numel() / x.size(0);
+}
+
+Tensor laid_out_as(const Tensor& b, const Tensor& a) {
+  TORCH_CHECK_VALUE(b.sizes() == a.sizes(), "b has shape ", b.sizes(), "; it must be ", a.sizes());
+  if (b.strides() == a.strides()) return b;
+  return at::empty_like(a, a.options().dtype(b.scalar_type())).copy_(b);
+}
+
+Result tanh_l1(
+    const Tensor& a, const Tensor& b, const std::optional<Tensor>& weights, bool tanh, bool finished,
+    std::string_view reduction, bool grad) {
+  const Tensor x = sample_major(a) ? a : a.contiguous();
+  Tensor gradient = grad ? at::empty_like(x, x.options().dtype(grad_dtype(a))) : empty_grad(a, false);
+  Tensor loss = distances(
+      x, laid_out_as(b, x), weights, tanh, finished, reduction, grad ? gradient.mutable_data_ptr() : nullptr,
+      gradient.scalar_type());
+  return {loss, gradient};
+}
+
+Tensor tanh_l1_(
+    const Tensor& a, const Tensor& b, const std::optional<Tensor>& weights, bool tanh, bool finished,
+    std::string_view reduction) {
+  TORCH_CHECK_VALUE(sample_major(a), "a has shape ", a.sizes(), " and strides ", a.strides(), "; written in place it must be dense, sample after sample");
+  return distances(a, laid_out_as(b, a), weights, tanh, finished, reduction, a.mutable_data_ptr(), a.scalar_type());
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(mekd, CPU, m) {
+  m.impl("tanh_l1", tanh_l1);
+  m.impl("tanh_l1_", tanh_l1_);
+}
+
+} // namespace mekd

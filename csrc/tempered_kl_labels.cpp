@@ -1,0 +1,42 @@
+// KL(onehot(label) || softmax(student / tau)), the cross-entropy, with the student's gradient (q - onehot) / tau.
+#include "softmax.h"
+
+namespace mekd {
+namespace {
+
+Result tempered_kl_labels(
+    const Tensor& student, const Tensor& labels, const Tensor& tau, const std::optional<Tensor>& weights,
+    const std::optional<Tensor>& mask, int64_t ignore_index, std::string_view scale, std::string_view reduction,
+    bool grad) {
+  const double warmth = positive(tau);
+  return for_dtype(student, [&](auto kind) {
+    using A = decltype(kind);
+    const Rows<A> s(student);
+    const Labels target(labels, s.tensor.size(0), student.size(-1), ignore_index, mask);
+    const Finish how = finish(student, scale_factor(scale, warmth), reduction, weights, target.kept);
+    const A unit = static_cast<A>(kLog2e / warmth);
+    const Output<A> output(grad_dtype(student));
+    return for_rows<A>(student, how, grad, [&](int64_t i, Scratch<A>& scratch, double factor, char* to) {
+      const int64_t label = target[i];
+      const Single<A> all = read_single<A>(student.size(-1), unit, scratch, [&](int64_t begin, int64_t n, A* buffer) {
+        return s(i, begin, n, buffer);
+      });
+      A hit;
+      s.load(s.data + i * s.stride + label * s.item, &hit, 1);
+      if (to) {
+        write_single<A>(student.size(-1), unit, scratch, all, factor / warmth, output, to);
+        // q - 1 of the label, where the probability may round to 1
+        const double q = std::exp2((double(hit) - all.top) * unit) / all.z;
+        const A value = static_cast<A>(factor / warmth * (q - 1));
+        output.store(&value, to + label * output.item, 1);
+      }
+      return std::log(all.z) - (double(hit) - all.top) / warmth;
+    });
+  });
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(mekd, CPU, m) { m.impl("tempered_kl_labels", tempered_kl_labels); }
+
+} // namespace mekd
