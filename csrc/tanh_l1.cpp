@@ -17,23 +17,31 @@ inline Vectorized<A> sign(Vectorized<A> x) {
   return V::blendv(V::blendv(zero, V(1), x > zero), V(-1), x < zero);
 }
 
-// |tanh(a) - tanh(b)| and its derivative in a. With A = e^2a and B = e^2b the difference is 2 (A - B) / ((A + 1)(B + 1))
-// and 1 - tanh(a)^2 = 4 A / (A + 1)^2: two exponentials and one division. The sign is that of a - b, exactly.
+// tanh(x) as up / down with e = exp(-2 |x|): down = 1 + e and up = 1 - e with the sign of x. Neither overflows, and
+// 1 - tanh(x)^2 is 4 e / down^2.
+template <typename A>
+struct Tanh {
+  using V = Vectorized<A>;
+  V e, up, down;
+
+  explicit Tanh(V x)
+      : e(exp2(x.abs() * V(static_cast<A>(-2 * 1.4426950408889634)))), up((V(1) - e) ^ (x & V(-A(0)))), down(V(1) + e) {}
+};
+
+// |tanh(a) - tanh(b)|, or |tanh(a) - b| for a finished image, and its derivative in a: two exponentials and one division.
 template <typename A, bool finished>
 inline Vectorized<A> distance(Vectorized<A> a, Vectorized<A> b, Vectorized<A>& slope) {
   using V = Vectorized<A>;
-  const V one(1), two(2), zero(0), twice(static_cast<A>(2 * 1.4426950408889634)), limit(static_cast<A>(sizeof(A) == 4 ? 40 : 60));
-  const V ea = exp2(at::vec::clamp(a * twice, zero - limit, limit));
-  const V wa = ea + one;
+  const Tanh<A> s(a);
   if constexpr (finished) {
-    const V r = one / wa, t = one - two * r, gap = t - b;
-    slope = sign(gap) * (V(4) * ea * r * r);
+    const V r = V(1) / s.down, gap = s.up * r - b;
+    slope = sign(gap) * (V(4) * s.e * r * r);
     return gap.abs();
   } else {
-    const V eb = exp2(at::vec::clamp(b * twice, zero - limit, limit));
-    const V wb = eb + one, r = one / (wa * wb), u = r * wb;
-    slope = sign(a - b) * (V(4) * ea * u * u);
-    return (two * (ea - eb) * r).abs();
+    const Tanh<A> t(b);
+    const V r = V(1) / (s.down * t.down), u = t.down * r;
+    slope = sign(a - b) * (V(4) * s.e * u * u); // tanh is monotonous: the sign is exact
+    return ((s.up * t.down - t.up * s.down) * r).abs();
   }
 }
 

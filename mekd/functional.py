@@ -262,7 +262,7 @@ def _generator(
     given = {"confidence": confidence, "logits": logits, "probs": probs}
     answers = [(name, value) for name, value in given.items() if value is not None]
     if len(answers) > 1:
-        raise ValueError(f"given: {', '.join(name for name, _ in answers)}; give one of {', '.join(given)} at most")
+        raise ValueError(f"confidence, logits and probs: {len(answers)} of them are given; give one at most")
     if alpha < 0:
         raise ValueError(f"alpha is {alpha}; it must be at least 0")
     kind, response = answers[0] if answers else ("confidence", None)

@@ -1,0 +1,20 @@
+"""kd_loss as in timm, which has no loss function or module for it.
+
+The formula is the one inside timm.task.LogitDistillationTask, a training task that holds both networks; kd_loss is
+the name under which the task's output holds the value, and temperature is the task's argument.
+"""
+
+import math
+
+from torch import Tensor
+
+from mekd import functional
+
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """T^2 / B * KL(softmax(teacher / T) || softmax(student / T)) over the last dimension, the sum of all others.
+
+    student_logits, teacher_logits: (B, C) or (B, ..., C). The divisor is B, the first dimension alone ("batchmean").
+    A task's loss is task_loss_weight * cross-entropy + distill_loss_weight * this, both weights 1 by default.
+    """
+    return functional.kd_loss(student_logits, teacher_logits, tau=temperature) * math.prod(student_logits.shape[1:-1])

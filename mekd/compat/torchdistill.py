@@ -1,0 +1,73 @@
+"""KDLoss as in torchdistill."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mekd import functional
+from mekd.checks import check_student, check_teacher
+from mekd.reference import accumulation_dtype
+
+IO = Mapping[str, Mapping[str, Tensor]]
+
+
+class KDLoss(nn.Module):
+    """alpha * CE + beta * T^2 * KL over dimension 1; the KL alone, without T^2 and beta, if there is no hard part.
+
+    There is none when alpha is None or 0, or when forward gets no targets. beta: 1 - alpha if it is None. reduction
+    is that of nn.KLDivLoss: "batchmean" divides by B, the first dimension alone, and makes the CE a "mean"; "mean"
+    divides by all elements; "none" keeps all elements, and then no CE, one per row, can be added. kwargs: arguments
+    of nn.CrossEntropyLoss. The paths and ios name the logits in the dictionaries that torchdistill's hooks fill.
+    """
+
+    def __init__(
+        self,
+        student_module_path: str,
+        student_module_io: str,
+        teacher_module_path: str,
+        teacher_module_io: str,
+        temperature: float,
+        alpha: float | None = None,
+        beta: float | None = None,
+        reduction: str = "batchmean",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.student_module_path, self.student_module_io = student_module_path, student_module_io
+        self.teacher_module_path, self.teacher_module_io = teacher_module_path, teacher_module_io
+        self.temperature, self.alpha, self.reduction = temperature, alpha, reduction
+        self.beta = 1 - alpha if beta is None and alpha is not None else beta
+        hard = "mean" if reduction == "batchmean" else reduction
+        self.cross_entropy_loss = nn.CrossEntropyLoss(reduction=hard, **kwargs)
+
+    def forward(
+        self, student_io_dict: IO, teacher_io_dict: IO, targets: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The loss of logits (B, C, ...), found in the dictionaries, and targets (B, ...) or (B, C, ...)."""
+        student = student_io_dict[self.student_module_path][self.student_module_io]
+        teacher = teacher_io_dict[self.teacher_module_path][self.teacher_module_io]
+        if not self.alpha or targets is None:
+            return self._soft(student, teacher, "one")
+        if self.reduction == "none":
+            raise ValueError("reduction is 'none' with alpha and targets; a CE per row cannot be added to each class")
+        assert self.beta is not None
+        return self.alpha * self.cross_entropy_loss(student, targets) + self.beta * self._soft(student, teacher, "tau2")
+
+    def _soft(self, student: Tensor, teacher: Tensor, scale: str) -> Tensor:
+        if self.reduction == "none":
+            return _elements(student, teacher, self.temperature)
+        loss = functional.kd_loss(student, teacher, tau=self.temperature, scale=scale, dim=1, reduction=self.reduction)
+        return loss * math.prod(student.shape[2:]) if self.reduction == "batchmean" else loss
+
+
+def _elements(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
+    """p (log p - log q) of each class by itself, in the shape of the logits."""
+    check_student("student logits", student)
+    check_teacher("teacher logits", teacher, student)
+    dtype = accumulation_dtype(student)
+    log_q, log_p = (F.log_softmax(x.to(dtype) / tau, dim=1) for x in (student, teacher))
+    p = log_p.exp()
+    return p * (log_p - log_q).masked_fill(p == 0, 0.0)
