@@ -20,7 +20,7 @@ def kd_loss(
         raise ValueError(
             f"logits_student has shape {tuple(logits_student.shape)}; with logit_stand=True it must be (B, C)"
         )
-    return functional.kd_loss(logits_student, logits_teacher, tau=temperature)
+    return functional.logit_standardized_kd_loss(logits_student, logits_teacher, tau=temperature)
 
 
 def dkd_loss(

@@ -1,0 +1,239 @@
+"""The fused losses against eager PyTorch, torch.compile, mekd's own reference and this machine's limit."""
+
+import argparse
+import csv
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench import eager
+from bench.timing import interleaved, machine, peak_mb, spread, write_json
+from mekd import extension, functional
+
+ROWS = ((128, 10), (128, 100), (256, 1000), (4096, 1000), (1024, 21841), (64, 128256))
+IMAGES = ((128, 1, 32, 32), (64, 3, 64, 64), (64, 3, 224, 224))
+#: What --quick measures: the cases that README quotes.
+QUICK = {
+    "tempered_kl": {"128x10", "128x100", "4096x1000", "1024x21841", "64x128256"},
+    "dkd": {"4096x1000"},
+    "tanh_l1": {"64x3x224x224"},
+    "tanh_l1_": {"64x3x224x224"},
+    "gan_generator": {"4096x1000"},
+}
+COLUMNS = (
+    "op", "case", "dtype", "direction", "impl", "median_s", "p20_s", "p80_s", "bytes_min", "gb_s", "peak_mb",
+    "vs_eager", "vs_compile", "vs_limit", "vs_limit_alloc",
+)  # fmt: skip
+
+
+class Case(NamedTuple):
+    """One op on one shape: inputs, the student's among them first, ours, what a person would write, and its bounds."""
+
+    op: str
+    shape: tuple[int, ...]
+    inputs: tuple[Tensor, ...]
+    ours: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
+    read: tuple[Tensor, ...]  # what cannot be avoided: reading these,
+    exponentials: int  # and this many exponentials; the gradient is written in the backward direction
+
+    @property
+    def name(self) -> str:
+        return "x".join(map(str, self.shape))
+
+
+def cases(dtype: torch.dtype) -> list[Case]:
+    """Every op on every shape."""
+    found = []
+    for n, c in ROWS:
+        s, t = (3 * torch.randn(n, c)).to(dtype), (3 * torch.randn(n, c)).to(dtype)
+        labels, probs, d = torch.randint(c, (n,)), t.float().softmax(-1).to(dtype), torch.randn(n).to(dtype)
+        values, indices = probs.topk(5)
+        kd = partial(functional.kd_loss, tau=eager.TAU)
+        found += [
+            Case("tempered_kl", (n, c), (s, t), kd, eager.tempered_kl, (s, t), 2 * n * c),
+            Case("tempered_kl_labels", (n, c), (s, labels), lambda s, y: functional.kd_loss(s, labels=y, tau=eager.TAU),
+                 eager.tempered_kl_labels, (s,), n * c),
+            Case("tempered_kl_topk", (n, c), (s, values, indices),
+                 lambda s, v, i: functional.kd_loss(s, topk=(v, i), tau=eager.TAU),
+                 eager.tempered_kl_topk, (s,), n * c),
+            Case("dkd", (n, c), (s, t, labels), partial(functional.dkd_loss, tau=eager.TAU), eager.dkd, (s, t),
+                 2 * n * c),
+            Case("jsd", (n, c), (s, t), functional.jsd_loss, eager.jsd, (s, t), 2 * n * c),
+            Case("gan_generator", (n, c), (d, probs), lambda d, p: functional.generator_loss(d, probs=p),
+                 eager.gan_generator, (probs,), 0),
+        ]  # fmt: skip
+    for shape in IMAGES:
+        a, b = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+        twin = partial(functional.image_l1_loss, inplace=True)
+        found += [
+            Case("tanh_l1", shape, (a, b), functional.image_l1_loss, eager.tanh_l1, (a, b), 2 * a.numel()),
+            Case("tanh_l1_", shape, (a.clone(), b), twin, eager.tanh_l1, (a, b), 2 * a.numel()),
+        ]
+    return found
+
+
+def step(loss: Callable[..., Tensor], case: Case, backward: bool) -> Callable[[], object]:
+    """One call of a loss, with its backward pass if asked."""
+    student, *rest = case.inputs
+    if not backward:
+        return torch.no_grad()(lambda: loss(student, *rest))
+    leaf = student.detach().requires_grad_()
+
+    def forward_and_backward() -> None:
+        leaf.grad = None
+        # The in-place twin wants what a network puts out, not a leaf.
+        loss(leaf.view_as(leaf) if case.op == "tanh_l1_" else leaf, *rest).backward()
+
+    return forward_and_backward
+
+
+def limits(case: Case, backward: bool, exp_s: float) -> dict[str, Callable[[], object]]:
+    """Work that moves the bytes which the op must move, into memory that is there and into fresh memory."""
+    student = case.inputs[0]
+    if not backward or case.op == "gan_generator":
+        reads = [x.view(-1) for x in case.read]
+        return {"limit": lambda: [x.sum() for x in reads], "limit_alloc": lambda: [x.sum() for x in reads]}
+    first, second = case.read[0], case.read[-1]
+    if first is second:
+        out = torch.empty_like(first)
+        return {"limit": lambda: out.copy_(first), "limit_alloc": lambda: first.clone()}
+    out = student if case.op == "tanh_l1_" else torch.empty_like(first)
+    fresh = partial(torch.add, first, second)
+    return {"limit": lambda: torch.add(first, second, out=out), "limit_alloc": fresh}
+
+
+def exponential_seconds(repeats: int) -> float:
+    """Seconds of one exponential: a vectorised loop in cache, on all threads."""
+    x = torch.rand(1 << 14) - 0.5
+    out = torch.empty_like(x)
+    taken = interleaved({"exp": lambda: torch.exp(x, out=out)}, repeats)["exp"]
+    return sorted(taken)[len(taken) // 2] / x.numel()
+
+
+def measure(case: Case, backward: bool, repeats: int, compiled: bool, exp_s: float) -> list[dict[str, Any]]:
+    """A row for each implementation of one case in one direction."""
+    plain = {"eager": case.plain}
+    if compiled:
+        torch._dynamo.reset()
+        plain["compile"] = torch.compile(case.plain, dynamic=False)
+    ours = {"cpp": case.ours} if extension.LOADED else {}
+    mine = {"reference": partial(case.ours, impl="reference"), **ours}
+    works = {name: step(loss, case, backward) for name, loss in {**plain, **mine}.items()}
+    bounds = limits(case, backward, exp_s)
+    taken = interleaved({**works, **bounds}, repeats)
+    for bound in bounds:
+        taken[bound] = [max(seconds, case.exponentials * exp_s) for seconds in taken[bound]]
+    median = {name: spread(seconds)["median_s"] for name, seconds in taken.items()}
+    written = case.inputs[0].nbytes if backward else 0
+    bytes_min = sum(x.nbytes for x in case.read) + written
+    rows = []
+    for name, seconds in taken.items():
+        rows.append(
+            {
+                "op": case.op,
+                "case": case.name,
+                "dtype": str(case.inputs[0].dtype).removeprefix("torch."),
+                "direction": "forward+backward" if backward else "forward",
+                "impl": name,
+                **spread(seconds),
+                "bytes_min": bytes_min,
+                "gb_s": bytes_min / median[name] / 1e9,
+                "peak_mb": peak_mb(works[name]) if name in works else None,
+                "vs_eager": median["eager"] / median[name],
+                "vs_compile": median["compile"] / median[name] if compiled else None,
+                "vs_limit": median[name] / median["limit"],
+                "vs_limit_alloc": median[name] / median["limit_alloc"],
+            }
+        )
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """How many times faster than eager, one panel for each op, float32, forward + backward."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    chosen = [r for r in rows if r["dtype"] == "float32" and r["direction"] == "forward+backward"]
+    ops = list(dict.fromkeys(r["op"] for r in chosen))
+    widths = [len({r["case"] for r in chosen if r["op"] == op}) + 1 for op in ops]
+    per_line = 4
+    lines = [range(i, min(i + per_line, len(ops))) for i in range(0, len(ops), per_line)]
+    figure = plt.figure(figsize=(13, 3.6 * len(lines)), layout="constrained")
+    outer = figure.add_gridspec(len(lines), 1)
+    impls = {"compile": "#9aa5b1", "cpp": "#0b6e99", "limit_alloc": "#f0c674", "limit": "#d98e04"}
+    for line, indices in enumerate(lines):
+        grid = outer[line].subgridspec(1, len(indices), width_ratios=[widths[i] for i in indices])
+        for column, i in enumerate(indices):
+            axes = figure.add_subplot(grid[column])
+            names = list(dict.fromkeys(r["case"] for r in chosen if r["op"] == ops[i]))
+            for offset, (impl, colour) in enumerate(impls.items()):
+                heights = [
+                    next((r["vs_eager"] for r in chosen if (r["op"], r["case"], r["impl"]) == (ops[i], name, impl)), 0)
+                    for name in names
+                ]
+                places = [x + 0.2 * (offset - 1.5) for x in range(len(names))]
+                axes.bar(places, heights, 0.19, color=colour, label=impl if i == 0 else None)
+            axes.axhline(1, color="black", linewidth=0.8)
+            axes.set_title(ops[i], fontsize=10)
+            axes.set_xticks(range(len(names)), names, fontsize=7, rotation=20)
+            axes.spines[["top", "right"]].set_visible(False)
+            if column == 0:
+                axes.set_ylabel("times faster than eager")
+    figure.legend(loc="outside upper right", ncols=len(impls), frameon=False)
+    figure.suptitle(f"forward + backward, float32, {machine()['threads']} threads", x=0.01, ha="left", fontsize=11)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print the table as it grows, and write CSV, PNG and, with --json, JSON."""
+    parser = argparse.ArgumentParser(prog="python -m bench losses", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the cases README quotes: float32, forward + backward")
+    parser.add_argument("--only", nargs="*", help="names of ops")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes most of the time")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for losses.csv and losses.png")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    begun, rows = time.perf_counter(), []
+    print(", ".join(f"{key} {value}" for key, value in machine().items()), f", kernels {extension.LOADED}", sep="")
+    exp_s = exponential_seconds(options.repeats)
+    print(f"one exponential: {1e9 * exp_s:.3f} ns, all threads")
+    print(f"{'op':<19}{'case':<14}{'dtype':<10}{'direction':<17}{'ours ms':>9} {'(20-80 %)':<16}"
+          f"{'eager':>7}{'compile':>9}{'limit':>7}{'alloc':>7}{'MB':>8}{'GB/s':>7}")  # fmt: skip
+    for dtype in (torch.float32,) if options.quick else (torch.float32, torch.bfloat16):
+        for case in cases(dtype):
+            if options.only and case.op not in options.only:
+                continue
+            if options.quick and case.name not in QUICK.get(case.op, ()):
+                continue
+            for backward in (True,) if options.quick or case.op == "tanh_l1_" else (False, True):
+                new = measure(case, backward, options.repeats, not options.no_compile, exp_s)
+                rows += new
+                own = next((r for r in new if r["impl"] == "cpp"), new[-3])
+                between = f"({1e3 * own['p20_s']:.3g}-{1e3 * own['p80_s']:.3g})"
+                against = f"{own['vs_compile']:8.1f}x" if own["vs_compile"] else f"{'-':>9}"
+                print(f"{case.op:<19}{case.name:<14}{own['dtype']:<10}{own['direction']:<17}"
+                      f"{1e3 * own['median_s']:9.3f} {between:<16}{own['vs_eager']:6.1f}x{against}"
+                      f"{own['vs_limit']:7.2f}{own['vs_limit_alloc']:7.2f}{own['peak_mb']:8.1f}{own['gb_s']:7.1f}",
+                      flush=True)  # fmt: skip
+    with (options.out / "losses.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(rows, options.out / "losses.png")
+    if options.json:
+        write_json(options.json, rows)
+    print(f"eager, compile: times faster than those; limit, alloc: times the limit; {time.perf_counter() - begun:.0f} s; "
+          f"{options.out}/losses.csv, losses.png")  # fmt: skip
+    return 0

@@ -1,0 +1,81 @@
+"""What every benchmark does alike: interleaved repeats, medians with their spread, the machine, peak memory."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Work = Callable[[], object]
+
+
+def interleaved(works: Mapping[str, Work], repeats: int, least_s: float = 2e-3) -> dict[str, list[float]]:
+    """Wall-clock seconds a call, by name: each round runs every one in turn, so that a slow minute hits all alike.
+
+    Short calls are repeated within a round until they fill least_s.
+    """
+    calls = {}
+    for name, work in works.items():
+        work()
+        work()
+        begun = time.perf_counter()
+        work()
+        calls[name] = max(1, min(1000, int(least_s / max(time.perf_counter() - begun, 1e-7))))
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            begun = time.perf_counter()
+            for _ in range(calls[name]):
+                work()
+            taken[name].append((time.perf_counter() - begun) / calls[name])
+    return taken
+
+
+def spread(taken: list[float]) -> dict[str, float]:
+    """median_s, p20_s and p80_s."""
+    if len(taken) < 2:
+        return {"median_s": taken[0], "p20_s": taken[0], "p80_s": taken[0]}
+    low, *_, high = statistics.quantiles(taken, n=5)
+    return {"median_s": statistics.median(taken), "p20_s": low, "p80_s": high}
+
+
+def peak_mb(work: Work) -> float:
+    """Most memory that PyTorch's CPU allocator held at once during a call, beyond what was there before, in MB."""
+    work()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    held = peak = 0
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 1e6
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "cpu": processor(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def processor() -> str:
+    """The processor's name as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The machine and the rows."""
+    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
