@@ -53,12 +53,12 @@ def tanh_l1(a: Tensor, b: Tensor) -> Tensor:
     return F.l1_loss(a.float().tanh(), b.float().tanh())
 
 
-def gan_generator(d: Tensor, probs: Tensor) -> Tensor:
-    """The generator's loss with the information term."""
+def gan_generator(d: Tensor, logits: Tensor) -> Tensor:
+    """The generator's loss with the information term, from the teacher's logits."""
+    return gan_generator_probs(d, logits.float().softmax(-1))
+
+
+def gan_generator_probs(d: Tensor, probs: Tensor) -> Tensor:
+    """The same from its probabilities."""
     fooling = F.softplus(-d.float())
     return fooling.mean() + 0.5 * (probs.float().amax(-1) * fooling).mean()
-
-
-def gan_discriminator(d_real: Tensor, d_fake: Tensor) -> Tensor:
-    """The discriminator's loss."""
-    return F.softplus(-d_real.float()).mean() + F.softplus(d_fake.float()).mean()

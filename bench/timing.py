@@ -48,11 +48,12 @@ def peak_mb(work: Work) -> float:
     work()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
-    held = peak = 0
+    held = peak = lowest = 0
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()
-        peak = max(peak, held)
+        lowest = min(lowest, held)  # the last call's gradient goes first
+        peak = max(peak, held - lowest)
     return peak / 1e6
 
 

@@ -53,12 +53,15 @@ double confidence(const Rows<A>& rows, int64_t row, int64_t classes, bool logits
   for (int64_t begin = 0; begin < classes; begin += kBlock) {
     const int64_t n = std::min(kBlock, classes - begin), whole = padded<A>(n);
     const A* const x = rows(row, begin, n, buffer);
-    if (!logits) { // a NaN must show here: there is no sum
-      V high(-kInf<A>);
-      for (int64_t j = 0; j < whole; j += kWidth<A>) high = at::vec::maximum(high, V::loadu(x + j));
-      const A best = at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::maximum(a, b); }, high);
-      if (std::isnan(best)) return best;
-      top = std::max(top, best);
+    if (!logits) { // there is no sum in which a NaN would show
+      V high(-kInf<A>), nan(0);
+      for (int64_t j = 0; j < whole; j += kWidth<A>) {
+        const V p = V::loadu(x + j);
+        high = at::vec::clamp_min(high, p);
+        nan = nan | (p != p);
+      }
+      if (sum(nan & V(1)) > 0) return std::numeric_limits<double>::quiet_NaN();
+      top = std::max(top, at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::clamp_min(a, b); }, high));
       continue;
     }
     const A before = top;

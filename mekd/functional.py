@@ -27,6 +27,7 @@ from mekd.checks import (
     check_teacher,
     tau_tensor,
 )
+from mekd.reference import accumulation_dtype
 
 
 def kd_loss(
@@ -108,7 +109,8 @@ def logit_standardized_kd_loss(
     check_teacher("logits", logits, student)
     if student.shape[-1] < 2:
         raise ValueError(f"student has shape {tuple(student.shape)}; one class has no deviation: at least 2 are needed")
-    ours, theirs = ((x - x.mean(-1, keepdim=True)) / (1e-7 + x.std(-1, keepdim=True)) for x in (student, logits))
+    wide = (x.to(accumulation_dtype(x)) for x in (student, logits))
+    ours, theirs = ((x - x.mean(-1, keepdim=True)) / (1e-7 + x.std(-1, keepdim=True)) for x in wide)
     return kd_loss(ours, theirs, tau=tau, scale=scale, **others)  # type: ignore[arg-type]
 
 
@@ -274,9 +276,7 @@ def _generator(
             check_device(kind, response, d_fake)
             if response.dim() != 2 or response.shape[0] != d_fake.numel() or response.shape[1] == 0:
                 raise ValueError(f"{kind} has shape {tuple(response.shape)}; it must be ({d_fake.numel()}, C)")
-    return ops.run(
-        "gan_generator", d_fake, response, kind, base, float(alpha), minimax, reduction=reduction, impl=impl
-    )
+    return ops.run("gan_generator", d_fake, response, kind, base, float(alpha), minimax, reduction=reduction, impl=impl)
 
 
 def discriminator_loss(d_real: Tensor, d_fake: Tensor, *, reduction: str = "mean", impl: str | None = None) -> Tensor:

@@ -171,9 +171,7 @@ _define(
 )
 _define("jsd", f"Tensor student, Tensor teacher, {_ROWS}, float beta, bool log_probs, str scale", _fake_rows)
 _define("tanh_l1", "Tensor a, Tensor b, Tensor? weights, bool tanh, bool finished", _fake_samples)
-_define(
-    "gan_generator", "Tensor d, Tensor? response, str kind, float base, float alpha, bool minimax", _fake_samples
-)
+_define("gan_generator", "Tensor d, Tensor? response, str kind, float base, float alpha, bool minimax", _fake_samples)
 _define("gan_discriminator", "Tensor d_real, Tensor d_fake", _fake_discriminator, differentiable=2)
 _LIBRARY.define("tanh_l1_(Tensor(a!) a, Tensor b, Tensor? weights, bool tanh, bool finished, str reduction) -> Tensor")
 
@@ -222,7 +220,9 @@ class _InPlace(torch.autograd.Function):
 def run_in_place(a: Tensor, *arguments: Any, impl: str | None = None) -> Tensor:
     """tanh_l1_ with its gradient, for arguments up to reduction."""
     op = OPS["tanh_l1"]
-    call = torch.ops.mekd.tanh_l1_.default if impl is None or _backend(op, impl, a) is op.dispatch else _tanh_l1_reference
+    call = (
+        torch.ops.mekd.tanh_l1_.default if impl is None or _backend(op, impl, a) is op.dispatch else _tanh_l1_reference
+    )
     return _InPlace.apply(a, call, *arguments)
 
 

@@ -80,9 +80,7 @@ def tanh_l1(a: Tensor, b: Tensor, tanh: bool = True, finished: bool = False) -> 
     return (a - b).abs().flatten(1).sum(1)
 
 
-def dkd(
-    student: Tensor, teacher: Tensor, labels: Tensor, tau: Tensor | float, alpha: float, beta: float
-) -> Tensor:
+def dkd(student: Tensor, teacher: Tensor, labels: Tensor, tau: Tensor | float, alpha: float, beta: float) -> Tensor:
     """Decoupled KD (Zhao et al., 2022): alpha * KL of target class against rest + beta * KL within the rest.
 
     student, teacher: logits (N, C), labels (N,). With one class both parts are 0, with two the second one is.
@@ -124,9 +122,7 @@ def jsd(student: Tensor, teacher: Tensor, tau: Tensor | float, beta: float, log_
     return (beta * _kl_term(log_p, log_m) + (1 - beta) * _kl_term(log_q, log_m)).sum(-1)
 
 
-def gan_generator(
-    d_fake: Tensor, confidence: Tensor, alpha: float, minimax: bool = False, base: float = 1.0
-) -> Tensor:
+def gan_generator(d_fake: Tensor, confidence: Tensor, alpha: float, minimax: bool = False, base: float = 1.0) -> Tensor:
     """(base + alpha y) softplus(-d) per sample: the generator's GAN loss and the information term in one pass.
 
     minimax=True replaces base * softplus(-d) by base * log(1 - sigmoid(d)) = -base * softplus(d).
@@ -190,8 +186,8 @@ def dkd_loss(
     """dkd of (..., C) and labels (...), weighted, masked, scaled and reduced."""
     mask = _kept(labels, mask, ignore_index, student.shape[-1])
     student, teacher = _hide(student, mask, 0.0), _hide(teacher, mask, 0.0)
-    flat = (x.reshape(-1, x.shape[-1]) for x in (student, teacher))
-    losses = dkd(*flat, labels.where(mask, 0).reshape(-1), _checked(tau), alpha, beta).reshape(labels.shape)
+    ours, theirs = (x.reshape(-1, x.shape[-1]) for x in (student, teacher))
+    losses = dkd(ours, theirs, labels.where(mask, 0).reshape(-1), _checked(tau), alpha, beta).reshape(labels.shape)
     return _rows(losses, student, tau, weights, mask, scale, reduction)
 
 
@@ -205,9 +201,7 @@ def jsd_loss(
     return _rows(losses, student, tau, weights, mask, scale, reduction)
 
 
-def tanh_l1_loss(
-    a: Tensor, b: Tensor, weights: Tensor | None, tanh: bool, finished: bool, reduction: str
-) -> Tensor:
+def tanh_l1_loss(a: Tensor, b: Tensor, weights: Tensor | None, tanh: bool, finished: bool, reduction: str) -> Tensor:
     """tanh_l1 of (m, ...), weighted and reduced."""
     losses = tanh_l1(a, b, tanh, finished)
     losses = losses if weights is None else losses * weights.to(losses.dtype)
@@ -272,7 +266,7 @@ def _rows(
         losses = losses.masked_fill(~mask, 0.0)
     if weights is not None:
         losses = losses * weights.to(losses.dtype)
-    losses = losses * {"tau2": tau * tau, "tau": tau, "one": 1.0}[scale]
+    losses = losses * (tau * tau if scale == "tau2" else tau if scale == "tau" else 1.0)
     return _reduce(losses, reduction, student.numel(), losses.numel() if mask is None else mask.sum())
 
 
