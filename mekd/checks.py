@@ -34,7 +34,7 @@ def tau_tensor(tau: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(tau, Tensor):
         if tau.dim() != 0 or tau.requires_grad:
             check_positive("tau", tau)
-        return tau
+        return tau if tau.device == device else tau.to(device)
     if torch.compiler.is_compiling():
         return torch.full((), tau, dtype=torch.float64, device=device)
     return _constant(float(tau), device)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mekd.codes import CODES
 from mekd.checks import SCALES, check_choice
+from mekd.codes import CODES
 from mekd.losses import PRESETS
 
 

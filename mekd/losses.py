@@ -1,6 +1,9 @@
-"""The two losses of MEKD as modules, over mekd.functional."""
+"""The losses as modules, over mekd.functional, and the two of MEKD.
 
-from collections.abc import Mapping
+A temperature is held as a 0-d tensor, so that another one does not make torch.compile start again.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +18,69 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {"tau": 5.0, "kl_tau": 1.0, "beta": 0.5, "scale": "one", "reduction": "batchmean"},
     "authors": {"tau": 5.0, "kl_tau": 5.0, "beta": 1.0, "scale": "tau", "reduction": "mean"},
 }
+
+
+class _TemperedLoss(nn.Module):
+    """A loss of functional with its settings; calling it passes the tensors on."""
+
+    tau: Tensor
+
+    def __init__(self, loss: Callable[..., Tensor], tau: float, settings: dict[str, Any]) -> None:
+        super().__init__()
+        checks.check_positive("tau", tau)
+        self.loss, self.settings = loss, settings
+        self.register_buffer("tau", torch.tensor(float(tau)), persistent=False)
+
+    def forward(self, student: Tensor, *targets: Tensor, **others: Any) -> Tensor:
+        """The loss of logits (..., C) against targets, which the function of the same name describes."""
+        return self.loss(student, *targets, tau=self.tau, **self.settings, **others)
+
+    def extra_repr(self) -> str:
+        settings = {"tau": self.tau.item(), **self.settings}
+        return ", ".join(f"{name}={value!r}" for name, value in settings.items())
+
+
+class KDLoss(_TemperedLoss):
+    """functional.kd_loss with tau and settings (scale, rest, ignore_index, dim, reduction, impl) held.
+
+    Call it with student logits (..., C) and one target: logits, probs=, labels= or topk=; weights= and mask= too.
+    """
+
+    def __init__(self, tau: float = 1.0, **settings: Any) -> None:
+        super().__init__(functional.kd_loss, tau, settings)
+
+
+class LogitStandardizedKDLoss(_TemperedLoss):
+    """functional.logit_standardized_kd_loss with tau and settings held; call it with two logits (..., C)."""
+
+    def __init__(self, tau: float = 1.0, **settings: Any) -> None:
+        super().__init__(functional.logit_standardized_kd_loss, tau, settings)
+
+
+class DKDLoss(_TemperedLoss):
+    """functional.dkd_loss with tau, alpha, beta and settings held; call it with student, teacher and labels."""
+
+    def __init__(self, alpha: float = 1.0, beta: float = 8.0, tau: float = 4.0, **settings: Any) -> None:
+        super().__init__(functional.dkd_loss, tau, {"alpha": alpha, "beta": beta, **settings})
+
+
+class JSDLoss(_TemperedLoss):
+    """functional.jsd_loss with beta, tau and settings held; call it with student and teacher."""
+
+    def __init__(self, beta: float = 0.5, tau: float = 1.0, **settings: Any) -> None:
+        super().__init__(functional.jsd_loss, tau, {"beta": beta, **settings})
+
+
+class ImageL1Loss(nn.Module):
+    """functional.image_l1_loss with its settings (tanh, finished, reduction, inplace, impl) held."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The distance of two images (m, ch, H, W)."""
+        return functional.image_l1_loss(student, teacher, **self.settings)
 
 
 class DeprivatizationLoss(nn.Module):

@@ -199,7 +199,10 @@ def truth(problem: Problem, reduction: str = "none", dtype: torch.dtype = torch.
     def wide(x: Any) -> Any:
         if isinstance(x, tuple):
             return tuple(map(wide, x))
-        return x.cpu().to(dtype if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
+        if not isinstance(x, Tensor):
+            return x
+        # A float64 answer beside a float32 student stays what it is.
+        return x.cpu().to(torch.promote_types(x.dtype, dtype) if x.is_floating_point() else x.dtype)
 
     target, options = ({name: wide(x) for name, x in d.items()} for d in (problem.target, problem.options))
     if problem.kind == "discriminator":

@@ -29,13 +29,13 @@ ROW_SHAPES = [
     # CIFAR-100.
     (5, 100),
     # ImageNet: no tail.
-    (3, 1000),
+    (16, 1000),
     # Exactly one block of the kernels.
-    (3, 1024),
+    (16, 1024),
     # One more than a block: a second block of one element.
-    (3, 1025),
+    (16, 1025),
     # Three blocks, the last one with a tail.
-    (3, 2500),
+    (16, 2500),
     # One row.
     (1, 10),
     # Not even a batch.
@@ -71,11 +71,11 @@ GAN_SHAPES = [
     # The digits.
     (8, 10),
     # ImageNet.
-    (3, 1000),
+    (16, 1000),
     # A second block of one element.
-    (3, 1025),
+    (16, 1025),
     # Three blocks.
-    (3, 2500),
+    (16, 2500),
     # More images than one thread's share.
     (9000, 2),
     # No image.
