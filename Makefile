@@ -3,11 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench kernels asan clean
 
 setup: .venv/ready
 
-.venv/ready: pyproject.toml setup.py constraints.txt
+.venv/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(PIP) torch torchvision setuptools wheel
 	$(PIP) --no-build-isolation -e '.[dev]'
@@ -27,5 +27,14 @@ lint: setup
 bench: setup
 	$(BIN)/python -m bench limits
 
+kernels: setup
+	$(BIN)/python setup.py -q build_ext --inplace --force
+
+asan: setup
+	CFLAGS="-fsanitize=address -fno-omit-frame-pointer" LDFLAGS=-fsanitize=address \
+		$(BIN)/python setup.py -q build_ext --inplace --force
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python -m pytest -q tests/test_ops_*.py -k "not compile"
+
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build mekd/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -48,28 +48,46 @@ class Case(NamedTuple):
         return "x".join(map(str, self.shape))
 
 
+kd = partial(functional.kd_loss, tau=eager.TAU)
+dkd = partial(functional.dkd_loss, tau=eager.TAU)
+
+
+def kd_labels(student: Tensor, labels: Tensor, **how: Any) -> Tensor:
+    """kd_loss against labels."""
+    return kd(student, labels=labels, **how)
+
+
+def kd_topk(student: Tensor, values: Tensor, indices: Tensor, **how: Any) -> Tensor:
+    """kd_loss against the best classes."""
+    return kd(student, topk=(values, indices), **how)
+
+
+def generator_logits(d: Tensor, logits: Tensor, **how: Any) -> Tensor:
+    """generator_loss with the teacher's logits."""
+    return functional.generator_loss(d, logits=logits, **how)
+
+
+def generator_probs(d: Tensor, probs: Tensor, **how: Any) -> Tensor:
+    """generator_loss with the teacher's probabilities."""
+    return functional.generator_loss(d, probs=probs, **how)
+
+
 def cases(dtype: torch.dtype) -> list[Case]:
     """Every op on every shape."""
     found = []
-    kd = partial(functional.kd_loss, tau=eager.TAU)
     for n, c in ROWS:
         s, t = (3 * torch.randn(n, c)).to(dtype), (3 * torch.randn(n, c)).to(dtype)
-        labels, probs, d = torch.randint(c, (n,)), t.float().softmax(-1).to(dtype), torch.randn(n).to(dtype)
-        values, indices = probs.topk(5)
+        y, p, d = torch.randint(c, (n,)), t.float().softmax(-1).to(dtype), torch.randn(n).to(dtype)
+        top, exps = p.topk(5), n * c
         found += [
-            Case("tempered_kl", (n, c), (s, t), kd, eager.tempered_kl, (s, t), 2 * n * c),
-            Case("tempered_kl_labels", (n, c), (s, labels), lambda s, y, **kw: kd(s, labels=y, **kw), eager.tempered_kl_labels, (s,), n * c),
-            Case("tempered_kl_topk", (n, c), (s, values, indices),
-                 lambda s, v, i, **kw: kd(s, topk=(v, i), **kw), eager.tempered_kl_topk, (s,), n * c),
-            Case("dkd", (n, c), (s, t, labels), partial(functional.dkd_loss, tau=eager.TAU), eager.dkd, (s, t),
-                 2 * n * c),
-            Case("jsd", (n, c), (s, t), functional.jsd_loss, eager.jsd, (s, t), 2 * n * c),
-            Case("gan_generator", (n, c), (d, t), lambda d, t, **kw: functional.generator_loss(d, logits=t, **kw),
-                 eager.gan_generator, (t,), n * c),
-            Case("gan_generator_probs", (n, c), (d, probs),
-                 lambda d, p, **kw: functional.generator_loss(d, probs=p, **kw),
-                 eager.gan_generator_probs, (probs,), 0),
-        ]  # fmt: skip
+            Case("tempered_kl", (n, c), (s, t), kd, eager.tempered_kl, (s, t), 2 * exps),
+            Case("tempered_kl_labels", (n, c), (s, y), kd_labels, eager.tempered_kl_labels, (s,), exps),
+            Case("tempered_kl_topk", (n, c), (s, *top), kd_topk, eager.tempered_kl_topk, (s,), exps),
+            Case("dkd", (n, c), (s, t, y), dkd, eager.dkd, (s, t), 2 * exps),
+            Case("jsd", (n, c), (s, t), functional.jsd_loss, eager.jsd, (s, t), 2 * exps),
+            Case("gan_generator", (n, c), (d, t), generator_logits, eager.gan_generator, (t,), exps),
+            Case("gan_generator_probs", (n, c), (d, p), generator_probs, eager.gan_generator_probs, (p,), 0),
+        ]
     for shape in IMAGES:
         a, b = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
         twin = partial(functional.image_l1_loss, inplace=True)

@@ -181,28 +181,20 @@ struct Scratch {
   }
 };
 
-// Calls row(i, scratch, factor, grad) -> loss before its factor, for every row that counts, and reduces.
-template <typename A, typename Row>
-Result for_rows(const Tensor& student, const Finish& how, bool grad, Row row) {
+// Calls body(begin, end, losses, gradient or nullptr, output) on slices of the rows that begin at multiples of step, and
+// reduces the losses.
+template <typename A, typename Body>
+Result for_losses(const Tensor& student, const Finish& how, bool grad, int64_t step, Body body) {
   const int64_t classes = student.size(-1), rows = student.numel() / classes;
   Tensor gradient = empty_grad(student, grad);
   const auto options = student.options().dtype(c10::CppTypeToScalarType<A>::value);
   Tensor losses = at::empty(how.none ? student.sizes().slice(0, student.dim() - 1) : at::IntArrayRef(rows), options);
   A* const loss = losses.mutable_data_ptr<A>();
-  char* const base = grad ? static_cast<char*>(gradient.mutable_data_ptr()) : nullptr;
-  const int64_t step = classes * gradient.element_size();
-  at::parallel_for(0, rows, std::max<int64_t>(1, 32768 / classes), [&](int64_t begin, int64_t end) {
-    Scratch<A> scratch(classes);
-    for (int64_t i = begin; i < end; ++i) {
-      char* const to = base ? base + i * step : nullptr;
-      if (how.skips(i)) {
-        loss[i] = 0;
-        if (to) std::memset(to, 0, step);
-        continue;
-      }
-      const double factor = how.of(i);
-      loss[i] = static_cast<A>(factor * row(i, scratch, factor, to));
-    }
+  char* const to = grad ? static_cast<char*>(gradient.mutable_data_ptr()) : nullptr;
+  const Output<A> output(grad_dtype(student));
+  const int64_t steps = (rows + step - 1) / step;
+  at::parallel_for(0, steps, std::max<int64_t>(1, 32768 / (classes * step)), [&](int64_t begin, int64_t end) {
+    body(begin * step, std::min(rows, end * step), loss, to, output);
   });
   if (how.none) return {losses, gradient};
   double total = 0;
@@ -210,6 +202,26 @@ Result for_rows(const Tensor& student, const Finish& how, bool grad, Row row) {
   Tensor value = at::empty({}, options);
   *value.mutable_data_ptr<A>() = static_cast<A>(total);
   return {value, gradient};
+}
+
+// Calls row(i, scratch, factor, gradient or nullptr) -> loss before its factor, for every row that counts, and reduces.
+template <typename A, typename Row>
+Result for_rows(const Tensor& student, const Finish& how, bool grad, Row row) {
+  const int64_t classes = student.size(-1);
+  return for_losses<A>(student, how, grad, 1, [&](int64_t begin, int64_t end, A* loss, char* to, const Output<A>& output) {
+    Scratch<A> scratch(classes);
+    const int64_t step = classes * output.item;
+    for (int64_t i = begin; i < end; ++i) {
+      char* const here = to ? to + i * step : nullptr;
+      if (how.skips(i)) {
+        loss[i] = 0;
+        if (here) std::memset(here, 0, step);
+        continue;
+      }
+      const double factor = how.of(i);
+      loss[i] = static_cast<A>(factor * row(i, scratch, factor, here));
+    }
+  });
 }
 
 // Float for everything narrower than double.

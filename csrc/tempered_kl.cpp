@@ -1,5 +1,5 @@
 // KL(p_t^tau || softmax(student / tau)) against logits or probabilities, with the student's gradient (q - p) / tau.
-#include "softmax.h"
+#include "tile.h"
 
 namespace mekd {
 namespace {
@@ -34,16 +34,23 @@ Result tempered_kl(
     const A unit = static_cast<A>(kLog2e / warmth);
     const Output<A> output(grad_dtype(student));
     Fault negative;
-    Result result = for_rows<A>(student, how, grad, [&](int64_t i, Scratch<A>& scratch, double factor, char* to) {
-      const auto read_s = [&](int64_t begin, int64_t n, A* buffer) { return s(i, begin, n, buffer); };
-      const auto read_t = [&](int64_t begin, int64_t n, A* buffer) {
-        const A* x = t(i, begin, n, buffer);
-        return probs ? to_logits(x, buffer, n, i, negative) : x;
-      };
-      const Pair<A> pair = read_pair<A>(classes, unit, scratch, read_s, read_t);
-      if (to) write_pair<A>(classes, unit, scratch, pair, factor / warmth, factor / warmth, output, to);
-      return pair.kl;
-    });
+    const auto read_t = [&](int64_t i, int64_t begin, int64_t n, A* buffer) {
+      const A* x = t(i, begin, n, buffer);
+      return probs ? to_logits(x, buffer, n, i, negative) : x;
+    };
+    Result result =
+        classes <= kFewClasses
+            ? for_tiles<A>(
+                  student, how, grad, 1 / warmth, [&](int64_t i, A* buffer) { return s(i, 0, classes, buffer); },
+                  [&](int64_t i, A* buffer) { return read_t(i, 0, classes, buffer); })
+            : for_rows<A>(student, how, grad, [&](int64_t i, Scratch<A>& scratch, double factor, char* to) {
+                const Pair<A> pair = read_pair<A>(
+                    classes, unit, scratch,
+                    [&](int64_t begin, int64_t n, A* buffer) { return s(i, begin, n, buffer); },
+                    [&](int64_t begin, int64_t n, A* buffer) { return read_t(i, begin, n, buffer); });
+                if (to) write_pair<A>(classes, unit, scratch, pair, factor / warmth, factor / warmth, output, to);
+                return pair.kl;
+              });
     TORCH_CHECK_VALUE(
         !negative.found, "probs holds ", negative.value, " in row ", negative.row, "; probabilities are at least 0");
     return result;

@@ -83,7 +83,7 @@ def _scaled(ctx: Any, upstream: Tensor) -> list[Tensor]:
         grads = [grad * upstream.reshape(upstream.shape + (1,) * (grad.dim() - upstream.dim())) for grad in grads]
     elif upstream.device.type != "cpu" or torch.compiler.is_compiling() or upstream.item() != 1:
         grads = [grad * upstream for grad in grads]
-    return [grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+    return [g if g.dtype == dtype else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
 
 
 def _define(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], differentiable: int = 1) -> None:
@@ -156,6 +156,11 @@ def _fake_samples(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return _empty_loss(x, x.shape[:1] if reduction == "none" else ()), _empty_grad(x, wanted)
 
 
+def _fake_elements(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *_, reduction, wanted = arguments
+    return _empty_loss(x, x.shape if reduction == "none" else ()), _empty_grad(x, wanted)
+
+
 def _fake_discriminator(real: Tensor, fake: Tensor, reduction: str, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_loss(real, ()), _empty_grad(real, wanted), _empty_grad(fake, wanted)
 
@@ -171,7 +176,7 @@ _define(
 )
 _define("jsd", f"Tensor student, Tensor teacher, {_ROWS}, float beta, bool log_probs, str scale", _fake_rows)
 _define("tanh_l1", "Tensor a, Tensor b, Tensor? weights, bool tanh, bool finished", _fake_samples)
-_define("gan_generator", "Tensor d, Tensor? response, str kind, float base, float alpha, bool minimax", _fake_samples)
+_define("gan_generator", "Tensor d, Tensor? response, str kind, float base, float alpha, bool minimax", _fake_elements)
 _define("gan_discriminator", "Tensor d_real, Tensor d_fake", _fake_discriminator, differentiable=2)
 _LIBRARY.define("tanh_l1_(Tensor(a!) a, Tensor b, Tensor? weights, bool tanh, bool finished, str reduction) -> Tensor")
 
