@@ -2,8 +2,9 @@
 
 The kernels are built twice from the same source, with AVX2 and for any processor, as two libraries, so that no inline
 function of one is linked into the other; mekd.extension picks one when it is imported. They use no Python at all, and
-so serve every Python, but only the torch that they were built with, whose version is in their name. Without torch or
-a compiler, or with MEKD_NO_EXT=1 in the environment, mekd is installed without them and runs on plain PyTorch.
+so serve every Python, but only the torch that they were built with: its version is in their name, and the package
+requires it. Without torch or a compiler, or with MEKD_NO_EXT=1 in the environment, mekd is installed without them and
+runs on plain PyTorch.
 """
 
 import importlib.util
@@ -13,8 +14,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-#: What a build may use, by the name that torch gives the capability. Another one needs an entry here and in
-#: mekd.extension.BUILDS: {"AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", ...]}.
+#: What a build may use, by the name that torch gives the capability. An entry "AVX512" with its flags is all that
+#: another build takes.
 FLAGS = {"AVX2": ["-mavx2", "-mfma", "-mf16c"], "DEFAULT": []}
 
 
@@ -55,8 +56,14 @@ def extensions() -> dict[str, object]:
         for build, flags in FLAGS.items()
         if x86 or build == "DEFAULT"
     ]  # fmt: skip
-    return {"ext_modules": modules, "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)}}
+    return {
+        "ext_modules": modules,
+        "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+        "install_requires": [f"torch=={torch.__version__.split('+')[0]}", "numpy"],
+    }
 
 
 packages = [*find_packages(include=["mekd", "mekd.*"]), "mekd.kernels"]
-setup(packages=packages, package_dir={"mekd": "mekd", "mekd.kernels": "kernels"}, **extensions())
+plain = {"install_requires": ["torch>=2.9", "numpy"]}
+setup(packages=packages, package_dir={"mekd": "mekd", "mekd.kernels": "kernels"}, **(extensions() or plain))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-#: The instruction sets that csrc/ is built for, best first, as torch names what a processor can do.
-BUILDS = ("AVX2", "DEFAULT")
+#: Instruction sets as torch names what a processor can do, best first; csrc/ is built for some of them.
+CAPABILITIES = ("AVX512", "AVX2", "DEFAULT")
 
 
 def version(torch_version: str = torch.__version__) -> str:
@@ -22,8 +22,8 @@ def name(build: str) -> str:
 def _load() -> tuple[str | None, str]:
     here = Path(__file__).parent
     capability = torch.backends.cpu.get_cpu_capability()
-    usable = BUILDS[BUILDS.index("AVX2") :] if capability.startswith("AVX") else ("DEFAULT",)
-    for build in usable:
+    best = CAPABILITIES.index(capability) if capability in CAPABILITIES else -1
+    for build in CAPABILITIES[best:]:
         for path in here.glob(name(build) + ".*"):
             try:
                 torch.ops.load_library(path)
