@@ -4,14 +4,10 @@
 namespace mekd {
 namespace {
 
-// p log(p / q) for log-probabilities, with 0 log 0 = 0.
-inline double term(double log_p, double log_q) {
-  const double p = std::exp(log_p);
-  return p == 0 ? 0 : p * (log_p - log_q);
+// p log(p / q) for a probability and the two -log, with 0 log 0 = 0.
+inline double term(double p, double minus_log_p, double minus_log_q) {
+  return p == 0 ? 0 : p * (minus_log_q - minus_log_p);
 }
-
-// log sigmoid(x) without overflow.
-inline double log_sigmoid(double x) { return std::min(x, 0.0) - std::log1p(std::exp(-std::abs(x))); }
 
 Result dkd(
     const Tensor& student, const Tensor& teacher, const Tensor& labels, const Tensor& tau,
@@ -46,14 +42,17 @@ Result dkd(
           return buffer;
         };
       };
-      const Pair<A> rest = read_pair<A>(classes, unit, scratch, hide(s, hit_s), hide(t, hit_t));
+      const Ahead ahead{s.at(i + 1), t.at(i + 1), to, s.item, t.item, output.item};
+      const Pair<A> rest = read_pair<A>(classes, unit, scratch, ahead, hide(s, hit_s), hide(t, hit_t));
       // Log-odds of the target against all others together.
-      const double odds_s = (double(hit_s) - rest.top_s) / warmth - std::log(rest.zs);
-      const double odds_t = (double(hit_t) - rest.top_t) / warmth - std::log(rest.zt);
+      const Binary odds_s((double(hit_s) - rest.top_s) / warmth - std::log(rest.zs));
+      const Binary odds_t((double(hit_t) - rest.top_t) / warmth - std::log(rest.zt));
       const double within = classes == 2 ? 0 : beta;
-      const double binary = term(log_sigmoid(odds_t), log_sigmoid(odds_s)) + term(log_sigmoid(-odds_t), log_sigmoid(-odds_s));
+      const double binary =
+          term(odds_t.sigmoid(), odds_t.softplus_of_minus(), odds_s.softplus_of_minus()) +
+          term(odds_t.sigmoid_of_minus(), odds_t.softplus(), odds_s.softplus());
       if (to) {
-        const double pull = alpha * (std::exp(log_sigmoid(odds_s)) - std::exp(log_sigmoid(odds_t)));
+        const double pull = alpha * (odds_s.sigmoid() - odds_t.sigmoid());
         const double by = factor / warmth;
         write_pair<A>(classes, unit, scratch, rest, by * (within - pull), by * within, output, to);
         const A value = static_cast<A>(by * pull);

@@ -5,9 +5,6 @@
 namespace mekd {
 namespace {
 
-inline double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))); }
-inline double sigmoid(double x) { return x >= 0 ? 1 / (1 + std::exp(-x)) : std::exp(x) / (1 + std::exp(x)); }
-
 template <typename A>
 double load_one(const Tensor& x, int64_t i) {
   A value;
@@ -53,12 +50,14 @@ double confidence(const Rows<A>& rows, int64_t row, int64_t classes, bool logits
   for (int64_t begin = 0; begin < classes; begin += kBlock) {
     const int64_t n = std::min(kBlock, classes - begin), whole = padded<A>(n);
     const A* const x = rows(row, begin, n, buffer);
+    const char* const next = rows.at(row + 1, begin);
     if (!logits) { // there is no sum in which a NaN would show
       V high(-kInf<A>), nan(0);
       for (int64_t j = 0; j < whole; j += kWidth<A>) {
         const V p = V::loadu(x + j);
         high = at::vec::clamp_min(high, p);
         nan = nan | (p != p);
+        __builtin_prefetch(next + j * rows.item);
       }
       if (sum(nan & V(1)) > 0) return std::numeric_limits<double>::quiet_NaN();
       top = std::max(top, at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::clamp_min(a, b); }, high));
@@ -69,6 +68,7 @@ double confidence(const Rows<A>& rows, int64_t row, int64_t classes, bool logits
     z = z == 0 ? 0 : z * std::exp(double(before) - top);
     V all(0);
     for (int64_t j = 0; j < whole; j += kWidth<A>) {
+      __builtin_prefetch(next + j * rows.item);
       all = all + exp2((V::loadu(x + j) - V(top)) * V(static_cast<A>(kLog2e)));
     }
     z += sum(all);
@@ -93,9 +93,13 @@ Result gan_generator(
     const int64_t classes = rows ? response->size(1) : 1;
     return for_elements<A>(d, reduction, grad, std::max<int64_t>(1, 32768 / classes), [&](int64_t i, double x) {
       const double y = !given ? 1 : known ? load_one<A>(certain, i) : confidence<A>(*rows, i, classes, kind == "logits");
-      const double up = softplus(-x), weight = alpha == 0 ? 0 : alpha * y;
-      if (minimax) return std::pair(-base * softplus(x) + weight * up, -base * sigmoid(x) - weight * sigmoid(-x));
-      return std::pair((base + weight) * up, -(base + weight) * sigmoid(-x));
+      const double weight = alpha == 0 ? 0 : alpha * y;
+      const Binary b(x);
+      if (minimax) {
+        return std::pair(
+            weight * b.softplus_of_minus() - base * b.softplus(), -base * b.sigmoid() - weight * b.sigmoid_of_minus());
+      }
+      return std::pair((base + weight) * b.softplus_of_minus(), -(base + weight) * b.sigmoid_of_minus());
     });
   });
 }
@@ -106,7 +110,8 @@ std::tuple<Tensor, Tensor, Tensor> gan_discriminator(
     using A = decltype(type);
     const auto one = [&](const Tensor& d, double sign) {
       return for_elements<A>(d, reduction, grad, 8192, [sign](int64_t, double x) {
-        return std::pair(softplus(sign * x), sign * sigmoid(sign * x));
+        const Binary b(sign * x);
+        return std::pair(b.softplus(), sign * b.sigmoid());
       });
     };
     auto [real, grad_real] = one(d_real, -1);

@@ -51,7 +51,8 @@ Result jsd(
       double log_zs = 0, log_zt = 0, by = 1;
       A top_s = 0, top_t = 0;
       if (!log_probs) {
-        const Pair<A> pair = read_pair<A>(classes, unit, scratch, read_s, read_t);
+        const Ahead ahead{s.at(i + 1), t.at(i + 1), to, s.item, t.item, output.item};
+        const Pair<A> pair = read_pair<A>(classes, unit, scratch, ahead, read_s, read_t);
         log_zs = std::log(pair.zs), log_zt = std::log(pair.zt), by = 1 / warmth;
         top_s = pair.top_s, top_t = pair.top_t;
       }

@@ -45,9 +45,11 @@ struct Rows {
         direct(tensor.scalar_type() == c10::CppTypeToScalarType<A>::value),
         load(loader<A>(tensor.scalar_type())) {}
 
+  const char* at(int64_t row, int64_t begin = 0) const { return data + row * stride + begin * item; }
+
   // Where the n elements of a row from begin on are: in memory, or in the buffer.
   const A* operator()(int64_t row, int64_t begin, int64_t n, A* buffer) const {
-    const char* from = data + row * stride + begin * item;
+    const char* from = at(row, begin);
     if (direct && n % kWidth<A> == 0) return reinterpret_cast<const A*>(from);
     load(from, buffer, n);
     for (int64_t j = n; j % kWidth<A>; ++j) buffer[j] = -kInf<A>;
@@ -223,6 +225,17 @@ Result for_rows(const Tensor& student, const Finish& how, bool grad, Row row) {
     }
   });
 }
+
+// What binary losses need of a logit x, from one exponential: softplus(x) = log(1 + e^x), and the sigmoid.
+struct Binary {
+  double x, e, l;
+
+  explicit Binary(double logit) : x(logit), e(std::exp(-std::abs(logit))), l(std::log1p(e)) {}
+  double softplus() const { return std::max(x, 0.0) + l; }
+  double softplus_of_minus() const { return std::max(-x, 0.0) + l; } // -log sigmoid(x)
+  double sigmoid() const { return (x >= 0 ? 1 : e) / (1 + e); }
+  double sigmoid_of_minus() const { return (x >= 0 ? e : 1) / (1 + e); }
+};
 
 // Float for everything narrower than double.
 template <typename Body>

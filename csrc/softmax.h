@@ -17,10 +17,24 @@ struct Pair {
   A top_s, top_t;
 };
 
+// What is needed next, asked for while the exponentials keep the processor busy: the next row of each side, and the
+// place of the gradient. Addresses past the end do no harm.
+struct Ahead {
+  const char *s = nullptr, *t = nullptr, *grad = nullptr;
+  int64_t item_s = 0, item_t = 0, item_grad = 0;
+
+  void fetch(int64_t j) const {
+    __builtin_prefetch(s + j * item_s, 0);
+    __builtin_prefetch(t + j * item_t, 0);
+    __builtin_prefetch(grad + j * item_grad, 1);
+  }
+};
+
 // Reads a row through load_s and load_t (begin, n, buffer) and leaves 2^((x - top of its block) * unit), which is
 // e^((x - top) / tau), in the scratch. unit: log2(e) / tau.
 template <typename A, typename LoadS, typename LoadT>
-Pair<A> read_pair(int64_t classes, A unit, Scratch<A>& scratch, LoadS load_s, LoadT load_t) {
+Pair<A> read_pair(
+    int64_t classes, A unit, Scratch<A>& scratch, const Ahead& ahead, LoadS load_s, LoadT load_t) {
   using V = Vectorized<A>;
   A max_s = -kInf<A>, max_t = -kInf<A>, top_s = 0, top_t = 0;
   double zs = 0, zt = 0, weighted = 0;
@@ -49,6 +63,7 @@ Pair<A> read_pair(int64_t classes, A unit, Scratch<A>& scratch, LoadS load_s, Lo
     const V by(unit), of_s(top_s), of_t(top_t), zero(0);
     V sum_s(0), sum_t(0), sum_w(0);
     for (int64_t j = 0; j < whole; j += kWidth<A>) {
+      ahead.fetch(begin + j);
       const V a = (V::loadu(t + j) - of_t) * by;
       const V b = (V::loadu(s + j) - of_s) * by;
       const V pj = exp2(a), qj = exp2(b);

@@ -44,8 +44,9 @@ Result tempered_kl(
                   student, how, grad, 1 / warmth, [&](int64_t i, A* buffer) { return s(i, 0, classes, buffer); },
                   [&](int64_t i, A* buffer) { return read_t(i, 0, classes, buffer); })
             : for_rows<A>(student, how, grad, [&](int64_t i, Scratch<A>& scratch, double factor, char* to) {
+                const Ahead ahead{s.at(i + 1), t.at(i + 1), to, s.item, t.item, output.item};
                 const Pair<A> pair = read_pair<A>(
-                    classes, unit, scratch,
+                    classes, unit, scratch, ahead,
                     [&](int64_t begin, int64_t n, A* buffer) { return s(i, begin, n, buffer); },
                     [&](int64_t begin, int64_t n, A* buffer) { return read_t(i, begin, n, buffer); });
                 if (to) write_pair<A>(classes, unit, scratch, pair, factor / warmth, factor / warmth, output, to);

@@ -49,8 +49,9 @@ Result tempered_kl_topk(
       for (int64_t j = 0; j < classes; ++j) row[j] = row[j] == kUnseen ? others : row[j];
       for (int64_t j = classes; j < padded<A>(classes); ++j) row[j] = -kInf<A>;
 
+      const Ahead ahead{s.at(i + 1), s.at(i + 1), to, s.item, s.item, output.item};
       const Pair<A> pair = read_pair<A>(
-          classes, unit, scratch, [&](int64_t begin, int64_t n, A* buffer) { return s(i, begin, n, buffer); },
+          classes, unit, scratch, ahead, [&](int64_t begin, int64_t n, A* buffer) { return s(i, begin, n, buffer); },
           [&](int64_t, int64_t, A* buffer) { return buffer; });
       if (to) write_pair<A>(classes, unit, scratch, pair, factor / warmth, factor / warmth, output, to);
       return pair.kl;

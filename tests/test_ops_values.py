@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from op_grid import DEVICES, DTYPES, GAN_KINDS, IMAGE_KINDS, IMPLS, KINDS, ROW_KINDS, check, make
+from op_grid import DEVICES, DTYPES, GAN_KINDS, IMAGE_KINDS, IMPLS, KINDS, ROW_KINDS, check, make, result
 
 VALUES = [
     # As a network gives them.
@@ -26,6 +26,11 @@ ROW_SHAPES = [
     (5, 8),
     # The digits: a vector and a tail.
     (5, 10),
+    # Two full tiles of 8 rows, and a part.
+    (19, 10),
+    # The most classes that tiles of rows are made for, in one full tile and a row; and one more.
+    (9, 32),
+    (9, 33),
     # CIFAR-100.
     (5, 100),
     # ImageNet: no tail.
@@ -253,3 +258,14 @@ def test_probabilities_below_the_range_of_float32(impl: str) -> None:
     problem.target["probs"] = problem.target["probs"].double()
     problem.target["probs"][:, 2] = 1e-60
     check(problem, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["tanh", "images", "in-place"])
+def test_equal_images_have_no_distance(kind: str, dtype: torch.dtype, impl: str) -> None:
+    # Not next to none: what is left of each pixel would add up over all of them.
+    problem = make(kind, (2, 3, 32, 32), dtype, device=DEVICES[impl])
+    problem.target["teacher"] = problem.students[0].clone()
+    loss, grad = result(problem, impl)
+    assert not loss.any() and not grad.any()
