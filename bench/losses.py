@@ -175,40 +175,41 @@ def measure(case: Case, backward: bool, repeats: int, compiled: bool, exp_s: flo
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """How many times faster than eager, one panel for each op, float32, forward + backward."""
+    """How many times faster than eager, float32, forward + backward: a panel for each op, a group for each shape."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     chosen = [r for r in rows if r["dtype"] == "float32" and r["direction"] == "forward+backward"]
-    ops = list(dict.fromkeys(r["op"] for r in chosen))
-    widths = [len({r["case"] for r in chosen if r["op"] == op}) + 1 for op in ops]
-    per_line = 4
-    lines = [range(i, min(i + per_line, len(ops))) for i in range(0, len(ops), per_line)]
-    figure = plt.figure(figsize=(13, 3.6 * len(lines)), layout="constrained")
-    outer = figure.add_gridspec(len(lines), 1)
-    impls = {"compile": "#9aa5b1", "cpp": "#0b6e99", "limit_alloc": "#f0c674", "limit": "#d98e04"}
-    for line, indices in enumerate(lines):
-        grid = outer[line].subgridspec(1, len(indices), width_ratios=[widths[i] for i in indices])
-        for column, i in enumerate(indices):
-            axes = figure.add_subplot(grid[column])
-            names = list(dict.fromkeys(r["case"] for r in chosen if r["op"] == ops[i]))
-            for offset, (impl, colour) in enumerate(impls.items()):
-                heights = [
-                    next((r["vs_eager"] for r in chosen if (r["op"], r["case"], r["impl"]) == (ops[i], name, impl)), 0)
-                    for name in names
-                ]
-                places = [x + 0.2 * (offset - 1.5) for x in range(len(names))]
-                axes.bar(places, heights, 0.19, color=colour, label=impl if i == 0 else None)
-            axes.axhline(1, color="black", linewidth=0.8)
-            axes.set_title(ops[i], fontsize=10)
-            axes.set_xticks(range(len(names)), names, fontsize=7, rotation=20)
-            axes.spines[["top", "right"]].set_visible(False)
-            if column == 0:
-                axes.set_ylabel("times faster than eager")
-    figure.legend(loc="outside upper right", ncols=len(impls), frameon=False)
-    figure.suptitle(f"forward + backward, float32, {machine()['threads']} threads", x=0.01, ha="left", fontsize=11)
+    speed = {(r["op"], r["case"], r["impl"]): r["vs_eager"] for r in chosen}
+    ops = {op: list(dict.fromkeys(r["case"] for r in chosen if r["op"] == op)) for op in (r["op"] for r in chosen)}
+    bars = [(impl, colour) for impl, colour in (("compile", "#9aa5b1"), ("cpp", "#0b6e99"))
+            if any(r["impl"] == impl for r in chosen)]  # fmt: skip
+    figure, panels = plt.subplots(
+        1, len(ops), figsize=(2.2 + 0.75 * sum(map(len, ops.values())), 4.2), sharey=True, layout="constrained",
+        gridspec_kw={"width_ratios": [len(names) + 0.4 for names in ops.values()]}, squeeze=False,
+    )  # fmt: skip
+    for axes, (op, names) in zip(panels[0], ops.items(), strict=True):
+        for place, (impl, colour) in enumerate(bars):
+            at = [x + 0.38 * (place - (len(bars) - 1) / 2) for x in range(len(names))]
+            axes.bar(at, [speed[op, name, impl] for name in names], 0.36, color=colour, label=impl)
+        bounds = [speed[op, name, "limit"] for name in names]
+        axes.hlines(bounds, [x - 0.42 for x in range(len(names))], [x + 0.42 for x in range(len(names))],
+                    color="#d98e04", linewidth=2.5, label="limit")  # fmt: skip
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_yscale("log")
+        axes.set_ylim(0.5, 64)  # the limit of a call that is all overhead lies above
+        axes.set_yticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
+        axes.minorticks_off()
+        axes.set_title(op.replace("_probs", "\n(probs)"), fontsize=9)
+        axes.set_xticks(range(len(names)), [name.replace("x", "\u00d7") for name in names], fontsize=7, rotation=35)
+        axes.set_xlim(-0.6, len(names) - 0.4)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("times faster than eager PyTorch")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=3, frameon=False)
+    figure.suptitle(f"Forward + backward, float32, {machine()['threads']} threads", x=0.01, ha="left", fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

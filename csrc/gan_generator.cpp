@@ -63,14 +63,20 @@ double confidence(const Rows<A>& rows, int64_t row, int64_t classes, bool logits
       top = std::max(top, at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::clamp_min(a, b); }, high));
       continue;
     }
+    const Range<A> all_of = range(x, whole);
     const A before = top;
-    top = std::max(top, max(x, whole));
+    top = std::max(top, all_of.high);
     z = z == 0 ? 0 : z * std::exp(double(before) - top);
+    const V of(top), unit(static_cast<A>(kLog2e));
     V all(0);
-    for (int64_t j = 0; j < whole; j += kWidth<A>) {
-      __builtin_prefetch(next + j * rows.item);
-      all = all + exp2((V::loadu(x + j) - V(top)) * V(static_cast<A>(kLog2e)));
-    }
+    const auto pass = [&](auto near) {
+      for (int64_t j = 0; j < whole; j += kWidth<A>) {
+        __builtin_prefetch(next + j * rows.item);
+        const V a = (V::loadu(x + j) - of) * unit;
+        all = all + (near ? exp2_near(a) : exp2(a));
+      }
+    };
+    (top - all_of.low) * kLog2e < kNear ? pass(std::true_type()) : pass(std::false_type());
     z += sum(all);
   }
   return logits ? 1 / z : top;

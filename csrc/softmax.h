@@ -45,8 +45,9 @@ Pair<A> read_pair(
     const A* const s = load_s(begin, n, q);
     const A* const t = load_t(begin, n, p);
 
-    max_s = std::max(max_s, max(s, whole));
-    max_t = std::max(max_t, max(t, whole));
+    const Range<A> range_s = range(s, whole), range_t = range(t, whole);
+    max_s = std::max(max_s, range_s.high);
+    max_t = std::max(max_t, range_t.high);
     scratch.top_s[block] = max_s;
     scratch.top_t[block] = max_t;
     // Nothing but masks so far: refer to 0. To write_pair the infinite top says that the block counts nothing.
@@ -62,18 +63,22 @@ Pair<A> read_pair(
 
     const V by(unit), of_s(top_s), of_t(top_t), zero(0);
     V sum_s(0), sum_t(0), sum_w(0);
-    for (int64_t j = 0; j < whole; j += kWidth<A>) {
-      ahead.fetch(begin + j);
-      const V a = (V::loadu(t + j) - of_t) * by;
-      const V b = (V::loadu(s + j) - of_s) * by;
-      const V pj = exp2(a), qj = exp2(b);
-      sum_t = sum_t + pj;
-      sum_s = sum_s + qj;
-      // 0 log 0 = 0, also where log q is -inf
-      sum_w = sum_w + V::blendv(pj * (a - b), zero, pj == zero);
-      pj.store(p + j);
-      qj.store(q + j);
-    }
+    const auto pass = [&](auto near) {
+      for (int64_t j = 0; j < whole; j += kWidth<A>) {
+        ahead.fetch(begin + j);
+        const V a = (V::loadu(t + j) - of_t) * by;
+        const V b = (V::loadu(s + j) - of_s) * by;
+        const V pj = near ? exp2_near(a) : exp2(a), qj = near ? exp2_near(b) : exp2(b);
+        sum_t = sum_t + pj;
+        sum_s = sum_s + qj;
+        // 0 log 0 = 0, also where log q is -inf
+        sum_w = sum_w + (near ? pj * (a - b) : V::blendv(pj * (a - b), zero, pj == zero));
+        pj.store(p + j);
+        qj.store(q + j);
+      }
+    };
+    const bool near = (top_s - range_s.low) * unit < kNear && (top_t - range_t.low) * unit < kNear;
+    near ? pass(std::true_type()) : pass(std::false_type()); // a fifth of the work is care for the far and the masked
     zs += sum(sum_s);
     zt += sum(sum_t);
     weighted += sum(sum_w);
@@ -120,7 +125,7 @@ Single<A> read_single(int64_t classes, A unit, Scratch<A>& scratch, Read load) {
     const int64_t n = std::min(kBlock, classes - begin), whole = padded<A>(n);
     A* const q = scratch.s + begin;
     const A* const s = load(begin, n, q);
-    highest = std::max(highest, max(s, whole));
+    highest = std::max(highest, range(s, whole).high);
     scratch.top_s[block] = highest;
     const A now = highest == -kInf<A> ? 0 : highest;
     z = z == 0 ? 0 : z * std::exp2((double(top) - now) * unit);

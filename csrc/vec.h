@@ -27,10 +27,9 @@ constexpr int64_t padded(int64_t n) { // n elements, rounded up to whole vectors
   return (n + kWidth<A> - 1) / kWidth<A> * kWidth<A>;
 }
 
-// 2^x for x that are not far above 0, to 1.5 ulp; 0 below 2^-126. x = n + r with r in [-1/2, 1/2], a polynomial of
-// degree 6 for 2^r (relative error 3e-9), and n added to the exponent: half the instructions of a call of Sleef, and
-// inlined, so that neighbours overlap.
-inline Vectorized<float> exp2(Vectorized<float> x) {
+// 2^x to 1.5 ulp for |x| <= 126. x = n + r with r in [-1/2, 1/2], a polynomial of degree 6 for 2^r (relative error
+// 3e-9), and n added to the exponent: half the instructions of a call of Sleef, and inlined, so that neighbours overlap.
+inline Vectorized<float> exp2_near(Vectorized<float> x) {
   using V = Vectorized<float>;
   using I = Vectorized<int32_t>;
   const V magic(12582912.f); // 1.5 * 2^23: adding it rounds to an integer, which is left in the low bits
@@ -43,30 +42,46 @@ inline Vectorized<float> exp2(Vectorized<float> x) {
   y = at::vec::fmadd(y, r, V(2.402264774e-01f));
   y = at::vec::fmadd(y, r, V(6.931471825e-01f));
   y = at::vec::fmadd(y, r, V(1.f));
-  y = at::vec::cast<float>(at::vec::cast<int32_t>(y) + (at::vec::cast<int32_t>(shifted) << I(23)));
-  return V::blendv(y, V(0.f), x < V(-126.f)); // NaN is not below: it stays
+  return at::vec::cast<float>(at::vec::cast<int32_t>(y) + (at::vec::cast<int32_t>(shifted) << I(23)));
+}
+
+inline Vectorized<double> exp2_near(Vectorized<double> x) { return x.exp2(); }
+
+// The same for any x up to 126; 0 below -126, also for -inf.
+inline Vectorized<float> exp2(Vectorized<float> x) {
+  using V = Vectorized<float>;
+  return V::blendv(exp2_near(x), V(0.f), x < V(-126.f)); // NaN is not below: it stays
 }
 
 inline Vectorized<double> exp2(Vectorized<double> x) { return x.exp2(); }
+
+constexpr double kNear = 126;
 
 template <typename A>
 inline A sum(Vectorized<A> v) {
   return at::vec::vec_reduce_all<A>([](Vectorized<A>& x, Vectorized<A>& y) { return x + y; }, v);
 }
 
-// Largest of n elements, n a multiple of the width. A NaN may be lost: it shows in every sum.
 template <typename A>
-inline A max(const A* x, int64_t n) {
+struct Range {
+  A low, high;
+};
+
+// Smallest and largest of n elements, n a multiple of the width. A NaN may be lost: it shows in every sum.
+template <typename A>
+inline Range<A> range(const A* x, int64_t n) {
   using V = Vectorized<A>;
   const auto higher = [](V a, V b) { return at::vec::clamp_min(a, b); }; // one instruction, unlike maximum
-  V top(-kInf<A>), other(-kInf<A>);
-  int64_t j = 0;
-  for (; j + 2 * kWidth<A> <= n; j += 2 * kWidth<A>) {
-    top = higher(top, V::loadu(x + j));
-    other = higher(other, V::loadu(x + j + kWidth<A>));
+  const auto lower = [](V a, V b) { return at::vec::clamp_max(a, b); };
+  V high(-kInf<A>), low(kInf<A>);
+  for (int64_t j = 0; j < n; j += kWidth<A>) {
+    const V v = V::loadu(x + j);
+    high = higher(high, v);
+    low = lower(low, v);
   }
-  for (; j < n; j += kWidth<A>) top = higher(top, V::loadu(x + j));
-  return at::vec::vec_reduce_all<A>([&](V& a, V& b) { return higher(a, b); }, higher(top, other));
+  return {
+      at::vec::vec_reduce_all<A>([&](V& a, V& b) { return lower(a, b); }, low),
+      at::vec::vec_reduce_all<A>([&](V& a, V& b) { return higher(a, b); }, high)};
 }
 
 // n elements of any floating dtype to A.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mekd import extension, reference
-from mekd.functional import dkd_loss, discriminator_loss, generator_loss, image_l1_loss, jsd_loss, kd_loss
+from mekd.functional import discriminator_loss, dkd_loss, generator_loss, image_l1_loss, jsd_loss, kd_loss
 
 #: Every backend by name, and where its tensors live. One more backend is one more entry in each.
 DEVICES = {"cpp": "cpu", "reference": "cpu"}
@@ -154,7 +154,7 @@ def make(
         if kind == "discriminator":
             other = logits(m + 3) if values == "gap" else d.new_ones(m + 3) + normal(m + 3)
             return Problem(kind, [to(d), to(other)], {}, options)
-        answers = {
+        answers: dict[str, dict[str, Any]] = {
             "confidence": {"confidence": to(answer.softmax(-1).amax(-1))},
             "gan-logits": {"logits": to(answer)},
             "gan-probs": {"probs": to(answer.softmax(-1))},
@@ -261,14 +261,14 @@ def _row_losses(kind: str, x: Tensor, target: dict[str, Any], options: dict[str,
         assert labels is not None
         losses = reference.tempered_kl_labels(rows, labels, tau, ignore_index=-1)
     elif kind in ("spread", "drop"):
-        losses = reference.tempered_kl_topk(rows, *map(of, target["topk"]), tau, kind)
+        losses = reference.tempered_kl_topk(rows, of(target["topk"][0]), of(target["topk"][1]), tau, kind)
     elif kind == "dkd":
         assert labels is not None
         losses = reference.dkd(rows, of(target["teacher"]), labels, tau, options.get("alpha", 1.0), options["beta"])
     else:
         losses = reference.jsd(rows, of(target["teacher"]), tau, options["beta"], options["log_probs"])
     scale = options.get("scale", "one" if kind in BETAS else "tau2")
-    losses = losses * {"tau2": tau * tau, "tau": tau, "one": 1.0}[scale]
+    losses = losses * (tau * tau if scale == "tau2" else tau if scale == "tau" else 1.0)
     if options.get("weights") is not None:
         losses = losses * options["weights"].reshape(-1)[kept]
     everywhere = torch.zeros(len(kept), dtype=losses.dtype).index_put((kept.nonzero().squeeze(1),), losses)

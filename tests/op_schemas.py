@@ -1,15 +1,13 @@
 """The ops of torch.ops.mekd as they are called by hand: the arguments of a problem in the order of its schema."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from op_grid import BETAS, IMAGE_KINDS, Problem
 
 
-def direct(problem: Problem, reduction: str, grad: bool) -> tuple[Callable[..., tuple[Tensor, ...]], list[Any]]:
+def direct(problem: Problem, reduction: str, grad: bool) -> tuple[Any, list[Any]]:
     """The op and its arguments, its students wanting gradients where grad is True."""
     kind, target, options = problem.kind, problem.target, problem.options
     students = [x.detach().clone().requires_grad_(grad) for x in problem.students]

@@ -30,7 +30,7 @@ def images(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Ten
 )
 def test_it_is_the_loss_out_of_place(tanh: bool, finished: bool, reduction: str, impl: str) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        leaf, a, b = images(dtype, DEVICES[impl])
+        leaf, _, b = images(dtype, DEVICES[impl])
         # Upstreams of 1, of another number, and of one for each image.
         for factor in (1.0, 3.0, torch.tensor([1.0, -2.0, 0.0], device=DEVICES[impl])):
             factor = factor if reduction == "none" or isinstance(factor, float) else 2.0
@@ -42,7 +42,9 @@ def test_it_is_the_loss_out_of_place(tanh: bool, finished: bool, reduction: str,
                 results.append((loss.detach(), *torch.autograd.grad((loss * factor).sum(), leaf)))
             assert torch.equal(results[0][0], results[1][0])
             # One more rounding where the gradient is no longer 1 times what was stored.
-            torch.testing.assert_close(results[1][1], results[0][1], rtol=2.0**-7 if dtype == torch.bfloat16 else 1e-6, atol=0)
+            torch.testing.assert_close(
+                results[1][1], results[0][1], rtol=2.0**-7 if dtype == torch.bfloat16 else 1e-6, atol=0
+            )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -58,7 +60,7 @@ def test_no_memory_of_its_size_is_taken(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_second_backward_raises(impl: str) -> None:
-    leaf, a, b = images(device=DEVICES[impl])
+    _, a, b = images(device=DEVICES[impl])
     loss = image_l1_loss(a, b, inplace=True, impl=impl)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=r"second backward.*inplace=False"):
@@ -151,7 +153,7 @@ def test_a_second_derivative_is_refused(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_teacher_is_left_alone(impl: str) -> None:
-    leaf, a, b = images(device=DEVICES[impl])
+    _, a, b = images(device=DEVICES[impl])
     before = b.clone()
     image_l1_loss(a, b, inplace=True, impl=impl).backward()
     assert torch.equal(b, before)

@@ -48,23 +48,26 @@ def test_opcheck(kind: str, reduction: str, dtype: torch.dtype, weighted: bool) 
     if weighted and kind in ROW_KINDS:
         problem.options["mask"] = torch.tensor([True, False, True, True])
     op, arguments = direct(problem, reduction, grad=True)
-    torch.library.opcheck(op, arguments)
+    torch.library.opcheck(op, tuple(arguments))
 
 
 @pytest.mark.parametrize(
-    ("dtype", "reduction"),
+    ("arrangement", "dtype", "reduction"),
     [
-        (torch.float32, "mean"),
-        (torch.float64, "none"),
-        (torch.bfloat16, "sum"),
-        (torch.float16, "batchmean"),
+        # As it comes.
+        ("contiguous", torch.float64, "none"),
+        # Half precision: the stored gradient is wider than the student.
+        ("contiguous", torch.float16, "batchmean"),
+        # As convolutions on the CPU write it.
+        ("channels_last", torch.float32, "mean"),
+        # Dense, its first two dimensions swapped.
+        ("transposed", torch.bfloat16, "none"),
+        # Not dense; for the GAN a discriminator that answers (m, 1).
+        ("columns", torch.float32, "none"),
     ],
 )
-@pytest.mark.parametrize("arrangement", ["contiguous", "channels_last", "transposed", "columns"])
 @pytest.mark.parametrize("kind", OUT_OF_PLACE)
-def test_fake_kernels_tell_the_truth(
-    kind: str, arrangement: str, dtype: torch.dtype, reduction: str
-) -> None:
+def test_fake_kernels_tell_the_truth(kind: str, arrangement: str, dtype: torch.dtype, reduction: str) -> None:
     # Shapes, dtypes and strides, which a compiled graph is laid out by, for every layout a student may have.
     problem = make(kind, (4, 3, 5, 5) if kind in IMAGE_KINDS else (4, 5), dtype)
     if kind == "discriminator" and reduction in ("none", "batchmean"):
@@ -85,7 +88,7 @@ def test_fake_kernels_tell_the_truth(
     for grad in (False, True):
         op, arguments = direct(problem, reduction, grad)
         with torch.no_grad():
-            torch.library.opcheck(op, arguments, test_utils=["test_schema", "test_faketensor"])
+            torch.library.opcheck(op, tuple(arguments), test_utils=["test_schema", "test_faketensor"])
 
 
 @pytest.mark.parametrize("arrangement", [torch.contiguous_format, torch.channels_last])
@@ -101,7 +104,7 @@ def test_the_in_place_op_declares_what_it_writes(arrangement: torch.memory_forma
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OUT_OF_PLACE)
 def test_gradcheck(kind: str, reduction: str, impl: str) -> None:
     if kind == "discriminator" and reduction == "none":
         reduction = "sum"
@@ -111,12 +114,8 @@ def test_gradcheck(kind: str, reduction: str, impl: str) -> None:
         problem.options["mask"] = torch.tensor([True, True, False], device=DEVICES[impl])
     students = [x.requires_grad_() for x in problem.students]
 
-    def loss(*xs: Tensor) -> Tensor:
-        xs = tuple(x.clone() for x in xs) if kind == "in-place" else xs
-        return problem.loss(*xs, reduction=reduction, impl=impl)
-
-    # In place there is one backward only, and gradcheck runs several to see that they agree.
-    assert torch.autograd.gradcheck(loss, students, nondet_tol=1e-12, fast_mode=kind != "in-place")
+    # In place there is one backward, where gradcheck runs several: that op is held against this one elsewhere.
+    assert torch.autograd.gradcheck(lambda *xs: problem.loss(*xs, reduction=reduction, impl=impl), students)
 
 
 def compiled(kind: str, backend: str | CompileCounterWithBackend) -> Callable[..., Tensor]:
@@ -166,11 +165,11 @@ def test_compiled_by_inductor_it_is_the_same() -> None:
         y = net(x)
         return image_l1_loss(y, teacher) + kd_loss(y, teacher, tau=tau, dim=1, reduction="mean")
 
-    tau = torch.tensor(2.0)
-    wanted, wanted_grads = (loss := step(x, tau)).detach(), torch.autograd.grad(loss, net.parameters())
+    tau, weights = torch.tensor(2.0), tuple(net.parameters())
+    wanted, wanted_grads = (loss := step(x, tau)).detach(), torch.autograd.grad(loss, weights)
     loss = torch.compile(step, fullgraph=True)(x, tau)
     torch.testing.assert_close(loss.detach(), wanted)
-    torch.testing.assert_close(torch.autograd.grad(loss, net.parameters()), wanted_grads)
+    torch.testing.assert_close(torch.autograd.grad(loss, weights), wanted_grads)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

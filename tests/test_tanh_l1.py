@@ -105,8 +105,8 @@ def test_the_subgradient_at_ties_is_zero(tie: float) -> None:
     loss.backward()
     assert a.grad is not None
     slope = 1 - np.tanh(0.5) ** 2
-    # The slope of tanh itself at 40 is 7e-35, which a backend may tell from 0.
-    np.testing.assert_allclose(a.grad.numpy(), [[0.0, slope, -slope]], rtol=1e-6, atol=1e-34)
+    # The slope of tanh itself at 40 is 7e-35: what is left of it there may be told from 0, but by nobody who adds it.
+    np.testing.assert_allclose(a.grad.numpy(), [[0.0, slope, -slope]], rtol=1e-6, atol=1e-18)
 
 
 def test_large_pre_activations_stay_finite() -> None:
@@ -114,7 +114,7 @@ def test_large_pre_activations_stay_finite() -> None:
     loss = image_l1_loss(a, -a.detach(), reduction="sum")
     loss.backward()
     assert loss.item() == 4.0
-    assert a.grad is not None and a.grad.tolist() == [[0.0, 0.0]]
+    assert a.grad is not None and a.grad.abs().max() <= 1e-18
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
