@@ -16,7 +16,7 @@ Result dkd(
   TORCH_CHECK_VALUE(
       teacher.sizes() == student.sizes(), "teacher has shape ", teacher.sizes(), "; it must be ", student.sizes());
   const double warmth = positive(tau);
-  return for_dtype(student, [&](auto kind) {
+  return for_dtype(student, teacher, [&](auto kind) {
     using A = decltype(kind);
     const Rows<A> s(student), t(teacher);
     const int64_t classes = student.size(-1);
@@ -25,9 +25,13 @@ Result dkd(
     const A unit = static_cast<A>(kLog2e / warmth);
     const Output<A> output(grad_dtype(student));
     return for_rows<A>(student, how, grad, [&](int64_t i, Scratch<A>& scratch, double factor, char* to) {
-      if (classes == 1) { // one class: nothing to tell apart
-        if (to) std::memset(to, 0, output.item);
-        return 0.0;
+      if (classes == 1) { // nothing to tell apart: 0, or NaN
+        A x, y;
+        s.load(s.at(i), &x, 1);
+        t.load(t.at(i), &y, 1);
+        const A nothing = (x - x) + (y - y);
+        if (to) output.store(&nothing, to, 1);
+        return double(nothing);
       }
       const int64_t label = target[i];
       A hit_s = 0, hit_t = 0;

@@ -32,17 +32,16 @@ Result for_elements(const Tensor& d, std::string_view reduction, bool grad, int6
       if (to) output.store(&scaled, to + i * output.item, 1);
     }
   });
-  if (none) return {losses, gradient};
+  const auto type = loss_dtype(x);
+  if (none) return {losses.to(type), gradient};
   double total = 0;
   for (int64_t i = 0; i < m; ++i) total += loss[i];
-  Tensor result = at::empty({}, losses.options());
-  *result.mutable_data_ptr<A>() = static_cast<A>(by * total);
-  return {result, gradient};
+  return {scalar(by * total, losses.options().dtype(type)), gradient};
 }
 
 // The largest probability of a row of probabilities or, as 1 / sum exp(x - top), of logits.
 template <typename A>
-double confidence(const Rows<A>& rows, int64_t row, int64_t classes, bool logits) {
+double confidence(const Rows<A>& rows, int64_t row, int64_t classes, bool logits, Fault& negative) {
   using V = Vectorized<A>;
   alignas(64) A buffer[kBlock];
   A top = -kInf<A>;
@@ -52,14 +51,18 @@ double confidence(const Rows<A>& rows, int64_t row, int64_t classes, bool logits
     const A* const x = rows(row, begin, n, buffer);
     const char* const next = rows.at(row + 1, begin);
     if (!logits) { // there is no sum in which a NaN would show
-      V high(-kInf<A>), nan(0);
+      V high(-kInf<A>), low(0), nan(0);
       for (int64_t j = 0; j < whole; j += kWidth<A>) {
-        const V p = V::loadu(x + j);
+        V p = V::loadu(x + j);
+        if (j + kWidth<A> > n) p = V::set(V(0), p, n - j); // the padding is no probability
         high = at::vec::clamp_min(high, p);
+        low = at::vec::clamp_max(low, p);
         nan = nan | (p != p);
         __builtin_prefetch(next + j * rows.item);
       }
       if (sum(nan & V(1)) > 0) return std::numeric_limits<double>::quiet_NaN();
+      const A least = at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::clamp_max(a, b); }, low);
+      if (least < 0) negative.report(row, least);
       top = std::max(top, at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::clamp_min(a, b); }, high));
       continue;
     }
@@ -67,7 +70,7 @@ double confidence(const Rows<A>& rows, int64_t row, int64_t classes, bool logits
     const A before = top;
     top = std::max(top, all_of.high);
     z = z == 0 ? 0 : z * std::exp(double(before) - top);
-    const V of(top), unit(static_cast<A>(kLog2e));
+    const V of(top == -kInf<A> ? 0 : top), unit(static_cast<A>(kLog2e));
     V all(0);
     const auto pass = [&](auto near) {
       for (int64_t j = 0; j < whole; j += kWidth<A>) {
@@ -91,14 +94,17 @@ Result gan_generator(
         known ? response->numel() == d.numel() : response->dim() == 2 && response->size(0) == d.numel(), kind,
         " has shape ", response->sizes(), "; d has ", d.sizes());
   }
-  return for_dtype(d, [&](auto type) {
+  return for_dtype(d, d, [&](auto type) {
     using A = decltype(type);
     const bool given = response.has_value() && alpha != 0;
     const Tensor certain = given && known ? response->contiguous() : Tensor();
     const std::optional<Rows<A>> rows = given && !known ? std::optional<Rows<A>>(*response) : std::nullopt;
     const int64_t classes = rows ? response->size(1) : 1;
-    return for_elements<A>(d, reduction, grad, std::max<int64_t>(1, 32768 / classes), [&](int64_t i, double x) {
-      const double y = !given ? 1 : known ? load_one<A>(certain, i) : confidence<A>(*rows, i, classes, kind == "logits");
+    const bool logits = kind == "logits";
+    Fault negative;
+    Result result = for_elements<A>(d, reduction, grad, std::max<int64_t>(1, 32768 / classes), [&](int64_t i, double x) {
+      const double y = !given ? 1 : known ? load_one<A>(certain, i) : confidence<A>(*rows, i, classes, logits, negative);
+      if (y < 0) negative.report(i, y);
       const double weight = alpha == 0 ? 0 : alpha * y;
       const Binary b(x);
       if (minimax) {
@@ -107,12 +113,17 @@ Result gan_generator(
       }
       return std::pair((base + weight) * b.softplus_of_minus(), -(base + weight) * b.sigmoid_of_minus());
     });
+    TORCH_CHECK_VALUE(
+        !negative.found, kind, " holds ", negative.value, " for sample ", negative.row,
+        "; probabilities are at least 0");
+    return result;
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> gan_discriminator(
     const Tensor& d_real, const Tensor& d_fake, std::string_view reduction, bool grad) {
-  return for_dtype(d_real, [&](auto type) {
+  TORCH_CHECK_VALUE(reduction != "none", "reduction is 'none'; the two batches have no loss for each sample in common");
+  return for_dtype(d_real, d_fake, [&](auto type) {
     using A = decltype(type);
     const auto one = [&](const Tensor& d, double sign) {
       return for_elements<A>(d, reduction, grad, 8192, [sign](int64_t, double x) {
@@ -122,8 +133,8 @@ std::tuple<Tensor, Tensor, Tensor> gan_discriminator(
     };
     auto [real, grad_real] = one(d_real, -1);
     auto [fake, grad_fake] = one(d_fake, 1);
-    *real.template mutable_data_ptr<A>() += static_cast<A>(fake.template item<double>());
-    return std::tuple(real, grad_real, grad_fake);
+    const double both = real.template item<double>() + fake.template item<double>();
+    return std::tuple(scalar(both, real.options()), grad_real, grad_fake);
   });
 }
 

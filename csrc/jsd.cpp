@@ -9,7 +9,10 @@ namespace {
 template <typename A>
 struct Weigher {
   using V = Vectorized<A>;
-  A beta;
+  double beta;
+  A b, c; // beta and 1 - beta, which float may round to 1 or 0
+
+  explicit Weigher(double weight) : beta(weight), b(static_cast<A>(weight)), c(static_cast<A>(1 - weight)) {}
 
   // 0 log 0 = 0
   static V product(V p, V log_ratio) { return V::blendv(p * log_ratio, V(0), p == V(0)); }
@@ -21,10 +24,10 @@ struct Weigher {
       slope = V::blendv(q * (ratio + V(1)), V(0), q == V(0));
       return product(q, ratio);
     }
-    const V b(beta), c(1 - beta), m = b * p + c * q, log_m = m.log();
+    const V log_m = (V(b) * p + V(c) * q).log();
     const V over = product(q, log_q - log_m);
-    slope = c * over; // the derivatives of log m cancel against those of m
-    return b * product(p, log_p - log_m) + c * over;
+    slope = V(c) * over; // the derivatives of log m cancel against those of m
+    return V(b) * product(p, log_p - log_m) + V(c) * over;
   }
 };
 
@@ -35,7 +38,7 @@ Result jsd(
   TORCH_CHECK_VALUE(
       teacher.sizes() == student.sizes(), "teacher has shape ", teacher.sizes(), "; it must be ", student.sizes());
   const double warmth = positive(tau);
-  return for_dtype(student, [&](auto kind) {
+  return for_dtype(student, teacher, [&](auto kind) {
     using A = decltype(kind);
     using V = Vectorized<A>;
     const Rows<A> s(student), t(teacher);
@@ -43,7 +46,7 @@ Result jsd(
     const Finish how = finish(student, scale_factor(scale, warmth), reduction, weights, mask);
     const A unit = static_cast<A>(kLog2e / warmth);
     const Output<A> output(grad_dtype(student));
-    const Weigher<A> weigh{static_cast<A>(beta)};
+    const Weigher<A> weigh(beta);
     return for_rows<A>(student, how, grad, [&](int64_t i, Scratch<A>& scratch, double factor, char* to) {
       const auto read_s = [&](int64_t begin, int64_t n, A* buffer) { return s(i, begin, n, buffer); };
       const auto read_t = [&](int64_t begin, int64_t n, A* buffer) { return t(i, begin, n, buffer); };

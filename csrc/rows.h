@@ -123,6 +123,20 @@ inline at::ScalarType grad_dtype(const Tensor& x) {
   return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
 }
 
+inline at::ScalarType loss_dtype(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline Tensor scalar(double value, const at::TensorOptions& options) {
+  Tensor result = at::empty({}, options);
+  if (result.scalar_type() == at::kDouble) {
+    *result.mutable_data_ptr<double>() = value;
+  } else {
+    *result.mutable_data_ptr<float>() = static_cast<float>(value);
+  }
+  return result;
+}
+
 inline Tensor empty_grad(const Tensor& like, bool wanted) {
   const auto options = like.options().dtype(grad_dtype(like));
   return wanted ? at::empty(like.sizes(), options) : at::empty({0}, options);
@@ -198,12 +212,11 @@ Result for_losses(const Tensor& student, const Finish& how, bool grad, int64_t s
   at::parallel_for(0, steps, std::max<int64_t>(1, 32768 / (classes * step)), [&](int64_t begin, int64_t end) {
     body(begin * step, std::min(rows, end * step), loss, to, output);
   });
-  if (how.none) return {losses, gradient};
+  const auto type = loss_dtype(student);
+  if (how.none) return {losses.to(type), gradient};
   double total = 0;
   for (int64_t i = 0; i < rows; ++i) total += loss[i];
-  Tensor value = at::empty({}, options);
-  *value.mutable_data_ptr<A>() = static_cast<A>(total);
-  return {value, gradient};
+  return {scalar(total, options.dtype(type)), gradient};
 }
 
 // Calls row(i, scratch, factor, gradient or nullptr) -> loss before its factor, for every row that counts, and reduces.
@@ -237,10 +250,11 @@ struct Binary {
   double sigmoid_of_minus() const { return (x >= 0 ? e : 1) / (1 + e); }
 };
 
-// Float for everything narrower than double.
+// Float for what is narrower than double on both sides.
 template <typename Body>
-auto for_dtype(const Tensor& student, Body body) {
-  return student.scalar_type() == at::kDouble ? body(double{}) : body(float{});
+auto for_dtype(const Tensor& student, const Tensor& target, Body body) {
+  const bool wide = student.scalar_type() == at::kDouble || target.scalar_type() == at::kDouble;
+  return wide ? body(double{}) : body(float{});
 }
 
 } // namespace

@@ -6,9 +6,6 @@
 namespace mekd {
 namespace {
 
-constexpr double kLog2e = 1.4426950408889634;
-constexpr double kLog2 = 0.6931471805599453;
-
 // Sums over a row, and the largest logit of each side, which they are referred to.
 template <typename A>
 struct Pair {
@@ -54,9 +51,10 @@ Pair<A> read_pair(
     const A new_s = max_s == -kInf<A> ? 0 : max_s, new_t = max_t == -kInf<A> ? 0 : max_t;
     if (block > 0) { // what was summed so far is referred to the new tops
       const double down_s = (double(top_s) - new_s) * unit, down_t = (double(top_t) - new_t) * unit;
-      weighted = zt == 0 ? 0 : std::exp2(down_t) * (weighted + zt * (down_t - down_s));
+      const double kept = zt == 0 ? 0 : std::exp2(down_t); // nothing is left of it, whatever q was
+      weighted = kept == 0 ? 0 : kept * (weighted + zt * (down_t - down_s));
       zs = zs == 0 ? 0 : zs * std::exp2(down_s);
-      zt = zt == 0 ? 0 : zt * std::exp2(down_t);
+      zt *= kept;
     }
     top_s = new_s;
     top_t = new_t;
@@ -64,17 +62,23 @@ Pair<A> read_pair(
     const V by(unit), of_s(top_s), of_t(top_t), zero(0);
     V sum_s(0), sum_t(0), sum_w(0);
     const auto pass = [&](auto near) {
-      for (int64_t j = 0; j < whole; j += kWidth<A>) {
-        ahead.fetch(begin + j);
-        const V a = (V::loadu(t + j) - of_t) * by;
-        const V b = (V::loadu(s + j) - of_s) * by;
-        const V pj = near ? exp2_near(a) : exp2(a), qj = near ? exp2_near(b) : exp2(b);
-        sum_t = sum_t + pj;
-        sum_s = sum_s + qj;
-        // 0 log 0 = 0, also where log q is -inf
-        sum_w = sum_w + (near ? pj * (a - b) : V::blendv(pj * (a - b), zero, pj == zero));
-        pj.store(p + j);
-        qj.store(q + j);
+      for (int64_t part = 0; part < whole; part += kPart) {
+        V some_s(0), some_t(0), some_w(0);
+        for (int64_t j = part; j < std::min(part + kPart, whole); j += kWidth<A>) {
+          ahead.fetch(begin + j);
+          const V a = (V::loadu(t + j) - of_t) * by;
+          const V b = (V::loadu(s + j) - of_s) * by;
+          const V pj = near ? exp2_near(a) : exp2(a), qj = near ? exp2_near(b) : exp2(b);
+          some_t = some_t + pj;
+          some_s = some_s + qj;
+          // 0 log 0 = 0, also where log q is -inf
+          some_w = some_w + (near ? pj * (a - b) : V::blendv(pj * (a - b), zero, pj == zero));
+          pj.store(p + j);
+          qj.store(q + j);
+        }
+        sum_s = sum_s + some_s;
+        sum_t = sum_t + some_t;
+        sum_w = sum_w + some_w;
       }
     };
     const bool near = (top_s - range_s.low) * unit < kNear && (top_t - range_t.low) * unit < kNear;

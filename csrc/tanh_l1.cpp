@@ -22,7 +22,9 @@ template <typename A>
 inline Vectorized<A> exp_twice(Vectorized<A> x) {
   using V = Vectorized<A>;
   const V limit(63);
-  return exp2_near(at::vec::clamp(x * V(static_cast<A>(2 * 1.4426950408889634)), V(0) - limit, limit));
+  const A by = static_cast<A>(2 * kLog2e), rest = static_cast<A>(2 * kLog2e - by);
+  const V y = x * V(by), low = at::vec::fmadd(x, V(rest), at::vec::fmsub(x, V(by), y));
+  return exp2_near<true>(at::vec::clamp(y, V(0) - limit, limit), low);
 }
 
 // Half of |tanh(a) - tanh(b)|, or of |tanh(a) - b| for a finished image, and a quarter of its derivative in a. With
@@ -33,8 +35,9 @@ inline Vectorized<A> distance(Vectorized<A> a, Vectorized<A> b, Vectorized<A>& s
   using V = Vectorized<A>;
   const V one(1), e = exp_twice(a), w = e + one;
   if constexpr (finished) {
-    const V r = one / w, gap = one - (r + r) - b;
-    slope = with_sign(e * r * r, gap);
+    // (e - 1) / (e + 1) - b over one denominator: near 0, where images lie, 1 - 2 / (e + 1) would lose digits
+    const V r = one / w, gap = at::vec::fnmadd(b, e, e - one - b) * r;
+    slope = with_sign(e * r * r, one - (r + r) - b); // a tie is one of finished pixels
     return V(A(0.5)) * gap.abs();
   } else {
     const V f = exp_twice(b), v = f + one, r = one / (w * v), u = v * r;
@@ -71,14 +74,18 @@ double chunk(const Job<A>& job, int64_t begin, int64_t n, A factor) {
       for (int64_t j = count; j < whole; ++j) a[j] = b[j] = 0;
       x = a, y = b, to = a;
     }
-    V sum_l(0), slope;
+    V all(0), slope;
     const V by(job.tanh ? 4 * factor : factor); // distance() leaves 2 and 4 to be multiplied once
     const auto pass = [&](auto f) {
-      for (int64_t j = 0; j < whole; j += kWidth<A>) {
-        __builtin_prefetch(x + j + kAhead);
-        __builtin_prefetch(y + j + kAhead);
-        sum_l = sum_l + f(V::loadu(x + j), V::loadu(y + j));
-        if (job.grad) (slope * by).store(to + j);
+      for (int64_t part = 0; part < whole; part += kPart) {
+        V some(0);
+        for (int64_t j = part; j < std::min(part + kPart, whole); j += kWidth<A>) {
+          __builtin_prefetch(x + j + kAhead);
+          __builtin_prefetch(y + j + kAhead);
+          some = some + f(V::loadu(x + j), V::loadu(y + j));
+          if (job.grad) (slope * by).store(to + j);
+        }
+        all = all + some;
       }
     };
     if (!job.tanh) {
@@ -89,7 +96,7 @@ double chunk(const Job<A>& job, int64_t begin, int64_t n, A factor) {
       pass([&](V p, V q) { return distance<A, false>(p, q, slope); });
     }
     // The padding of a finished image is no image, but tanh(0) = 0 all the same.
-    total += (job.tanh ? 2.0 : 1.0) * sum(sum_l);
+    total += (job.tanh ? 2.0 : 1.0) * sum(all);
     if (job.grad && !direct) job.store(a, job.grad + at * job.item_grad, count);
   }
   return total;
@@ -107,7 +114,7 @@ Tensor distances(
     const Tensor flat = weights->to(at::kDouble).contiguous();
     for (int64_t i = 0; i < samples; ++i) by[i] *= flat.const_data_ptr<double>()[i];
   }
-  return for_dtype(a, [&](auto kind) {
+  return for_dtype(a, a, [&](auto kind) {
     using A = decltype(kind);
     const auto own = c10::CppTypeToScalarType<A>::value;
     const Job<A> job{
@@ -137,10 +144,9 @@ Tensor distances(
   });
 }
 
-// Samples one after another without gaps, pixels in any order: NCHW and channels_last need no copy.
+// Samples one after another without gaps: NCHW and channels_last need no copy.
 bool sample_major(const Tensor& x) {
-  if (!x.is_non_overlapping_and_dense()) return false;
-  return x.size(0) <= 1 || x.stride(0) == x.numel() / x.size(0);
+  return x.is_contiguous() || (x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast));
 }
 
 Tensor laid_out_as(const Tensor& b, const Tensor& a) {
@@ -163,7 +169,7 @@ Result tanh_l1(
 Tensor tanh_l1_(
     const Tensor& a, const Tensor& b, const std::optional<Tensor>& weights, bool tanh, bool finished,
     std::string_view reduction) {
-  TORCH_CHECK_VALUE(sample_major(a), "a has shape ", a.sizes(), " and strides ", a.strides(), "; written in place it must be dense, sample after sample");
+  TORCH_CHECK_VALUE(sample_major(a), "student has shape ", a.sizes(), " and strides ", a.strides(), "; inplace=True writes over samples that lie one after another, contiguous or channels_last: use inplace=False");
   return distances(a, laid_out_as(b, a), weights, tanh, finished, reduction, a.mutable_data_ptr(), a.scalar_type());
 }
 

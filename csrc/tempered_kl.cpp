@@ -26,7 +26,7 @@ Result tempered_kl(
   TORCH_CHECK_VALUE(
       target.sizes() == student.sizes(), "target has shape ", target.sizes(), "; it must be ", student.sizes());
   const double warmth = positive(tau);
-  return for_dtype(student, [&](auto kind) {
+  return for_dtype(student, target, [&](auto kind) {
     using A = decltype(kind);
     const Rows<A> s(student), t(target);
     const int64_t classes = student.size(-1);

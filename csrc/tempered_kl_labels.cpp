@@ -9,7 +9,7 @@ Result tempered_kl_labels(
     const std::optional<Tensor>& mask, int64_t ignore_index, std::string_view scale, std::string_view reduction,
     bool grad) {
   const double warmth = positive(tau);
-  return for_dtype(student, [&](auto kind) {
+  return for_dtype(student, student, [&](auto kind) {
     using A = decltype(kind);
     const Rows<A> s(student);
     const Labels target(labels, s.tensor.size(0), student.size(-1), ignore_index, mask);

@@ -14,7 +14,7 @@ Result tempered_kl_topk(
       "topk values have shape ", values.sizes(), " and indices ", indices.sizes(), "; student has ", student.sizes());
   const double warmth = positive(tau);
   const bool spread = rest == "spread";
-  return for_dtype(student, [&](auto kind) {
+  return for_dtype(student, values, [&](auto kind) {
     using A = decltype(kind);
     const Rows<A> s(student), v(values);
     const Tensor named = indices.reshape({v.tensor.size(0), v.tensor.size(1)}).contiguous();
@@ -33,6 +33,9 @@ Result tempered_kl_topk(
       double missing = 1;
       for (int64_t j = 0; j < k; ++j) missing -= scratch.values[j];
       const double share = spread && k < classes && missing > 0 ? missing / (classes - k) : 0;
+      // Many classes share one logit: where float rounds it, those that are named move along, and the odds are kept.
+      const A others = share > 0 ? static_cast<A>(std::log(share)) : -kInf<A>;
+      const double shift = share > 0 ? others - std::log(share) : 0;
       std::fill(row, row + classes, kUnseen);
       for (int64_t j = 0; j < k; ++j) {
         const int64_t at = index[i * k + j];
@@ -43,9 +46,8 @@ Result tempered_kl_topk(
         }
         if (row[at] != kUnseen) repeated.report(i, at);
         if (p < 0) negative.report(i, p);
-        row[at] = std::log(p);
+        row[at] = static_cast<A>(std::log(double(p)) + shift);
       }
-      const A others = share > 0 ? static_cast<A>(std::log(share)) : -kInf<A>;
       for (int64_t j = 0; j < classes; ++j) row[j] = row[j] == kUnseen ? others : row[j];
       for (int64_t j = classes; j < padded<A>(classes); ++j) row[j] = -kInf<A>;
 

@@ -19,6 +19,9 @@ template <typename A>
 constexpr int64_t kWidth = Vectorized<A>::size();
 
 constexpr int64_t kBlock = 1024; // elements that are loaded, scanned and exponentiated while they lie in L1
+constexpr int64_t kPart = 128;   // elements after which a sum is put aside: adding alike numbers rounds to one side
+constexpr double kLog2e = 1.4426950408889634;
+constexpr double kLog2 = 0.6931471805599453;
 template <typename A>
 constexpr A kInf = std::numeric_limits<A>::infinity();
 
@@ -28,24 +31,39 @@ constexpr int64_t padded(int64_t n) { // n elements, rounded up to whole vectors
 }
 
 // 2^x to 1.5 ulp for |x| <= 126. x = n + r with r in [-1/2, 1/2], a polynomial of degree 6 for 2^r (relative error
-// 3e-9), and n added to the exponent: half the instructions of a call of Sleef, and inlined, so that neighbours overlap.
-inline Vectorized<float> exp2_near(Vectorized<float> x) {
+// 2e-9), and n as an exponent: half the instructions of a call of Sleef, and inlined, so that neighbours overlap. With
+// fine, degree 7 (5e-11), and low is what x was rounded by: errors to the same side, which sums of thousands show.
+template <bool fine = false>
+inline Vectorized<float> exp2_near(Vectorized<float> x, Vectorized<float> low = Vectorized<float>(0.f)) {
   using V = Vectorized<float>;
   using I = Vectorized<int32_t>;
   const V magic(12582912.f); // 1.5 * 2^23: adding it rounds to an integer, which is left in the low bits
   const V shifted = x + magic;
-  const V r = x - (shifted - magic);
-  V y(1.535336196e-04f);
-  y = at::vec::fmadd(y, r, V(1.339887502e-03f));
-  y = at::vec::fmadd(y, r, V(9.618436918e-03f));
-  y = at::vec::fmadd(y, r, V(5.550332367e-02f));
-  y = at::vec::fmadd(y, r, V(2.402264774e-01f));
-  y = at::vec::fmadd(y, r, V(6.931471825e-01f));
+  V r = x - (shifted - magic), y;
+  if constexpr (fine) {
+    r = r + low;
+    y = at::vec::fmadd(V(1.519615671e-05f), r, V(1.546675630e-04f));
+    y = at::vec::fmadd(y, r, V(1.333393506e-03f));
+    y = at::vec::fmadd(y, r, V(9.618038312e-03f));
+    y = at::vec::fmadd(y, r, V(5.550410226e-02f));
+    y = at::vec::fmadd(y, r, V(2.402265072e-01f));
+    y = at::vec::fmadd(y, r, V(6.931471825e-01f));
+  } else {
+    y = at::vec::fmadd(V(1.535336196e-04f), r, V(1.339887502e-03f));
+    y = at::vec::fmadd(y, r, V(9.618436918e-03f));
+    y = at::vec::fmadd(y, r, V(5.550332367e-02f));
+    y = at::vec::fmadd(y, r, V(2.402264774e-01f));
+    y = at::vec::fmadd(y, r, V(6.931471825e-01f));
+  }
   y = at::vec::fmadd(y, r, V(1.f));
-  return at::vec::cast<float>(at::vec::cast<int32_t>(y) + (at::vec::cast<int32_t>(shifted) << I(23)));
+  // A product, not a sum of exponents: it leaves a NaN what it is.
+  return y * at::vec::cast<float>((at::vec::cast<int32_t>(shifted) << I(23)) + I(127 << 23));
 }
 
-inline Vectorized<double> exp2_near(Vectorized<double> x) { return x.exp2(); }
+template <bool fine = false>
+inline Vectorized<double> exp2_near(Vectorized<double> x, Vectorized<double> low = Vectorized<double>(0.)) {
+  return (x + low).exp2();
+}
 
 // The same for any x up to 126; 0 below -126, also for -inf.
 inline Vectorized<float> exp2(Vectorized<float> x) {

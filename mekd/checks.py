@@ -1,6 +1,7 @@
 """Arguments of the losses, checked once: an error names the argument, what it was and what it may be."""
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -29,13 +30,19 @@ def check_positive(name: str, value: float | Tensor) -> None:
         raise ValueError(f"{name} is {float(value)}; it must be above 0")
 
 
+def check_weight(name: str, value: float) -> None:
+    """Raise ValueError unless value is a finite number from 0 on."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value}; it must be at least 0 and finite")
+
+
 def tau_tensor(tau: float | Tensor, device: torch.device) -> Tensor:
     """The temperature as the 0-d tensor that the ops take. Its value is checked by whoever reads it."""
     if isinstance(tau, Tensor):
         if tau.dim() != 0 or tau.requires_grad:
             check_positive("tau", tau)
         return tau if tau.device == device else tau.to(device)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # a fake tensor must not be kept
         return torch.full((), tau, dtype=torch.float64, device=device)
     return _constant(float(tau), device)
 
@@ -43,7 +50,8 @@ def tau_tensor(tau: float | Tensor, device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _constant(tau: float, device: torch.device) -> Tensor:
     check_positive("tau", tau)
-    return torch.tensor(tau, dtype=torch.float64, device=device)
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        return torch.tensor(tau, dtype=torch.float64, device=device)
 
 
 def check_teacher(name: str, target: Tensor, student: Tensor) -> None:

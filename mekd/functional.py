@@ -25,6 +25,7 @@ from mekd.checks import (
     check_rows,
     check_student,
     check_teacher,
+    check_weight,
     tau_tensor,
 )
 from mekd.reference import accumulation_dtype
@@ -136,8 +137,8 @@ def dkd_loss(
     """
     check_choice("scale", scale, SCALES)
     check_choice("reduction", reduction, REDUCTIONS)
-    if alpha < 0 or beta < 0:
-        raise ValueError(f"alpha is {alpha} and beta is {beta}; both must be at least 0")
+    check_weight("alpha", alpha)
+    check_weight("beta", beta)
     student, teacher = _classes_last(student, dim), _classes_last(teacher, dim)
     check_student("student", student)
     check_teacher("teacher", teacher, student)
@@ -198,7 +199,8 @@ def image_l1_loss(
     student, teacher: pre-activations (m, ch, H, W), to which tanh is applied here; finished=True says that
     teacher already is an image, tanh=False that both are. reduction: "mean" over elements, "batchmean" (sum
     over pixels, mean over images: the paper's), "sum", "none" (m,). inplace=True writes the gradient over student,
-    which spares an allocation of its size: nothing else may read student, and backward runs once.
+    which spares an allocation of its size: nothing else may read student, and backward runs once. A float16 student
+    keeps a gradient of its own, in float32.
     """
     check_choice("reduction", reduction, REDUCTIONS)
     check_floating("student", student)
@@ -206,7 +208,8 @@ def image_l1_loss(
         raise ValueError("student is 0-d; it must have shape (m, ...)")
     check_teacher("teacher", teacher, student)
     check_rows(weights, None, student.shape[:1], student)
-    if inplace and not torch.compiler.is_compiling() and student.requires_grad and torch.is_grad_enabled():
+    wanted = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if inplace and wanted and student.dtype != torch.float16:
         if student.is_leaf:
             raise ValueError("student is a leaf that requires grad, and inplace=True would overwrite it; use False")
         return ops.run_in_place(student, teacher, weights, tanh, finished, reduction, impl=impl)
@@ -265,8 +268,7 @@ def _generator(
     answers = [(name, value) for name, value in given.items() if value is not None]
     if len(answers) > 1:
         raise ValueError(f"confidence, logits and probs: {len(answers)} of them are given; give one at most")
-    if alpha < 0:
-        raise ValueError(f"alpha is {alpha}; it must be at least 0")
+    check_weight("alpha", alpha)
     kind, response = answers[0] if answers else ("confidence", None)
     if response is not None:
         if kind == "confidence":

@@ -68,11 +68,11 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, None, *_scaled(ctx, upstream))
+        return (None, None, None, *_scaled(ctx, upstream, looks=True))
 
 
-def _scaled(ctx: Any, upstream: Tensor) -> list[Tensor]:
-    """The stored gradients times what comes from above."""
+def _scaled(ctx: Any, upstream: Tensor, looks: bool) -> list[Tensor]:
+    """The stored gradients times what comes from above; looks: whether that may be read, to spare a product with 1."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "the losses of mekd have first derivatives only: call backward() or grad() without create_graph=True, "
@@ -81,7 +81,7 @@ def _scaled(ctx: Any, upstream: Tensor) -> list[Tensor]:
     grads = ctx.saved_tensors
     if upstream.dim() > 0:
         grads = [grad * upstream.reshape(upstream.shape + (1,) * (grad.dim() - upstream.dim())) for grad in grads]
-    elif upstream.device.type != "cpu" or torch.compiler.is_compiling() or upstream.item() != 1:
+    elif not looks or upstream.device.type != "cpu" or upstream.item() != 1:
         grads = [grad * upstream for grad in grads]
     return [g if g.dtype == dtype else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
 
@@ -89,7 +89,9 @@ def _scaled(ctx: Any, upstream: Tensor) -> list[Tensor]:
 def _define(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], differentiable: int = 1) -> None:
     """Register one op: its last two arguments are reduction and grad."""
     results = ", ".join(["Tensor"] * (1 + differentiable))
-    _LIBRARY.define(f"{name}({schema}, str reduction, bool grad) -> ({results})", tags=(torch.Tag.pt2_compliant_tag,))
+    # The gradient is laid out as its input: a compiler must not choose other strides after the fake kernel has spoken.
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+    _LIBRARY.define(f"{name}({schema}, str reduction, bool grad) -> ({results})", tags=tags)
     count = schema.count(",") + 3
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -97,7 +99,7 @@ def _define(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], dif
         ctx.dtypes = [x.dtype for x in inputs[:differentiable]]
 
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return (*_scaled(ctx, upstream), *[None] * (count - differentiable))
+        return (*_scaled(ctx, upstream, looks=False), *[None] * (count - differentiable))
 
     torch.library.register_autograd(f"mekd::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     torch.library.register_fake(f"mekd::{name}", fake, lib=_LIBRARY)
@@ -125,11 +127,11 @@ def _by_autograd(formula: Callable[..., Tensor], differentiable: int, *arguments
         torch._C._SetExcludeDispatchKeyGuard(key.AutogradFunctionality, False),
         torch._C._SetExcludeDispatchKeyGuard(key.ADInplaceOrView, False),
     ):
-        # float16 is too narrow for gradients that no GradScaler has scaled yet.
-        inputs = [(x.float() if x.dtype == torch.float16 else x).requires_grad_() for x in inputs]
-        loss = formula(*inputs, *rest[differentiable:])
-        grads = torch.autograd.grad(loss.sum(), inputs)
-    return loss.detach(), *(grad.contiguous() for grad in grads)
+        # Gradients add up in float32, and are rounded once.
+        wide = [x.to(reference.accumulation_dtype(x)).requires_grad_() for x in inputs]
+        loss = formula(*wide, *rest[differentiable:])
+        grads = torch.autograd.grad(loss.sum(), wide)
+    return loss.detach(), *(_empty_grad(x, True).copy_(grad) for x, grad in zip(inputs, grads, strict=True))
 
 
 @functools.cache
@@ -138,8 +140,14 @@ def _warn_once() -> None:
 
 
 def _empty_grad(x: Tensor, wanted: bool) -> Tensor:
+    # float16 is too narrow for gradients that no GradScaler has scaled yet.
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    return x.new_empty(x.shape if wanted else (0,), dtype=dtype)
+    grad = x.new_empty(x.shape if wanted else (0,), dtype=dtype)
+    return grad.to(memory_format=torch.channels_last) if wanted and _channels_last(x) else grad
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _empty_loss(x: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -77,7 +77,7 @@ def tanh_l1(a: Tensor, b: Tensor, tanh: bool = True, finished: bool = False) -> 
     a, b = a.to(accumulation_dtype(a)), b.to(accumulation_dtype(a))
     if tanh:
         a, b = a.tanh(), b if finished else b.tanh()
-    return (a - b).abs().flatten(1).sum(1)
+    return (a - b).abs().reshape(a.shape[0], math.prod(a.shape[1:])).sum(1)
 
 
 def dkd(student: Tensor, teacher: Tensor, labels: Tensor, tau: Tensor | float, alpha: float, beta: float) -> Tensor:
@@ -118,6 +118,8 @@ def jsd(student: Tensor, teacher: Tensor, tau: Tensor | float, beta: float, log_
         return _kl_term(log_p, log_q).sum(-1)
     if beta == 1:
         return _kl_term(log_q, log_p).sum(-1)
+    masked = (log_p == -math.inf) & (log_q == -math.inf)  # 0 log 0 = 0, and a gradient of 0
+    log_p, log_q = log_p.masked_fill(masked, -1e30), log_q.masked_fill(masked, -1e30)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     return (beta * _kl_term(log_p, log_m) + (1 - beta) * _kl_term(log_q, log_m)).sum(-1)
 
@@ -146,9 +148,9 @@ def tempered_kl_loss(
     probs: bool, scale: str, reduction: str,
 ) -> Tensor:  # fmt: skip
     """tempered_kl of (..., C), weighted, masked, scaled and reduced."""
+    student, target = _hide(student, mask, 0.0), _hide(target, mask, 1.0)
     if probs and checks_values(target):
         _refuse(target < 0, target, "probs", "probabilities are at least 0")
-    student, target = _hide(student, mask, 0.0), _hide(target, mask, 1.0)
     return _rows(tempered_kl(student, target, _checked(tau), probs), student, tau, weights, mask, scale, reduction)
 
 
@@ -169,12 +171,15 @@ def tempered_kl_topk_loss(
 ) -> Tensor:  # fmt: skip
     """tempered_kl_topk of (..., C), values and indices (..., K), weighted, masked, scaled and reduced."""
     classes = student.shape[-1]
+    if mask is not None:
+        values = _hide(values, mask, 1.0)
+        indices = indices.where(mask.unsqueeze(-1), torch.arange(indices.shape[-1], device=indices.device))
     if checks_values(values):
         _refuse(values < 0, values, "topk values", "probabilities are at least 0")
         _refuse((indices < 0) | (indices >= classes), indices, "topk indices", f"classes are 0 to {classes - 1}")
         ordered = indices.sort(-1).values
         _refuse(ordered[..., 1:] == ordered[..., :-1], ordered[..., 1:], "topk indices", "a row names a class once")
-    student, values = _hide(student, mask, 0.0), _hide(values, mask, 1.0)
+    student = _hide(student, mask, 0.0)
     losses = tempered_kl_topk(student, values, indices, _checked(tau), rest)
     return _rows(losses, student, tau, weights, mask, scale, reduction)
 
@@ -216,13 +221,19 @@ def gan_generator_loss(
         y = torch.ones_like(d)
     elif kind == "confidence":
         y = response
+    elif kind == "logits":
+        y = (log_softmax(response).exp()).amax(-1).reshape(d.shape)
     else:
-        y = (log_softmax(response).exp() if kind == "logits" else response).amax(-1)
+        y = response.amax(-1).reshape(d.shape)
+    if response is not None and kind != "logits" and checks_values(response):
+        _refuse(response < 0, response, kind, "probabilities are at least 0")
     return _reduce(gan_generator(d, y, alpha, minimax, base), reduction, d.numel(), d.numel())
 
 
 def gan_discriminator_loss(d_real: Tensor, d_fake: Tensor, reduction: str) -> Tensor:
     """Both sides of gan_discriminator, each reduced, and added."""
+    if reduction == "none":
+        raise ValueError("reduction is 'none'; the two batches have no loss for each sample in common")
     real, fake = gan_discriminator(d_real, d_fake)
     return _reduce(real, reduction, real.numel(), 1) + _reduce(fake, reduction, fake.numel(), 1)
 
@@ -265,7 +276,8 @@ def _rows(
     if mask is not None:
         losses = losses.masked_fill(~mask, 0.0)
     if weights is not None:
-        losses = losses * weights.to(losses.dtype)
+        losses = losses * (weights if mask is None else weights.masked_fill(~mask, 0.0)).to(losses.dtype)
+    tau = tau.to(losses)  # of one row, the losses are 0-d as tau is, and the wider dtype would win
     losses = losses * (tau * tau if scale == "tau2" else tau if scale == "tau" else 1.0)
     return _reduce(losses, reduction, student.numel(), losses.numel() if mask is None else mask.sum())
 
