@@ -26,6 +26,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m bench limits
+	$(BIN)/python -m bench losses --quick
 
 kernels: setup
 	$(BIN)/python setup.py -q build_ext --inplace --force
