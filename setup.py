@@ -66,4 +66,9 @@ def extensions() -> dict[str, object]:
 
 packages = [*find_packages(include=["mekd", "mekd.*"]), "mekd.kernels"]
 plain = {"install_requires": ["torch>=2.9", "numpy"]}
-setup(packages=packages, package_dir={"mekd": "mekd", "mekd.kernels": "kernels"}, **(extensions() or plain))
+setup(
+    packages=packages,
+    package_dir={"mekd": "mekd", "mekd.kernels": "kernels"},
+    package_data={"mekd.kernels": ["tuning.json"]},
+    **(extensions() or plain),
+)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 
 import torch
 from torch import Tensor
@@ -111,3 +112,50 @@ def check_rows(weights: Tensor | None, mask: Tensor | None, shape: torch.Size, s
                 "True for the rows that count"
             )
         check_device("mask", mask, student)
+
+
+# Values: looked at by whoever reads them. Where the formula or a kernel cannot say what it met, these look ahead.
+
+
+def checks_values(x: Tensor) -> bool:
+    """Whether values are looked at: always on the CPU, elsewhere with MEKD_CHECK=1, as it stops the device."""
+    return x.device.type == "cpu" or (x.device.type != "meta" and os.environ.get("MEKD_CHECK") == "1")
+
+
+def check_tau(tau: Tensor) -> None:
+    """Raise ValueError unless tau is above 0 and finite."""
+    if checks_values(tau) and not 0 < tau < math.inf:
+        raise ValueError(f"tau is {tau.item()}; it must be above 0 and finite")
+
+
+def check_probabilities(name: str, probs: Tensor, mask: Tensor | None = None) -> None:
+    """Raise ValueError unless probabilities (..., C) are at least 0 in the rows (...) that count."""
+    if checks_values(probs):
+        _refuse(probs < 0, mask, probs, name, "probabilities are at least 0")
+
+
+def check_named_classes(indices: Tensor, classes: int, mask: Tensor | None = None) -> None:
+    """Raise ValueError unless indices (..., K) name classes, and none twice, in the rows (...) that count."""
+    if checks_values(indices):
+        _refuse((indices < 0) | (indices >= classes), mask, indices, "topk indices", f"classes are 0 to {classes - 1}")
+        ordered = indices.sort(-1).values
+        _refuse(
+            ordered[..., 1:] == ordered[..., :-1], mask, ordered[..., 1:], "topk indices", "a row names a class once"
+        )
+
+
+def rows_with_label(labels: Tensor, mask: Tensor | None, ignore_index: int, classes: int) -> Tensor:
+    """Which rows count; ValueError for a label that is out of range and not ignored."""
+    kept = labels != ignore_index
+    if mask is not None:
+        kept = kept & mask
+    if checks_values(labels):
+        _refuse(kept & ((labels < 0) | (labels >= classes)), None, labels, "labels", f"classes are 0 to {classes - 1}")
+    return kept
+
+
+def _refuse(bad: Tensor, mask: Tensor | None, x: Tensor, name: str, allowed: str) -> None:
+    if mask is not None:
+        bad = bad & mask.unsqueeze(-1)
+    if bad.any():
+        raise ValueError(f"{name} hold {x[bad].flatten()[0].item():g}; {allowed}")

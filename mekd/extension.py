@@ -1,10 +1,13 @@
 """Finds and loads the C++ kernels: the build for this processor, and only by the torch that it was built with."""
 
+import os
 import re
 from pathlib import Path
 
 import torch
 
+#: A process in which Triton interprets its kernels, on the CPU: they take the place of the C++ kernels there.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 #: Instruction sets as torch names what a processor can do, best first; csrc/ is built for some of them.
 CAPABILITIES = ("AVX512", "AVX2", "DEFAULT")
 
@@ -20,6 +23,8 @@ def name(build: str) -> str:
 
 
 def _load() -> tuple[str | None, str]:
+    if INTERPRETED:
+        return None, "TRITON_INTERPRET=1 puts the Triton kernels, interpreted, in the place of its C++ kernels"
     here = Path(__file__).parent
     capability = torch.backends.cpu.get_cpu_capability()
     best = CAPABILITIES.index(capability) if capability in CAPABILITIES else -1

@@ -1,11 +1,14 @@
 """The contract of every op: its schema, fake kernel and autograd, and which backend runs it. Knows no math.
 
 An op torch.ops.mekd.NAME returns its loss, and a gradient for each differentiable input (empty unless grad is True),
-computed in the same pass. The dispatcher chooses the backend: C++ for the CPU where the extension is built,
-mekd.reference elsewhere. functional and losses are what to call; this is what they stand on.
+computed in the same pass. The dispatcher chooses the backend: C++ for the CPU where the extension is built, Triton for
+CUDA (and for the CPU where TRITON_INTERPRET=1 was set before the import), mekd.reference elsewhere. functional and
+losses are what to call; this is what they stand on.
 """
 
 import functools
+import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from mekd import extension, reference
 
-IMPLS = ("reference", "cpp")
+IMPLS = ("reference", "cpp", "triton")
 _LIBRARY = torch.library.Library("mekd", "DEF")
 
 
@@ -48,13 +51,31 @@ def run(name: str, *arguments: Any, reduction: str, impl: str | None = None) -> 
 def _backend(op: Op, impl: str, on: Tensor) -> Callable[..., tuple[Tensor, ...]]:
     if impl == "reference":
         return op.reference
-    if impl != "cpp":
+    if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(map(repr, IMPLS))}, or None to choose")
+    if impl == "triton":
+        _check_triton(on)
+        return op.dispatch
     if on.device.type != "cpu":
         raise ValueError(f"impl='cpp' runs on the CPU, and the tensors are on {on.device}")
     if extension.LOADED is None:
         raise RuntimeError(f"impl='cpp' is not available: {extension.WHY_NOT}")
     return op.dispatch
+
+
+def _check_triton(on: Tensor) -> None:
+    if on.device.type != "cuda" and not (extension.INTERPRETED and on.device.type == "cpu"):
+        raise ValueError(
+            f"impl='triton' runs on CUDA, and the tensors are on {on.device}; with TRITON_INTERPRET=1 in the "
+            "environment before mekd is imported, Triton interprets its kernels on the CPU"
+        )
+    if not _has_triton():
+        raise RuntimeError("impl='triton' is not available: triton is not installed; pip install triton")
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 class _Loss(torch.autograd.Function):
@@ -239,4 +260,22 @@ def run_in_place(a: Tensor, *arguments: Any, impl: str | None = None) -> Tensor:
     return _InPlace.apply(a, call, *arguments)
 
 
+@functools.cache
+def _kernel(name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"mekd.kernels.{name.rstrip('_')}"), name)
+
+
+def _register_triton(name: str, otherwise: Callable[..., Any]) -> None:
+    """Triton is imported by the first call, not with mekd."""
+
+    def call(*arguments: Any) -> Any:
+        return _kernel(name)(*arguments) if _has_triton() else otherwise(*arguments)
+
+    for key in ("CUDA", "CPU") if extension.INTERPRETED else ("CUDA",):
+        _LIBRARY.impl(name, call, key)
+
+
+for _name, _op in OPS.items():
+    _register_triton(_name, _op.reference)
+_register_triton("tanh_l1_", _tanh_l1_reference)
 extension.load()

@@ -6,11 +6,12 @@ reduction. Gradients follow by autograd; tests compare the fused backends with t
 """
 
 import math
-import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mekd.checks import check_named_classes, check_probabilities, check_tau, rows_with_label
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -148,10 +149,11 @@ def tempered_kl_loss(
     probs: bool, scale: str, reduction: str,
 ) -> Tensor:  # fmt: skip
     """tempered_kl of (..., C), weighted, masked, scaled and reduced."""
+    check_tau(tau)
+    if probs:
+        check_probabilities("probs", target, mask)
     student, target = _hide(student, mask, 0.0), _hide(target, mask, 1.0)
-    if probs and checks_values(target):
-        _refuse(target < 0, target, "probs", "probabilities are at least 0")
-    return _rows(tempered_kl(student, target, _checked(tau), probs), student, tau, weights, mask, scale, reduction)
+    return _rows(tempered_kl(student, target, tau, probs), student, tau, weights, mask, scale, reduction)
 
 
 def tempered_kl_labels_loss(
@@ -159,9 +161,10 @@ def tempered_kl_labels_loss(
     ignore_index: int, scale: str, reduction: str,
 ) -> Tensor:  # fmt: skip
     """tempered_kl_labels of (..., C) and labels (...), weighted, masked, scaled and reduced."""
-    mask = _kept(labels, mask, ignore_index, student.shape[-1])
+    check_tau(tau)
+    mask = rows_with_label(labels, mask, ignore_index, student.shape[-1])
     student = _hide(student, mask, 0.0)
-    losses = tempered_kl_labels(student, labels.where(mask, 0), _checked(tau), -1)
+    losses = tempered_kl_labels(student, labels.where(mask, 0), tau, -1)
     return _rows(losses, student, tau, weights, mask, scale, reduction)
 
 
@@ -170,17 +173,14 @@ def tempered_kl_topk_loss(
     rest: str, scale: str, reduction: str,
 ) -> Tensor:  # fmt: skip
     """tempered_kl_topk of (..., C), values and indices (..., K), weighted, masked, scaled and reduced."""
-    classes = student.shape[-1]
+    check_tau(tau)
+    check_probabilities("topk values", values, mask)
+    check_named_classes(indices, student.shape[-1], mask)
     if mask is not None:
         values = _hide(values, mask, 1.0)
         indices = indices.where(mask.unsqueeze(-1), torch.arange(indices.shape[-1], device=indices.device))
-    if checks_values(values):
-        _refuse(values < 0, values, "topk values", "probabilities are at least 0")
-        _refuse((indices < 0) | (indices >= classes), indices, "topk indices", f"classes are 0 to {classes - 1}")
-        ordered = indices.sort(-1).values
-        _refuse(ordered[..., 1:] == ordered[..., :-1], ordered[..., 1:], "topk indices", "a row names a class once")
     student = _hide(student, mask, 0.0)
-    losses = tempered_kl_topk(student, values, indices, _checked(tau), rest)
+    losses = tempered_kl_topk(student, values, indices, tau, rest)
     return _rows(losses, student, tau, weights, mask, scale, reduction)
 
 
@@ -189,10 +189,11 @@ def dkd_loss(
     alpha: float, beta: float, ignore_index: int, scale: str, reduction: str,
 ) -> Tensor:  # fmt: skip
     """dkd of (..., C) and labels (...), weighted, masked, scaled and reduced."""
-    mask = _kept(labels, mask, ignore_index, student.shape[-1])
+    check_tau(tau)
+    mask = rows_with_label(labels, mask, ignore_index, student.shape[-1])
     student, teacher = _hide(student, mask, 0.0), _hide(teacher, mask, 0.0)
     ours, theirs = (x.reshape(-1, x.shape[-1]) for x in (student, teacher))
-    losses = dkd(ours, theirs, labels.where(mask, 0).reshape(-1), _checked(tau), alpha, beta).reshape(labels.shape)
+    losses = dkd(ours, theirs, labels.where(mask, 0).reshape(-1), tau, alpha, beta).reshape(labels.shape)
     return _rows(losses, student, tau, weights, mask, scale, reduction)
 
 
@@ -201,8 +202,9 @@ def jsd_loss(
     beta: float, log_probs: bool, scale: str, reduction: str,
 ) -> Tensor:  # fmt: skip
     """jsd of (..., C), weighted, masked, scaled and reduced."""
+    check_tau(tau)
     student, teacher = _hide(student, mask, 0.0), _hide(teacher, mask, 0.0)
-    losses = jsd(student, teacher, _checked(tau), beta, log_probs)
+    losses = jsd(student, teacher, tau, beta, log_probs)
     return _rows(losses, student, tau, weights, mask, scale, reduction)
 
 
@@ -225,8 +227,8 @@ def gan_generator_loss(
         y = (log_softmax(response).exp()).amax(-1).reshape(d.shape)
     else:
         y = response.amax(-1).reshape(d.shape)
-    if response is not None and kind != "logits" and checks_values(response):
-        _refuse(response < 0, response, kind, "probabilities are at least 0")
+    if response is not None and kind != "logits":
+        check_probabilities(kind, response)
     return _reduce(gan_generator(d, y, alpha, minimax, base), reduction, d.numel(), d.numel())
 
 
@@ -236,32 +238,6 @@ def gan_discriminator_loss(d_real: Tensor, d_fake: Tensor, reduction: str) -> Te
         raise ValueError("reduction is 'none'; the two batches have no loss for each sample in common")
     real, fake = gan_discriminator(d_real, d_fake)
     return _reduce(real, reduction, real.numel(), 1) + _reduce(fake, reduction, fake.numel(), 1)
-
-
-def checks_values(x: Tensor) -> bool:
-    """Whether values are looked at: always on the CPU, elsewhere with MEKD_CHECK=1, as it stops the device."""
-    return x.device.type == "cpu" or os.environ.get("MEKD_CHECK") == "1"
-
-
-def _refuse(bad: Tensor, x: Tensor, name: str, allowed: str) -> None:
-    if bad.any():
-        raise ValueError(f"{name} hold {x[bad].flatten()[0].item():g}; {allowed}")
-
-
-def _checked(tau: Tensor) -> Tensor:
-    if checks_values(tau) and not 0 < tau < math.inf:
-        raise ValueError(f"tau is {tau.item()}; it must be above 0 and finite")
-    return tau
-
-
-def _kept(labels: Tensor, mask: Tensor | None, ignore_index: int, classes: int) -> Tensor:
-    """Which rows count; a label out of range is an error unless it is ignored."""
-    kept = labels != ignore_index
-    if mask is not None:
-        kept = kept & mask
-    if checks_values(labels):
-        _refuse(kept & ((labels < 0) | (labels >= classes)), labels, "labels", f"classes are 0 to {classes - 1}")
-    return kept
 
 
 def _hide(x: Tensor, mask: Tensor | None, value: float) -> Tensor:

@@ -1,0 +1,134 @@
+"""What the kernels over rows of logits share: rows of any layout, what a row counts for, losses and gradients."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mekd.kernels import tuning
+from mekd.kernels.launch import launch
+
+POWERS = {"one": 0, "tau": 1, "tau2": 2}
+NEVER = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def number(x, A: tl.constexpr):
+    """A float of the host as A. It comes as float64, since Triton would round it; interpreted, it is a float."""
+    return (tl.full((), 0, A) + x).to(A)
+
+
+@triton.jit
+def rows_here(rows, mask, ROWS: tl.constexpr):
+    """The rows of this program, those that exist, and those of them that count."""
+    # int64: a row may begin beyond 2^31 elements.
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    on = there
+    if mask is not None:
+        on = there & (tl.load(mask + row, mask=there, other=0) != 0)
+    return row, there, on
+
+
+@triton.jit
+def load(x, row, col, on, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.constexpr):
+    """A tile (ROWS, BLOCK); what is no class, or in no row that counts, is not read and is a class that is masked."""
+    at = x + row[:, None] * STEP + col[None, :]
+    # Cast at once: interpreted bfloat16 is raw bits.
+    return tl.load(at, mask=on[:, None] & (col < CLASSES)[None, :], other=NEVER).to(A)
+
+
+@triton.jit
+def rates(tau, weights, count, by, row, on, POWER: tl.constexpr, A: tl.constexpr):
+    """1 / tau, and what each row's loss is multiplied with: weight * tau^POWER / what the reduction divides by."""
+    warmth = tl.load(tau).to(A)
+    factor = number(by, A)
+    for _ in tl.static_range(POWER):
+        factor *= warmth
+    if count is not None:
+        factor /= tl.maximum(tl.load(count), 1).to(A)
+    factors = tl.where(on, factor, 0)
+    if weights is not None:
+        factors *= tl.load(weights + row, mask=on, other=0).to(A)
+    return 1 / warmth, factors
+
+
+@triton.jit
+def store_losses(losses, loss, factors, row, there, on):
+    tl.store(losses + row, tl.where(on, loss * factors, 0), mask=there)
+
+
+@triton.jit
+def store(gradient, grad, row, col, there, on, CLASSES: tl.constexpr):
+    """A tile of the gradient, 0 in rows that do not count, whatever was computed there."""
+    at = gradient + row[:, None] * CLASSES + col[None, :]
+    tl.store(at, tl.where(on[:, None], grad, 0), mask=there[:, None] & (col < CLASSES)[None, :])
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., C) as rows (N, C) with unit stride inside; copied only where the strides do not allow it."""
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"expected shape (..., C) with at least one class, got {tuple(x.shape)}")
+    rows = x if x.dim() == 2 else x.reshape(x.numel() // x.shape[-1], x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def check_shape(name: str, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    """Raise unless x has this shape and dtype: a kernel would read beyond its end."""
+    if x is not None and (x.shape != shape or (dtype is not None and x.dtype != dtype)):
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}; it must be {tuple(shape)} {dtype or ''}"
+        )
+
+
+def empty_gradient(x: Tensor) -> Tensor:
+    """Laid out as x where that is channels_last; float32 for float16, which is too narrow before a GradScaler."""
+    grad = torch.empty(x.shape, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype, device=x.device)
+    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        grad = grad.to(memory_format=torch.channels_last)
+    return grad
+
+
+def run(
+    name: str, kernels: tuple[Any, Any], student: Tensor, targets: tuple[Tensor, ...], tau: Tensor,
+    weights: Tensor | None, mask: Tensor | None, scale: str, reduction: str, grad: bool, *others: Any, **constants: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Loss and gradient by the first kernel where a row fits into a tile, by the second, which loops, where not.
+
+    targets and others are arguments of the kernels, constants are known to their compiler; name is the tuning's.
+    """
+    if not student.is_floating_point():
+        raise TypeError(f"student has dtype {student.dtype}; it must be a floating dtype")
+    if tau.dim() != 0:
+        raise ValueError(f"tau has shape {tuple(tau.shape)}; it must be 0-d")
+    lead, ours = student.shape[:-1], as_rows(student)
+    check_shape("weights", weights, lead)
+    check_shape("mask", mask, lead, torch.bool)
+    count, classes = ours.shape
+    wide = any(x.dtype == torch.float64 for x in (student, *targets))
+    losses = torch.empty(
+        lead, dtype=torch.float64 if student.dtype == torch.float64 else torch.float32, device=student.device
+    )
+    gradient = empty_gradient(student) if grad else None
+    # Written in rows, and rearranged after, in the rare case that it is to be laid out otherwise.
+    written = gradient if gradient is None or gradient.is_contiguous() else torch.empty_like(ours, dtype=gradient.dtype)
+    divisor = {"mean": count * classes, "batchmean": count if mask is None else 1}.get(reduction, 1)
+    tile = tuning.tile(name, torch.float64 if wide else student.dtype, classes)
+    launch(
+        kernels[tile.block < classes],
+        (triton.cdiv(count, tile.rows),),
+        ours, tau, None if weights is None else weights.reshape(-1), None if mask is None else mask.reshape(-1),
+        mask.sum() if mask is not None and reduction == "batchmean" else None,
+        losses, written, count, 1 / max(divisor, 1), *targets, *others,
+        CLASSES=classes, STEP=ours.stride(0), POWER=POWERS[scale], A=tl.float64 if wide else tl.float32,
+        ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, num_stages=tile.stages, **constants,
+    )  # fmt: skip
+    if gradient is not None and written is not gradient:
+        assert written is not None
+        gradient.copy_(written.view(student.shape))
+    loss = losses if reduction == "none" else losses.sum()
+    return loss, student.new_empty(
+        0, dtype=torch.float32 if student.dtype == torch.float16 else None
+    ) if gradient is None else gradient

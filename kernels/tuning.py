@@ -1,0 +1,51 @@
+"""Which tile, how many warps and stages a kernel gets: a table. Nothing is tried out while a model trains."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mekd.extension import INTERPRETED
+
+
+class Tile(NamedTuple):
+    """What one program takes: rows, and classes at a time; fewer than there are means that it loops over them."""
+
+    rows: int
+    block: int
+    warps: int
+    stages: int
+
+
+#: The longest row that one program holds in registers; a class more, and it loops.
+LONGEST = 8192
+SMALLEST = 16
+
+
+def tile(kernel: str, dtype: torch.dtype, classes: int) -> Tile:
+    """The entry for this kernel, dtype and class count on the current device's architecture."""
+    size = 1 << max(classes - 1, SMALLEST - 1).bit_length()
+    return _tile(kernel, str(dtype).removeprefix("torch."), str(size) if classes <= LONGEST else "more", _arch())
+
+
+@functools.cache
+def _tile(kernel: str, dtype: str, size: str, arch: int) -> Tile:
+    archs = _table()[kernel]
+    nearest = min(archs, key=lambda name: abs(int(name.removeprefix("sm_")) - arch))
+    return Tile(*archs[nearest][dtype][size])
+
+
+@functools.cache
+def _table() -> Any:
+    return json.loads(Path(__file__).with_name("tuning.json").read_text())
+
+
+def _arch() -> int:
+    """90 for sm_90, of the device that Triton compiles for; interpreted, any will do."""
+    if INTERPRETED:
+        return 90
+    from triton.runtime import driver
+
+    return driver.active.get_current_target().arch
