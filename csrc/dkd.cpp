@@ -4,6 +4,17 @@
 namespace mekd {
 namespace {
 
+// What binary losses need of a logit x, from one exponential: softplus(x) = log(1 + e^x), and the sigmoid.
+struct Binary {
+  double x, e, l;
+
+  explicit Binary(double logit) : x(logit), e(std::exp(-std::abs(logit))), l(std::log1p(e)) {}
+  double softplus() const { return std::max(x, 0.0) + l; }
+  double softplus_of_minus() const { return std::max(-x, 0.0) + l; } // -log sigmoid(x)
+  double sigmoid() const { return (x >= 0 ? 1 : e) / (1 + e); }
+  double sigmoid_of_minus() const { return (x >= 0 ? e : 1) / (1 + e); }
+};
+
 // p log(p / q) for a probability and the two -log, with 0 log 0 = 0.
 inline double term(double p, double minus_log_p, double minus_log_q) {
   return p == 0 ? 0 : p * (minus_log_q - minus_log_p);

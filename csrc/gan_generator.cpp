@@ -5,31 +5,49 @@
 namespace mekd {
 namespace {
 
+// What binary losses need of logits x, from one exponential: softplus(x) = log(1 + e^x), and the sigmoid.
 template <typename A>
-double load_one(const Tensor& x, int64_t i) {
-  A value;
-  loader<A>(x.scalar_type())(static_cast<const char*>(x.const_data_ptr()) + i * x.element_size(), &value, 1);
-  return value;
-}
+struct Sigmoids {
+  using V = Vectorized<A>;
+  V x, e, l, r;
 
-// One loss and gradient for each element of d, reduced; body(i, value) -> (loss, derivative).
-template <typename A, typename Body>
-Result for_elements(const Tensor& d, std::string_view reduction, bool grad, int64_t grain, Body body) {
+  explicit Sigmoids(V logit) : x(logit), e(x.abs().neg().exp()), l(e.log1p()), r(V(1) / (V(1) + e)) {}
+  V softplus() const { return at::vec::clamp_min(x, V(0)) + l; }
+  V softplus_of_minus() const { return at::vec::clamp_min(x.neg(), V(0)) + l; } // -log sigmoid(x)
+  V sigmoid() const { return V::blendv(V(1), e, x < V(0)) * r; }
+  V sigmoid_of_minus() const { return V::blendv(e, V(1), x < V(0)) * r; }
+};
+
+// One loss and gradient for each element of d, reduced: formula(x, y, slope) -> loss, on vectors, for a number y(i) that
+// belongs to each.
+template <typename A, typename Extra, typename Formula>
+Result for_elements(
+    const Tensor& d, std::string_view reduction, bool grad, int64_t grain, Extra y, Formula formula) {
+  using V = Vectorized<A>;
   const Tensor x = d.contiguous();
   const int64_t m = x.numel();
   const bool none = reduction == "none";
   const double by = (reduction == "mean" || reduction == "batchmean") && m ? 1.0 / m : 1.0;
   Tensor gradient = empty_grad(x, grad);
   Tensor losses = at::empty(x.sizes(), x.options().dtype(c10::CppTypeToScalarType<A>::value));
+  const Load<A> load = loader<A>(x.scalar_type());
   const Output<A> output(grad_dtype(x));
+  const char* const from = static_cast<const char*>(x.const_data_ptr());
   A* const loss = losses.mutable_data_ptr<A>();
   char* const to = grad ? static_cast<char*>(gradient.mutable_data_ptr()) : nullptr;
-  at::parallel_for(0, m, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const auto [value, slope] = body(i, load_one<A>(x, i));
-      loss[i] = static_cast<A>(value);
-      const A scaled = static_cast<A>(by * slope);
-      if (to) output.store(&scaled, to + i * output.item, 1);
+  at::parallel_for(0, m, grain, [&](int64_t first, int64_t end) {
+    A xs[kPart] = {}, ys[kPart] = {};
+    for (int64_t begin = first; begin < end; begin += kPart) {
+      const int64_t n = std::min(kPart, end - begin);
+      load(from + begin * x.element_size(), xs, n);
+      for (int64_t j = 0; j < n; ++j) ys[j] = y(begin + j);
+      for (int64_t j = 0; j < n; j += kWidth<A>) {
+        V slope;
+        const V value = formula(V::loadu(xs + j), V::loadu(ys + j), slope);
+        value.store(loss + begin + j, std::min(kWidth<A>, n - j));
+        (slope * V(static_cast<A>(by))).store(xs + j);
+      }
+      if (to) output.store(xs, to + begin * output.item, n);
     }
   });
   const auto type = loss_dtype(x);
@@ -39,9 +57,41 @@ Result for_elements(const Tensor& d, std::string_view reduction, bool grad, int6
   return {scalar(by * total, losses.options().dtype(type)), gradient};
 }
 
-// The largest probability of a row of probabilities or, as 1 / sum exp(x - top), of logits.
+// The largest of a row of probabilities; a NaN shows in their sum.
 template <typename A>
-double confidence(const Rows<A>& rows, int64_t row, int64_t classes, bool logits, Fault& negative) {
+A highest(const Rows<A>& rows, int64_t row, int64_t classes, Fault& negative) {
+  using V = Vectorized<A>;
+  A buffer[kBlock];
+  V high(0), low(0), total(0), high_2(0), low_2(0), total_2(0);
+  for (int64_t begin = 0; begin < classes; begin += kBlock) {
+    const int64_t n = std::min(kBlock, classes - begin);
+    const A* const x = rows.unpadded(row, begin, n, buffer);
+    int64_t j = 0;
+    for (; j + 2 * kWidth<A> <= n; j += 2 * kWidth<A>) { // two chains, as each waits for its last
+      const V p = V::loadu(x + j), q = V::loadu(x + j + kWidth<A>);
+      high = at::vec::clamp_min(p, high);
+      high_2 = at::vec::clamp_min(q, high_2);
+      low = at::vec::clamp_max(p, low);
+      low_2 = at::vec::clamp_max(q, low_2);
+      total = total + p;
+      total_2 = total_2 + q;
+    }
+    for (; j < n; j += kWidth<A>) {
+      const V p = V::set(V(0), V::loadu(x + j, std::min(kWidth<A>, n - j)), std::min(kWidth<A>, n - j));
+      high = at::vec::clamp_min(p, high);
+      low = at::vec::clamp_max(p, low);
+      total = total + p;
+    }
+  }
+  const A least = at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::clamp_max(a, b); }, at::vec::clamp_max(low, low_2));
+  if (least < 0) negative.report(row, least);
+  if (const A all = sum(total + total_2); std::isnan(all)) return all;
+  return at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::clamp_min(a, b); }, at::vec::clamp_min(high, high_2));
+}
+
+// The largest probability of a row of logits, 1 / sum exp(x - top).
+template <typename A>
+A highest_softmax(const Rows<A>& rows, int64_t row, int64_t classes) {
   using V = Vectorized<A>;
   alignas(64) A buffer[kBlock];
   A top = -kInf<A>;
@@ -50,22 +100,6 @@ double confidence(const Rows<A>& rows, int64_t row, int64_t classes, bool logits
     const int64_t n = std::min(kBlock, classes - begin), whole = padded<A>(n);
     const A* const x = rows(row, begin, n, buffer);
     const char* const next = rows.at(row + 1, begin);
-    if (!logits) { // there is no sum in which a NaN would show
-      V high(-kInf<A>), low(0), nan(0);
-      for (int64_t j = 0; j < whole; j += kWidth<A>) {
-        V p = V::loadu(x + j);
-        if (j + kWidth<A> > n) p = V::set(V(0), p, n - j); // the padding is no probability
-        high = at::vec::clamp_min(high, p);
-        low = at::vec::clamp_max(low, p);
-        nan = nan | (p != p);
-        __builtin_prefetch(next + j * rows.item);
-      }
-      if (sum(nan & V(1)) > 0) return std::numeric_limits<double>::quiet_NaN();
-      const A least = at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::clamp_max(a, b); }, low);
-      if (least < 0) negative.report(row, least);
-      top = std::max(top, at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::clamp_min(a, b); }, high));
-      continue;
-    }
     const Range<A> all_of = range(x, whole);
     const A before = top;
     top = std::max(top, all_of.high);
@@ -82,13 +116,13 @@ double confidence(const Rows<A>& rows, int64_t row, int64_t classes, bool logits
     (top - all_of.low) * kLog2e < kNear ? pass(std::true_type()) : pass(std::false_type());
     z += sum(all);
   }
-  return logits ? 1 / z : top;
+  return static_cast<A>(1 / z);
 }
 
 Result gan_generator(
     const Tensor& d, const std::optional<Tensor>& response, std::string_view kind, double base, double alpha,
     bool minimax, std::string_view reduction, bool grad) {
-  const bool known = kind == "confidence";
+  const bool known = kind == "confidence", logits = kind == "logits";
   if (response.has_value()) {
     TORCH_CHECK_VALUE(
         known ? response->numel() == d.numel() : response->dim() == 2 && response->size(0) == d.numel(), kind,
@@ -96,23 +130,27 @@ Result gan_generator(
   }
   return for_dtype(d, d, [&](auto type) {
     using A = decltype(type);
-    const bool given = response.has_value() && alpha != 0;
-    const Tensor certain = given && known ? response->contiguous() : Tensor();
-    const std::optional<Rows<A>> rows = given && !known ? std::optional<Rows<A>>(*response) : std::nullopt;
-    const int64_t classes = rows ? response->size(1) : 1;
-    const bool logits = kind == "logits";
+    using V = Vectorized<A>;
+    std::optional<Rows<A>> rows; // alpha = 0 asks nothing of the answer
+    if (response.has_value() && alpha != 0) rows.emplace(known ? response->reshape({-1, 1}) : *response);
+    const int64_t classes = rows && !known ? response->size(1) : 1;
     Fault negative;
-    Result result = for_elements<A>(d, reduction, grad, std::max<int64_t>(1, 32768 / classes), [&](int64_t i, double x) {
-      const double y = !given ? 1 : known ? load_one<A>(certain, i) : confidence<A>(*rows, i, classes, logits, negative);
-      if (y < 0) negative.report(i, y);
-      const double weight = alpha == 0 ? 0 : alpha * y;
-      const Binary b(x);
-      if (minimax) {
-        return std::pair(
-            weight * b.softplus_of_minus() - base * b.softplus(), -base * b.sigmoid() - weight * b.sigmoid_of_minus());
-      }
-      return std::pair((base + weight) * b.softplus_of_minus(), -(base + weight) * b.sigmoid_of_minus());
-    });
+    const V least(static_cast<A>(base)), by(static_cast<A>(alpha));
+    Result result = for_elements<A>(
+        d, reduction, grad, std::max<int64_t>(1, 32768 / classes),
+        [&](int64_t i) {
+          return !rows ? A(1) : logits ? highest_softmax<A>(*rows, i, classes) : highest<A>(*rows, i, classes, negative);
+        },
+        [&](V x, V y, V& slope) {
+          const Sigmoids<A> of(x);
+          const V weight = by * y;
+          if (minimax) {
+            slope = (least * of.sigmoid() + weight * of.sigmoid_of_minus()).neg();
+            return weight * of.softplus_of_minus() - least * of.softplus();
+          }
+          slope = ((least + weight) * of.sigmoid_of_minus()).neg();
+          return (least + weight) * of.softplus_of_minus();
+        });
     TORCH_CHECK_VALUE(
         !negative.found, kind, " holds ", negative.value, " for sample ", negative.row,
         "; probabilities are at least 0");
@@ -125,11 +163,15 @@ std::tuple<Tensor, Tensor, Tensor> gan_discriminator(
   TORCH_CHECK_VALUE(reduction != "none", "reduction is 'none'; the two batches have no loss for each sample in common");
   return for_dtype(d_real, d_fake, [&](auto type) {
     using A = decltype(type);
-    const auto one = [&](const Tensor& d, double sign) {
-      return for_elements<A>(d, reduction, grad, 8192, [sign](int64_t, double x) {
-        const Binary b(sign * x);
-        return std::pair(b.softplus(), sign * b.sigmoid());
-      });
+    using V = Vectorized<A>;
+    const auto one = [&](const Tensor& d, A sign) {
+      return for_elements<A>(
+          d, reduction, grad, 8192, [](int64_t) { return A(0); },
+          [sign](V x, V, V& slope) {
+            const Sigmoids<A> of(V(sign) * x);
+            slope = V(sign) * of.sigmoid();
+            return of.softplus();
+          });
     };
     auto [real, grad_real] = one(d_real, -1);
     auto [fake, grad_fake] = one(d_fake, 1);

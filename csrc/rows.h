@@ -55,6 +55,11 @@ struct Rows {
     for (int64_t j = n; j % kWidth<A>; ++j) buffer[j] = -kInf<A>;
     return buffer;
   }
+
+  const A* unpadded(int64_t row, int64_t begin, int64_t n, A* buffer) const {
+    if (!direct) load(at(row, begin), buffer, n);
+    return direct ? reinterpret_cast<const A*>(at(row, begin)) : buffer;
+  }
 };
 
 // The first bad value that any thread came upon.
@@ -238,17 +243,6 @@ Result for_rows(const Tensor& student, const Finish& how, bool grad, Row row) {
     }
   });
 }
-
-// What binary losses need of a logit x, from one exponential: softplus(x) = log(1 + e^x), and the sigmoid.
-struct Binary {
-  double x, e, l;
-
-  explicit Binary(double logit) : x(logit), e(std::exp(-std::abs(logit))), l(std::log1p(e)) {}
-  double softplus() const { return std::max(x, 0.0) + l; }
-  double softplus_of_minus() const { return std::max(-x, 0.0) + l; } // -log sigmoid(x)
-  double sigmoid() const { return (x >= 0 ? 1 : e) / (1 + e); }
-  double sigmoid_of_minus() const { return (x >= 0 ? e : 1) / (1 + e); }
-};
 
 // Float for what is narrower than double on both sides.
 template <typename Body>

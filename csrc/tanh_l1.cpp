@@ -2,11 +2,14 @@
 // of a; the in-place twin writes it over a, since a large fresh tensor costs more in page faults than the computation.
 #include <ATen/ops/empty_like.h>
 
+#include <array>
+
 #include "rows.h"
 
 namespace mekd {
 namespace {
 
+constexpr int kTogether = 2; // vectors of pixels
 constexpr int64_t kAhead = 512; // elements between what is worked on and what is asked for
 constexpr int64_t kChunk = 1 << 14; // elements of one sample that one task works on
 
@@ -17,33 +20,76 @@ inline Vectorized<A> with_sign(Vectorized<A> slope, Vectorized<A> d) {
   return (slope ^ (d & V(-A(0)))) & (d != V(0));
 }
 
-// e^2x, cut off where tanh(x) has long been 1 (at 2^63, so that the product of two stays finite).
-template <typename A>
-inline Vectorized<A> exp_twice(Vectorized<A> x) {
-  using V = Vectorized<A>;
-  const V limit(63);
-  const A by = static_cast<A>(2 * kLog2e), rest = static_cast<A>(2 * kLog2e - by);
-  const V y = x * V(by), low = at::vec::fmadd(x, V(rest), at::vec::fmsub(x, V(by), y));
-  return exp2_near<true>(at::vec::clamp(y, V(0) - limit, limit), low);
+// Neighbours that are worked on in turns: each step of one waits for its last, and the others' fill the time.
+template <typename A, int K>
+using Several = std::array<Vectorized<A>, K>;
+
+// e^2x to 1.5 ulp, cut off where tanh(x) has long been 1 (at e^44, so that the product of two stays finite). Here x
+// itself is reduced, by n ln(2) / 2, which loses nothing: an argument that was multiplied and rounded before would be off
+// to the same side in a and b alike, and sums of thousands show it.
+template <int K>
+inline Several<float, K> exp_twice(Several<float, K> x) {
+  using V = Vectorized<float>;
+  Several<float, K> rounded, r, y;
+  for (int k = 0; k < K; ++k) x[k] = at::vec::clamp(x[k], V(-22.f), V(22.f));
+  for (int k = 0; k < K; ++k) rounded[k] = at::vec::fmadd(x[k], V(static_cast<float>(2 * kLog2e)), V(kMagic));
+  for (int k = 0; k < K; ++k) r[k] = at::vec::fnmadd(rounded[k] - V(kMagic), V(static_cast<float>(kLog2 / 2)), x[k]);
+  for (int k = 0; k < K; ++k) y[k] = V(8.859938383e-02f);
+  for (const float c : {2.679729760e-01f, 6.666880250e-01f, 1.333314538f, 1.999999762f, 2.f, 1.f}) {
+    for (int k = 0; k < K; ++k) y[k] = at::vec::fmadd(y[k], r[k], V(c));
+  }
+  for (int k = 0; k < K; ++k) y[k] = times_power(y[k], rounded[k]);
+  return y;
+}
+
+template <int K>
+inline Several<double, K> exp_twice(Several<double, K> x) {
+  using V = Vectorized<double>;
+  for (V& v : x) v = (at::vec::clamp(v, V(-22.), V(22.)) * V(2.)).exp();
+  return x;
 }
 
 // Half of |tanh(a) - tanh(b)|, or of |tanh(a) - b| for a finished image, and a quarter of its derivative in a. With
 // e = e^2a and f = e^2b the difference is 2 (e - f) / ((e + 1)(f + 1)) and 1 - tanh(a)^2 = 4 e / (e + 1)^2: two
 // exponentials and one division. tanh is monotonous, so that the sign is that of a - b.
-template <typename A, bool finished>
-inline Vectorized<A> distance(Vectorized<A> a, Vectorized<A> b, Vectorized<A>& slope) {
+template <typename A, int K>
+inline Several<A, K> distance(const Several<A, K>& a, const Several<A, K>& b, Several<A, K>& slope) {
   using V = Vectorized<A>;
-  const V one(1), e = exp_twice(a), w = e + one;
-  if constexpr (finished) {
-    // (e - 1) / (e + 1) - b over one denominator: near 0, where images lie, 1 - 2 / (e + 1) would lose digits
-    const V r = one / w, gap = at::vec::fnmadd(b, e, e - one - b) * r;
-    slope = with_sign(e * r * r, one - (r + r) - b); // a tie is one of finished pixels
-    return V(A(0.5)) * gap.abs();
-  } else {
-    const V f = exp_twice(b), v = f + one, r = one / (w * v), u = v * r;
-    slope = with_sign(e * u * u, a - b);
-    return ((e - f) * r).abs();
+  Several<A, 2 * K> both;
+  for (int k = 0; k < K; ++k) both[k] = a[k], both[K + k] = b[k];
+  both = exp_twice<2 * K>(both);
+  Several<A, K> result;
+  for (int k = 0; k < K; ++k) {
+    const V e = both[k], f = both[K + k], v = f + V(1), r = V(1) / at::vec::fmadd(e, v, v), u = v * r;
+    slope[k] = with_sign(e * u * u, a[k] - b[k]);
+    result[k] = ((e - f) * r).abs();
   }
+  return result;
+}
+
+template <typename A, int K>
+inline Several<A, K> distance_finished(const Several<A, K>& a, const Several<A, K>& b, Several<A, K>& slope) {
+  using V = Vectorized<A>;
+  const V one(1);
+  const Several<A, K> twice = exp_twice<K>(a);
+  Several<A, K> result;
+  for (int k = 0; k < K; ++k) {
+    // (e - 1) / (e + 1) - b over one denominator: near 0, where images lie, 1 - 2 / (e + 1) would lose digits
+    const V e = twice[k], r = one / (e + one), gap = at::vec::fnmadd(b[k], e, e - one - b[k]) * r;
+    slope[k] = with_sign(e * r * r, one - (r + r) - b[k]); // a tie is one of finished pixels
+    result[k] = V(A(0.5)) * gap.abs();
+  }
+  return result;
+}
+
+template <typename A, int K>
+inline Several<A, K> distance_images(const Several<A, K>& a, const Several<A, K>& b, Several<A, K>& slope) {
+  Several<A, K> result;
+  for (int k = 0; k < K; ++k) {
+    slope[k] = with_sign(Vectorized<A>(1), a[k] - b[k]);
+    result[k] = (a[k] - b[k]).abs();
+  }
+  return result;
 }
 
 template <typename A>
@@ -60,10 +106,11 @@ struct Job {
 template <typename A>
 double chunk(const Job<A>& job, int64_t begin, int64_t n, A factor) {
   using V = Vectorized<A>;
+  constexpr int64_t step = kTogether * kWidth<A>;
   A a[kBlock], b[kBlock];
   double total = 0;
   for (int64_t at = begin; at < begin + n; at += kBlock) {
-    const int64_t count = std::min(kBlock, begin + n - at), whole = padded<A>(count);
+    const int64_t count = std::min(kBlock, begin + n - at), whole = (count + step - 1) / step * step;
     const bool direct = job.direct && whole == count;
     const A* x = reinterpret_cast<const A*>(job.a) + at;
     const A* y = reinterpret_cast<const A*>(job.b) + at;
@@ -74,26 +121,34 @@ double chunk(const Job<A>& job, int64_t begin, int64_t n, A factor) {
       for (int64_t j = count; j < whole; ++j) a[j] = b[j] = 0;
       x = a, y = b, to = a;
     }
-    V all(0), slope;
+    V all(0);
     const V by(job.tanh ? 4 * factor : factor); // distance() leaves 2 and 4 to be multiplied once
-    const auto pass = [&](auto f) {
+    const auto pass = [&](auto f, auto grad) {
       for (int64_t part = 0; part < whole; part += kPart) {
-        V some(0);
-        for (int64_t j = part; j < std::min(part + kPart, whole); j += kWidth<A>) {
+        Several<A, kTogether> some, p, q, slope;
+        some.fill(V(0));
+        const int64_t end = std::min<int64_t>(part + kPart, whole);
+        for (int64_t j = part; j < end; j += kTogether * kWidth<A>) {
           __builtin_prefetch(x + j + kAhead);
           __builtin_prefetch(y + j + kAhead);
-          some = some + f(V::loadu(x + j), V::loadu(y + j));
-          if (job.grad) (slope * by).store(to + j);
+          for (int k = 0; k < kTogether; ++k) p[k] = V::loadu(x + j + k * kWidth<A>);
+          for (int k = 0; k < kTogether; ++k) q[k] = V::loadu(y + j + k * kWidth<A>);
+          const auto value = f(p, q, slope);
+          for (int k = 0; k < kTogether; ++k) some[k] = some[k] + value[k];
+          if constexpr (grad) {
+            for (int k = 0; k < kTogether; ++k) (slope[k] * by).store(to + j + k * kWidth<A>);
+          }
         }
-        all = all + some;
+        for (const V& one : some) all = all + one;
       }
     };
+    const auto either = [&](auto f) { job.grad ? pass(f, std::true_type()) : pass(f, std::false_type()); };
     if (!job.tanh) {
-      pass([&](V p, V q) { return slope = with_sign(V(1), p - q), (p - q).abs(); });
+      either(distance_images<A, kTogether>);
     } else if (job.finished) {
-      pass([&](V p, V q) { return distance<A, true>(p, q, slope); });
+      either(distance_finished<A, kTogether>);
     } else {
-      pass([&](V p, V q) { return distance<A, false>(p, q, slope); });
+      either(distance<A, kTogether>);
     }
     // The padding of a finished image is no image, but tanh(0) = 0 all the same.
     total += (job.tanh ? 2.0 : 1.0) * sum(all);

@@ -30,40 +30,30 @@ constexpr int64_t padded(int64_t n) { // n elements, rounded up to whole vectors
   return (n + kWidth<A> - 1) / kWidth<A> * kWidth<A>;
 }
 
-// 2^x to 1.5 ulp for |x| <= 126. x = n + r with r in [-1/2, 1/2], a polynomial of degree 6 for 2^r (relative error
-// 2e-9), and n as an exponent: half the instructions of a call of Sleef, and inlined, so that neighbours overlap. With
-// fine, degree 7 (5e-11), and low is what x was rounded by: errors to the same side, which sums of thousands show.
-template <bool fine = false>
-inline Vectorized<float> exp2_near(Vectorized<float> x, Vectorized<float> low = Vectorized<float>(0.f)) {
-  using V = Vectorized<float>;
+// 1.5 * 2^23: adding it rounds to an integer, which is left in the low bits, with the exponent's bias added to it.
+constexpr float kMagic = 12582912.f + 127.f;
+
+// y * 2^n for what rounding left of n: a product, not a sum of exponents, leaves a NaN what it is.
+inline Vectorized<float> times_power(Vectorized<float> y, Vectorized<float> rounded) {
   using I = Vectorized<int32_t>;
-  const V magic(12582912.f); // 1.5 * 2^23: adding it rounds to an integer, which is left in the low bits
-  const V shifted = x + magic;
-  V r = x - (shifted - magic), y;
-  if constexpr (fine) {
-    r = r + low;
-    y = at::vec::fmadd(V(1.519615671e-05f), r, V(1.546675630e-04f));
-    y = at::vec::fmadd(y, r, V(1.333393506e-03f));
-    y = at::vec::fmadd(y, r, V(9.618038312e-03f));
-    y = at::vec::fmadd(y, r, V(5.550410226e-02f));
-    y = at::vec::fmadd(y, r, V(2.402265072e-01f));
-    y = at::vec::fmadd(y, r, V(6.931471825e-01f));
-  } else {
-    y = at::vec::fmadd(V(1.535336196e-04f), r, V(1.339887502e-03f));
-    y = at::vec::fmadd(y, r, V(9.618436918e-03f));
-    y = at::vec::fmadd(y, r, V(5.550332367e-02f));
-    y = at::vec::fmadd(y, r, V(2.402264774e-01f));
-    y = at::vec::fmadd(y, r, V(6.931471825e-01f));
-  }
-  y = at::vec::fmadd(y, r, V(1.f));
-  // A product, not a sum of exponents: it leaves a NaN what it is.
-  return y * at::vec::cast<float>((at::vec::cast<int32_t>(shifted) << I(23)) + I(127 << 23));
+  return y * at::vec::cast<float>(at::vec::cast<int32_t>(rounded) << I(23));
 }
 
-template <bool fine = false>
-inline Vectorized<double> exp2_near(Vectorized<double> x, Vectorized<double> low = Vectorized<double>(0.)) {
-  return (x + low).exp2();
+// 2^x to 1.5 ulp for |x| <= 126. x = n + r with r in [-1/2, 1/2], a polynomial of degree 6 for 2^r (relative error
+// 2e-9), and n as an exponent: half the instructions of a call of Sleef, and inlined, so that neighbours overlap.
+inline Vectorized<float> exp2_near(Vectorized<float> x) {
+  using V = Vectorized<float>;
+  const V rounded = x + V(kMagic), r = x - (rounded - V(kMagic));
+  V y = at::vec::fmadd(V(1.535336196e-04f), r, V(1.339887502e-03f));
+  y = at::vec::fmadd(y, r, V(9.618436918e-03f));
+  y = at::vec::fmadd(y, r, V(5.550332367e-02f));
+  y = at::vec::fmadd(y, r, V(2.402264774e-01f));
+  y = at::vec::fmadd(y, r, V(6.931471825e-01f));
+  y = at::vec::fmadd(y, r, V(1.f));
+  return times_power(y, rounded);
 }
+
+inline Vectorized<double> exp2_near(Vectorized<double> x) { return x.exp2(); }
 
 // The same for any x up to 126; 0 below -126, also for -inf.
 inline Vectorized<float> exp2(Vectorized<float> x) {
