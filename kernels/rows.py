@@ -41,6 +41,13 @@ def load(x, row, col, on, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.const
 
 
 @triton.jit
+def load_one(x, row, col, on, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.constexpr):
+    """One class of each row; NaN for what is no class, which must not be read."""
+    x = tl.load(x + row * STEP + col, mask=on & (col >= 0) & (col < CLASSES), other=float("nan"))
+    return x.to(A)
+
+
+@triton.jit
 def rates(tau, weights, count, by, row, on, POWER: tl.constexpr, A: tl.constexpr):
     """1 / tau, and what each row's loss is multiplied with: weight * tau^POWER / what the reduction divides by."""
     warmth = tl.load(tau).to(A)
