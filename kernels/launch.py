@@ -12,7 +12,7 @@ if INTERPRETED:
 
     correct()
 
-#: What kernels.aot puts here takes the place of a launch: it gets the kernel, its arguments and its options.
+#: What kernels.aot puts here takes the place of a launch: it gets the kernel, the grid, its arguments and its options.
 compile_instead: Callable[..., None] | None = None
 
 
@@ -22,7 +22,7 @@ def launch(
     """Run the kernel once for each point of the grid, on the device of its first argument; an empty grid is nothing."""
     options = {**constants, "num_warps": num_warps, "num_stages": num_stages}
     if compile_instead is not None:
-        compile_instead(kernel, *arguments, **options)
+        compile_instead(kernel, grid, *arguments, **options)
     elif grid[0] > 0:
         with torch.cuda.device_of(arguments[0]):  # Triton launches where PyTorch is, not where the tensors are
             kernel[grid](*arguments, **options)

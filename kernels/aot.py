@@ -1,0 +1,150 @@
+"""Compiling ahead of time, on a machine without a GPU: the launchers run on meta tensors, and every launch compiles.
+
+The specialisation is the one that a real GPU would get from the same call: Triton looks at the same arguments, and meta
+tensors count as aligned, as what PyTorch allocates is. TRITON_INTERPRET=1 rules it out.
+"""
+
+import contextlib
+import functools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from mekd.extension import INTERPRETED
+from mekd.kernels import launch as starter
+
+
+class Limits(NamedTuple):
+    """What one multiprocessor holds at most."""
+
+    warps: int
+    blocks: int
+    shared: int
+
+
+#: From the table of technical specifications per compute capability in NVIDIA's CUDA C++ Programming Guide.
+ARCHS = {
+    "sm_80": Limits(64, 32, 164 << 10),
+    "sm_90": Limits(64, 32, 228 << 10),
+    "sm_100": Limits(64, 32, 228 << 10),
+    "sm_120": Limits(48, 24, 100 << 10),
+}
+REGISTERS = 65536  # of a multiprocessor; a warp takes them by 256
+RESERVED_SHARED = 1024  # bytes of each block that the system keeps
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that was compiled: the kernel's name, its arguments by name, and what the compiler gave."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    compiled: Any
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the machine code of a kernel takes; widths: bits of each global load or store, and how many there are."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    load_widths: dict[int, int]
+    store_widths: dict[int, int]
+    occupancy: float
+
+
+class _Driver:
+    """Stands in for a GPU of this architecture."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> str:
+        # Triton keeps what it compiled by device: no GPU has this name.
+        return self.arch
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", int(self.arch.removeprefix("sm_")), 32)
+
+
+@contextlib.contextmanager
+def compiling(arch: str) -> Iterator[list[Launch]]:
+    """Within it launchers compile for arch and launch nothing; yields the list of what they would have launched.
+
+    ValueError for an unknown arch; RuntimeError where Triton only interprets.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"arch is {arch!r}; it must be one of {', '.join(map(repr, ARCHS))}")
+    if INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET=1 is set, so that nothing can be compiled; unset it and start anew")
+    launches: list[Launch] = []
+
+    def compile_instead(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        compiled = kernel.warmup(*arguments, grid=grid, **options)
+        names = dict(zip(kernel.arg_names, arguments, strict=False))
+        names |= {name: value for name, value in options.items() if name in kernel.arg_names}
+        launches.append(Launch(kernel.fn.__name__, grid, names, compiled))
+
+    active = triton.runtime.driver._active
+    triton.runtime.driver.set_active(_Driver(arch))
+    starter.compile_instead = compile_instead
+    try:
+        yield launches
+    finally:
+        starter.compile_instead = None
+        triton.runtime.driver._active = active
+
+
+def statistics(launch: Launch) -> Statistics:
+    """Read off the machine code with the tools that Triton brings along."""
+    registers, spilled, loads, stores = _inspect(launch.compiled.asm["cubin"])
+    metadata = launch.compiled.metadata
+    taken = occupancy(f"sm_{metadata.target.arch}", registers, metadata.shared, metadata.num_warps)
+    return Statistics(registers, spilled, metadata.shared, dict(loads), dict(stores), taken)
+
+
+@functools.cache
+def _inspect(cubin: bytes) -> tuple[int, int, Counter[int], Counter[int]]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run([_TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    if "REG" not in used:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {usage.strip()!r}")
+    return used["REG"], used["STACK"] + used["LOCAL"], widths(code, "LDG|LDGSTS"), widths(code, "STG")
+
+
+def widths(code: str, names: str) -> Counter[int]:
+    """Bits of each of these instructions in disassembled machine code; one that names no width moves 32."""
+    found: Counter[int] = Counter()
+    for modifiers in re.findall(rf"\b(?:{names})((?:\.\w+)+)", code):
+        named = re.search(r"\.[US]?(8|16|64|128|256)(?=\.|$)", modifiers)
+        found[int(named[1]) if named else 32] += 1
+    return found
+
+
+def occupancy(arch: str, registers: int, shared: int, warps: int) -> float:
+    """The share of a multiprocessor's warps that blocks of so many warps can fill, by registers and shared memory."""
+    limits = ARCHS[arch]
+    by_registers = REGISTERS // (-(-registers * 32 // 256) * 256) // warps
+    by_shared = limits.shared // (shared + RESERVED_SHARED)
+    blocks = min(limits.blocks, limits.warps // warps, by_registers, by_shared)
+    return blocks * warps / limits.warps
