@@ -18,11 +18,11 @@ struct Sigmoids {
   V sigmoid_of_minus() const { return V::blendv(e, V(1), x < V(0)) * r; }
 };
 
-// One loss and gradient for each element of d, reduced: formula(x, y, slope) -> loss, on vectors, for a number y(i) that
-// belongs to each.
-template <typename A, typename Extra, typename Formula>
+// One loss and gradient for each element of d, reduced: formula(x, y, slope) -> loss, on vectors, for numbers y that
+// fill(begin, n, y) sets.
+template <typename A, typename Fill, typename Formula>
 Result for_elements(
-    const Tensor& d, std::string_view reduction, bool grad, int64_t grain, Extra y, Formula formula) {
+    const Tensor& d, std::string_view reduction, bool grad, int64_t grain, Fill fill, Formula formula) {
   using V = Vectorized<A>;
   const Tensor x = d.contiguous();
   const int64_t m = x.numel();
@@ -40,7 +40,7 @@ Result for_elements(
     for (int64_t begin = first; begin < end; begin += kPart) {
       const int64_t n = std::min(kPart, end - begin);
       load(from + begin * x.element_size(), xs, n);
-      for (int64_t j = 0; j < n; ++j) ys[j] = y(begin + j);
+      fill(begin, n, ys);
       for (int64_t j = 0; j < n; j += kWidth<A>) {
         V slope;
         const V value = formula(V::loadu(xs + j), V::loadu(ys + j), slope);
@@ -105,16 +105,27 @@ A highest_softmax(const Rows<A>& rows, int64_t row, int64_t classes) {
     top = std::max(top, all_of.high);
     z = z == 0 ? 0 : z * std::exp(double(before) - top);
     const V of(top == -kInf<A> ? 0 : top), unit(static_cast<A>(kLog2e));
-    V all(0);
+    Several<A, 4> all;
+    all.fill(V(0));
     const auto pass = [&](auto near) {
-      for (int64_t j = 0; j < whole; j += kWidth<A>) {
+      const auto scaled = [&](int64_t j) { return (V::loadu(x + j) - of) * unit; };
+      int64_t j = 0;
+      for (; j + 4 * kWidth<A> <= whole; j += 4 * kWidth<A>) {
         __builtin_prefetch(next + j * rows.item);
-        const V a = (V::loadu(x + j) - of) * unit;
-        all = all + (near ? exp2_near(a) : exp2(a));
+        __builtin_prefetch(next + (j + 2 * kWidth<A>) * rows.item);
+        Several<A, 4> e;
+        for (int k = 0; k < 4; ++k) e[k] = scaled(j + k * kWidth<A>);
+        if constexpr (near) {
+          e = exp2_near(e);
+        } else {
+          for (V& v : e) v = exp2(v);
+        }
+        for (int k = 0; k < 4; ++k) all[k] = all[k] + e[k];
       }
+      for (; j < whole; j += kWidth<A>) all[0] = all[0] + exp2(scaled(j));
     };
     (top - all_of.low) * kLog2e < kNear ? pass(std::true_type()) : pass(std::false_type());
-    z += sum(all);
+    z += sum((all[0] + all[1]) + (all[2] + all[3]));
   }
   return static_cast<A>(1 / z);
 }
@@ -131,15 +142,26 @@ Result gan_generator(
   return for_dtype(d, d, [&](auto type) {
     using A = decltype(type);
     using V = Vectorized<A>;
-    std::optional<Rows<A>> rows; // alpha = 0 asks nothing of the answer
-    if (response.has_value() && alpha != 0) rows.emplace(known ? response->reshape({-1, 1}) : *response);
+    std::optional<Rows<A>> rows; // none where nothing is asked of the answer
+    if (response.has_value() && alpha != 0 && d.numel() > 0) rows.emplace(known ? response->reshape({1, -1}) : *response);
     const int64_t classes = rows && !known ? response->size(1) : 1;
     Fault negative;
     const V least(static_cast<A>(base)), by(static_cast<A>(alpha));
     Result result = for_elements<A>(
         d, reduction, grad, std::max<int64_t>(1, 32768 / classes),
-        [&](int64_t i) {
-          return !rows ? A(1) : logits ? highest_softmax<A>(*rows, i, classes) : highest<A>(*rows, i, classes, negative);
+        [&](int64_t begin, int64_t n, A* y) {
+          if (!rows) {
+            std::fill_n(y, n, A(1));
+          } else if (known) {
+            rows->load(rows->at(0, begin), y, n);
+            for (int64_t j = 0; j < n; ++j) {
+              if (y[j] < 0) negative.report(begin + j, y[j]);
+            }
+          } else {
+            for (int64_t j = 0; j < n; ++j) {
+              y[j] = logits ? highest_softmax<A>(*rows, begin + j, classes) : highest<A>(*rows, begin + j, classes, negative);
+            }
+          }
         },
         [&](V x, V y, V& slope) {
           const Sigmoids<A> of(x);
@@ -166,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> gan_discriminator(
     using V = Vectorized<A>;
     const auto one = [&](const Tensor& d, A sign) {
       return for_elements<A>(
-          d, reduction, grad, 8192, [](int64_t) { return A(0); },
+          d, reduction, grad, 8192, [](int64_t, int64_t, A*) {},
           [sign](V x, V, V& slope) {
             const Sigmoids<A> of(V(sign) * x);
             slope = V(sign) * of.sigmoid();

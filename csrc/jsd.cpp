@@ -59,8 +59,10 @@ Result jsd(
         log_zs = std::log(pair.zs), log_zt = std::log(pair.zt), by = 1 / warmth;
         top_s = pair.top_s, top_t = pair.top_t;
       }
-      const V scale_v(static_cast<A>(by)), of_s(top_s), of_t(top_t), less_s(static_cast<A>(log_zs)), less_t(static_cast<A>(log_zt));
-      const V two(static_cast<A>(kLog2e));
+      const V scale_v(static_cast<A>(by)), of_s(top_s), of_t(top_t), two(static_cast<A>(kLog2e));
+      // In two numbers: what one is rounded by would be missing in every class alike.
+      const V less_s(static_cast<A>(log_zs)), rest_s(static_cast<A>(log_zs - static_cast<A>(log_zs)));
+      const V less_t(static_cast<A>(log_zt)), rest_t(static_cast<A>(log_zt - static_cast<A>(log_zt)));
       double loss = 0, slopes = 0;
       for (int64_t begin = 0; begin < classes; begin += kBlock) {
         const int64_t n = std::min(kBlock, classes - begin), whole = padded<A>(n);
@@ -69,14 +71,20 @@ Result jsd(
         const A* const x = read_s(begin, n, keep_q);
         const A* const y = read_t(begin, n, keep_slope);
         V sum_l(0), sum_g(0);
-        for (int64_t j = 0; j < whole; j += kWidth<A>) {
-          const V log_q = (V::loadu(x + j) - of_s) * scale_v - less_s, log_p = (V::loadu(y + j) - of_t) * scale_v - less_t;
-          const V q = exp2(log_q * two);
-          V slope;
-          sum_l = sum_l + weigh(exp2(log_p * two), q, log_p, log_q, slope);
-          sum_g = sum_g + slope;
-          q.store(keep_q + j);
-          slope.store(keep_slope + j);
+        for (int64_t part = 0; part < whole; part += kPart) {
+          V some_l(0), some_g(0);
+          for (int64_t j = part; j < std::min(part + kPart, whole); j += kWidth<A>) {
+            const V log_q = (V::loadu(x + j) - of_s) * scale_v - less_s - rest_s;
+            const V log_p = (V::loadu(y + j) - of_t) * scale_v - less_t - rest_t;
+            const V q = exp2(log_q * two);
+            V slope;
+            some_l = some_l + weigh(exp2(log_p * two), q, log_p, log_q, slope);
+            some_g = some_g + slope;
+            q.store(keep_q + j);
+            slope.store(keep_slope + j);
+          }
+          sum_l = sum_l + some_l;
+          sum_g = sum_g + some_g;
         }
         loss += sum(sum_l);
         slopes += sum(sum_g);

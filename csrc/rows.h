@@ -6,6 +6,10 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <atomic>
 #include <optional>
 #include <string_view>
@@ -142,9 +146,25 @@ inline Tensor scalar(double value, const at::TensorOptions& options) {
   return result;
 }
 
+// Fresh memory of this size comes from the system at every call, page by page; asked for in huge pages, its first
+// touch costs a fifth of that. A wish only: where it is not granted, nothing changes.
+constexpr int64_t kLarge = 32 << 20; // bytes; what is smaller, malloc keeps and gives again
+constexpr uintptr_t kHugePage = 2 << 20;
+
+inline const Tensor& in_huge_pages(const Tensor& fresh) {
+#ifdef MADV_HUGEPAGE
+  if (static_cast<int64_t>(fresh.nbytes()) >= kLarge) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr()), end = at + fresh.nbytes();
+    const uintptr_t first = (at + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#endif
+  return fresh;
+}
+
 inline Tensor empty_grad(const Tensor& like, bool wanted) {
   const auto options = like.options().dtype(grad_dtype(like));
-  return wanted ? at::empty(like.sizes(), options) : at::empty({0}, options);
+  return wanted ? in_huge_pages(at::empty(like.sizes(), options)) : at::empty({0}, options);
 }
 
 // Class labels, one for each row, and which rows count: those that neither the mask nor ignore_index leaves out.

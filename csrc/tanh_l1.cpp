@@ -2,8 +2,6 @@
 // of a; the in-place twin writes it over a, since a large fresh tensor costs more in page faults than the computation.
 #include <ATen/ops/empty_like.h>
 
-#include <array>
-
 #include "rows.h"
 
 namespace mekd {
@@ -19,10 +17,6 @@ inline Vectorized<A> with_sign(Vectorized<A> slope, Vectorized<A> d) {
   using V = Vectorized<A>;
   return (slope ^ (d & V(-A(0)))) & (d != V(0));
 }
-
-// Neighbours that are worked on in turns: each step of one waits for its last, and the others' fill the time.
-template <typename A, int K>
-using Several = std::array<Vectorized<A>, K>;
 
 // e^2x to 1.5 ulp, cut off where tanh(x) has long been 1 (at e^44, so that the product of two stays finite). Here x
 // itself is reduced, by n ln(2) / 2, which loses nothing: an argument that was multiplied and rounded before would be off
@@ -214,7 +208,7 @@ Result tanh_l1(
     const Tensor& a, const Tensor& b, const std::optional<Tensor>& weights, bool tanh, bool finished,
     std::string_view reduction, bool grad) {
   const Tensor x = sample_major(a) ? a : a.contiguous();
-  Tensor gradient = grad ? at::empty_like(x, x.options().dtype(grad_dtype(a))) : empty_grad(a, false);
+  Tensor gradient = grad ? in_huge_pages(at::empty_like(x, x.options().dtype(grad_dtype(a)))) : empty_grad(a, false);
   Tensor loss = distances(
       x, laid_out_as(b, x), weights, tanh, finished, reduction, grad ? gradient.mutable_data_ptr() : nullptr,
       gradient.scalar_type());

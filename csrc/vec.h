@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -39,21 +40,36 @@ inline Vectorized<float> times_power(Vectorized<float> y, Vectorized<float> roun
   return y * at::vec::cast<float>(at::vec::cast<int32_t>(rounded) << I(23));
 }
 
+// Vectors that are worked on in turns: each step of one waits for its last, and the others' fill the time.
+template <typename A, int K>
+using Several = std::array<Vectorized<A>, K>;
+
 // 2^x to 1.5 ulp for |x| <= 126. x = n + r with r in [-1/2, 1/2], a polynomial of degree 6 for 2^r (relative error
-// 2e-9), and n as an exponent: half the instructions of a call of Sleef, and inlined, so that neighbours overlap.
-inline Vectorized<float> exp2_near(Vectorized<float> x) {
+// 2e-9), and n as an exponent: half the instructions of a call of Sleef, and inlined.
+template <size_t K>
+inline std::array<Vectorized<float>, K> exp2_near(std::array<Vectorized<float>, K> x) {
   using V = Vectorized<float>;
-  const V rounded = x + V(kMagic), r = x - (rounded - V(kMagic));
-  V y = at::vec::fmadd(V(1.535336196e-04f), r, V(1.339887502e-03f));
-  y = at::vec::fmadd(y, r, V(9.618436918e-03f));
-  y = at::vec::fmadd(y, r, V(5.550332367e-02f));
-  y = at::vec::fmadd(y, r, V(2.402264774e-01f));
-  y = at::vec::fmadd(y, r, V(6.931471825e-01f));
-  y = at::vec::fmadd(y, r, V(1.f));
-  return times_power(y, rounded);
+  std::array<V, K> rounded, y;
+  for (size_t k = 0; k < K; ++k) rounded[k] = x[k] + V(kMagic);
+  for (size_t k = 0; k < K; ++k) x[k] = x[k] - (rounded[k] - V(kMagic));
+  y.fill(V(1.535336196e-04f));
+  for (const float c : {1.339887502e-03f, 9.618436918e-03f, 5.550332367e-02f, 2.402264774e-01f, 6.931471825e-01f, 1.f}) {
+    for (size_t k = 0; k < K; ++k) y[k] = at::vec::fmadd(y[k], x[k], V(c));
+  }
+  for (size_t k = 0; k < K; ++k) y[k] = times_power(y[k], rounded[k]);
+  return y;
 }
 
-inline Vectorized<double> exp2_near(Vectorized<double> x) { return x.exp2(); }
+template <size_t K>
+inline std::array<Vectorized<double>, K> exp2_near(std::array<Vectorized<double>, K> x) {
+  for (auto& v : x) v = v.exp2();
+  return x;
+}
+
+template <typename A>
+inline Vectorized<A> exp2_near(Vectorized<A> x) {
+  return exp2_near<1>({x})[0];
+}
 
 // The same for any x up to 126; 0 below -126, also for -inf.
 inline Vectorized<float> exp2(Vectorized<float> x) {
