@@ -48,7 +48,7 @@ def _tile(
 ):  # fmt: skip
     row, there, on = rows_here(rows, mask, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
-    label = tl.load(labels + row, mask=on, other=0)
+    label = tl.load(labels + row, mask=on, other=0).to(tl.int32)
     col = tl.arange(0, BLOCK)
     s = _load_rest(student, row, col, label, on, STEP, CLASSES, A)
     t = _load_rest(teacher, row, col, label, on, TEACHER_STEP, CLASSES, A)
@@ -77,7 +77,7 @@ def _online(
 ):  # fmt: skip
     row, there, on = rows_here(rows, mask, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
-    label = tl.load(labels + row, mask=on, other=0)
+    label = tl.load(labels + row, mask=on, other=0).to(tl.int32)
     hit_s = load_one(student, row, label, on, STEP, CLASSES, A)
     hit_t = load_one(teacher, row, label, on, TEACHER_STEP, CLASSES, A)
     lanes = tl.arange(0, BLOCK)

@@ -18,7 +18,7 @@ def _tile(
 ):  # fmt: skip
     row, there, on = rows_here(rows, mask, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
-    label = tl.load(labels + row, mask=on, other=0)
+    label = tl.load(labels + row, mask=on, other=0).to(tl.int32)
     col = tl.arange(0, BLOCK)
     s = load(student, row, col, on, STEP, CLASSES, A)
     b = exponents(s, inverse)
@@ -40,7 +40,7 @@ def _online(
 ):  # fmt: skip
     row, there, on = rows_here(rows, mask, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
-    label = tl.load(labels + row, mask=on, other=0)
+    label = tl.load(labels + row, mask=on, other=0).to(tl.int32)
     lanes = tl.arange(0, BLOCK)
     top = tl.full((ROWS,), NEVER, A)
     total = tl.zeros((ROWS, BLOCK), A)

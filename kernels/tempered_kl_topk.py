@@ -19,10 +19,9 @@ def _share(values, row, on, K: tl.constexpr, STEP: tl.constexpr, OTHERS: tl.cons
     """What each class that is not named gets: 0 where OTHERS, the count of those that share, is 0."""
     if OTHERS == 0:
         return tl.zeros(row.shape, A)
-    named = tl.arange(0, triton.next_power_of_2(K))
-    at = values + row[:, None] * STEP + named[None, :]
-    v = tl.load(at, mask=on[:, None] & (named < K)[None, :], other=0).to(A)
-    missing = 1 - tl.sum(v, 1)
+    missing = tl.full(row.shape, 1, A)
+    for k in range(K):
+        missing -= tl.load(values + row * STEP + k, mask=on, other=0).to(A)
     return tl.where(missing < 0, 0, missing) / OTHERS
 
 
@@ -30,16 +29,13 @@ def _share(values, row, on, K: tl.constexpr, STEP: tl.constexpr, OTHERS: tl.cons
 def _logits(
     values, indices, share, row, col, on, K: tl.constexpr, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.constexpr
 ):
-    """A tile of the target as logits: 0 for those that share, log(p / share) for those that are named."""
-    # The share is what all are referred to, so that no rounding of its logarithm tilts the odds.
-    others = tl.where(share > 0, 0, NEVER).to(A)
-    base = tl.where(share > 0, share, 1)
-    t = tl.where((col < CLASSES)[None, :], others[:, None], NEVER)
+    """A tile of the target as logits: log(p / share), that no rounding of log share may tilt the odds."""
+    p = tl.where((col < CLASSES)[None, :], share[:, None], 0)
     for k in range(K):
-        index = tl.load(indices + row * K + k, mask=on, other=-1)
+        index = tl.load(indices + row * K + k, mask=on, other=-1).to(tl.int32)
         value = tl.load(values + row * STEP + k, mask=on, other=0).to(A)
-        t = tl.where(col[None, :] == index[:, None], tl.log(value / base)[:, None], t)
-    return t
+        p = tl.where(col[None, :] == index[:, None], value[:, None], p)
+    return tl.log(tl.where(p < 0, 0, p) / tl.where(share > 0, share, 1)[:, None])
 
 
 @triton.jit
