@@ -234,6 +234,8 @@ def main(arguments: Sequence[str]) -> int:
     print(f"one exponential: {1e9 * exp_s:.3f} ns, all threads")
     print(f"{'op':<19}{'case':<14}{'dtype':<10}{'direction':<17}{'ours ms':>9} {'(20-80 %)':<16}"
           f"{'eager':>7}{'compile':>9}{'limit':>7}{'alloc':>7}{'MB':>8}{'GB/s':>7}")  # fmt: skip
+    with (options.out / "losses.csv").open("w", newline="") as file:
+        csv.DictWriter(file, COLUMNS).writeheader()
     for dtype in (torch.float32,) if options.quick else (torch.float32, torch.bfloat16):
         for case in cases(dtype):
             if options.only and case.op not in options.only:
@@ -243,6 +245,8 @@ def main(arguments: Sequence[str]) -> int:
             for backward in (True,) if options.quick or case.op == "tanh_l1_" else (False, True):
                 new = measure(case, backward, options.repeats, not options.no_compile, exp_s)
                 rows += new
+                with (options.out / "losses.csv").open("a", newline="") as file:
+                    csv.DictWriter(file, COLUMNS).writerows(new)
                 own = next((r for r in new if r["impl"] == "cpp"), new[-3])
                 between = f"({1e3 * own['p20_s']:.3g}-{1e3 * own['p80_s']:.3g})"
                 against = f"{own['vs_compile']:8.1f}x" if own["vs_compile"] else f"{'-':>9}"
@@ -250,10 +254,6 @@ def main(arguments: Sequence[str]) -> int:
                       f"{1e3 * own['median_s']:9.3f} {between:<16}{own['vs_eager']:6.1f}x{against}"
                       f"{own['vs_limit']:7.2f}{own['vs_limit_alloc']:7.2f}{own['peak_mb']:8.1f}{own['gb_s']:7.1f}",
                       flush=True)  # fmt: skip
-    with (options.out / "losses.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
     draw(rows, options.out / "losses.png")
     if options.json:
         write_json(options.json, rows)

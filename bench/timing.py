@@ -13,10 +13,12 @@ import torch
 Work = Callable[[], object]
 
 
-def interleaved(works: Mapping[str, Work], repeats: int, least_s: float = 2e-3) -> dict[str, list[float]]:
+def interleaved(
+    works: Mapping[str, Work], repeats: int, least_s: float = 2e-3, most_s: float = 20.0
+) -> dict[str, list[float]]:
     """Wall-clock seconds a call, by name: each round runs every one in turn, so that a slow minute hits all alike.
 
-    Short calls are repeated within a round until they fill least_s.
+    Short calls are repeated within a round until they fill least_s; rounds end early, after five, once most_s is spent.
     """
     calls = {}
     for name, work in works.items():
@@ -26,7 +28,10 @@ def interleaved(works: Mapping[str, Work], repeats: int, least_s: float = 2e-3) 
         work()
         calls[name] = max(1, min(1000, int(least_s / max(time.perf_counter() - begun, 1e-7))))
     taken: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
+    started = time.perf_counter()
+    for done in range(repeats):
+        if done >= 5 and time.perf_counter() - started > most_s:
+            break
         for name, work in works.items():
             begun = time.perf_counter()
             for _ in range(calls[name]):

@@ -83,10 +83,11 @@ A highest(const Rows<A>& rows, int64_t row, int64_t classes, Fault& negative) {
       total = total + p;
     }
   }
-  const A least = at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::clamp_max(a, b); }, at::vec::clamp_max(low, low_2));
+  const V lowest = at::vec::clamp_max(low, low_2), all_high = at::vec::clamp_min(high, high_2);
+  const A least = at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::clamp_max(a, b); }, lowest);
   if (least < 0) negative.report(row, least);
   if (const A all = sum(total + total_2); std::isnan(all)) return all;
-  return at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::clamp_min(a, b); }, at::vec::clamp_min(high, high_2));
+  return at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::clamp_min(a, b); }, all_high);
 }
 
 // The largest probability of a row of logits, 1 / sum exp(x - top).
@@ -143,7 +144,9 @@ Result gan_generator(
     using A = decltype(type);
     using V = Vectorized<A>;
     std::optional<Rows<A>> rows; // none where nothing is asked of the answer
-    if (response.has_value() && alpha != 0 && d.numel() > 0) rows.emplace(known ? response->reshape({1, -1}) : *response);
+    if (response.has_value() && alpha != 0 && d.numel() > 0) {
+      rows.emplace(known ? response->reshape({1, -1}) : *response);
+    }
     const int64_t classes = rows && !known ? response->size(1) : 1;
     Fault negative;
     const V least(static_cast<A>(base)), by(static_cast<A>(alpha));
@@ -159,7 +162,8 @@ Result gan_generator(
             }
           } else {
             for (int64_t j = 0; j < n; ++j) {
-              y[j] = logits ? highest_softmax<A>(*rows, begin + j, classes) : highest<A>(*rows, begin + j, classes, negative);
+              y[j] = logits ? highest_softmax<A>(*rows, begin + j, classes)
+                            : highest<A>(*rows, begin + j, classes, negative);
             }
           }
         },

@@ -19,8 +19,8 @@ inline Vectorized<A> with_sign(Vectorized<A> slope, Vectorized<A> d) {
 }
 
 // e^2x to 1.5 ulp, cut off where tanh(x) has long been 1 (at e^44, so that the product of two stays finite). Here x
-// itself is reduced, by n ln(2) / 2, which loses nothing: an argument that was multiplied and rounded before would be off
-// to the same side in a and b alike, and sums of thousands show it.
+// itself is reduced, by n ln(2) / 2, which loses nothing: an argument that was multiplied and rounded before would be
+// off to the same side in a and b alike, and sums of thousands show it.
 template <int K>
 inline Several<float, K> exp_twice(Several<float, K> x) {
   using V = Vectorized<float>;
@@ -157,9 +157,11 @@ Tensor distances(
     std::string_view reduction, void* grad, at::ScalarType grad_type) {
   const int64_t samples = a.size(0), pixels = samples ? a.numel() / samples : 0;
   const int64_t pieces = (pixels + kChunk - 1) / kChunk;
-  std::vector<double> by(samples, reduction == "mean" && a.numel() ? 1.0 / a.numel() : reduction == "batchmean" && samples ? 1.0 / samples : 1.0);
+  const int64_t divisor = reduction == "mean" ? a.numel() : reduction == "batchmean" ? samples : 1;
+  std::vector<double> by(samples, 1.0 / std::max<int64_t>(divisor, 1));
   if (weights.has_value()) {
-    TORCH_CHECK_VALUE(weights->numel() == samples, "weights have shape ", weights->sizes(), "; there are ", samples, " samples");
+    TORCH_CHECK_VALUE(
+        weights->numel() == samples, "weights have shape ", weights->sizes(), "; there are ", samples, " samples");
     const Tensor flat = weights->to(at::kDouble).contiguous();
     for (int64_t i = 0; i < samples; ++i) by[i] *= flat.const_data_ptr<double>()[i];
   }
@@ -173,7 +175,8 @@ Tensor distances(
         static_cast<int64_t>(c10::elementSize(grad_type)), tanh, finished,
         a.scalar_type() == own && b.scalar_type() == own && grad_type == own};
     std::vector<double> parts(samples * pieces);
-    at::parallel_for(0, samples * pieces, std::max<int64_t>(1, 32768 / std::clamp<int64_t>(pixels, 1, kChunk)), [&](int64_t from, int64_t until) {
+    const int64_t grain = std::max<int64_t>(1, 32768 / std::clamp<int64_t>(pixels, 1, kChunk));
+    at::parallel_for(0, samples * pieces, grain, [&](int64_t from, int64_t until) {
       for (int64_t task = from; task < until; ++task) {
         const int64_t i = task / pieces, first = task % pieces * kChunk;
         parts[task] = chunk<A>(job, i * pixels + first, std::min(kChunk, pixels - first), static_cast<A>(by[i]));
@@ -218,7 +221,9 @@ Result tanh_l1(
 Tensor tanh_l1_(
     const Tensor& a, const Tensor& b, const std::optional<Tensor>& weights, bool tanh, bool finished,
     std::string_view reduction) {
-  TORCH_CHECK_VALUE(sample_major(a), "student has shape ", a.sizes(), " and strides ", a.strides(), "; inplace=True writes over samples that lie one after another, contiguous or channels_last: use inplace=False");
+  TORCH_CHECK_VALUE(
+      sample_major(a), "student has shape ", a.sizes(), " and strides ", a.strides(),
+      "; inplace=True writes over samples that lie one after another, contiguous or channels_last: use inplace=False");
   return distances(a, laid_out_as(b, a), weights, tanh, finished, reduction, a.mutable_data_ptr(), a.scalar_type());
 }
 

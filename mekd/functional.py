@@ -10,6 +10,8 @@ TypeError naming the argument; values (labels, probabilities, indices, tau) are 
 CPU always, on a GPU with MEKD_CHECK=1 in the environment.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -103,16 +105,27 @@ def logit_standardized_kd_loss(
 ) -> Tensor:
     """kd_loss of logits that are standardised per row, (x - mean) / (1e-7 + std) (Sun et al., CVPR 2024).
 
-    student, logits: (..., C) with C at least 2; others as in kd_loss.
+    student, logits: (..., C) with C at least 2; a class of logit -inf is left out of its row's mean and deviation.
+    Others as in kd_loss.
     """
     student, logits = _classes_last(student, dim), _classes_last(logits, dim)
     check_student("student", student)
     check_teacher("logits", logits, student)
     if student.shape[-1] < 2:
         raise ValueError(f"student has shape {tuple(student.shape)}; one class has no deviation: at least 2 are needed")
-    wide = (x.to(accumulation_dtype(x)) for x in (student, logits))
-    ours, theirs = ((x - x.mean(-1, keepdim=True)) / (1e-7 + x.std(-1, keepdim=True)) for x in wide)
+    ours, theirs = (_standardize(x.to(accumulation_dtype(x))) for x in (student, logits))
     return kd_loss(ours, theirs, tau=tau, scale=scale, **others)  # type: ignore[arg-type]
+
+
+def _standardize(x: Tensor) -> Tensor:
+    masked = x == -math.inf
+    count = (~masked).sum(-1, keepdim=True).clamp_min(1)
+    x = x.masked_fill(masked, 0.0)
+    centred = (x - x.sum(-1, keepdim=True) / count).masked_fill(masked, 0.0)
+    squares = centred.square().sum(-1, keepdim=True)
+    flat = squares == 0  # where a root has no slope
+    deviation = (squares.masked_fill(flat, 1.0) / (count - 1).clamp_min(1)).sqrt().masked_fill(flat, 0.0)
+    return (centred / (1e-7 + deviation)).masked_fill(masked, -math.inf)
 
 
 def dkd_loss(
