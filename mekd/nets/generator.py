@@ -26,10 +26,14 @@ class UpConv(nn.Conv2d):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 3, padding=1)
 
+    @staticmethod
+    def kernel(weight: Tensor) -> Tensor:
+        """The 4x4 kernel (in, out, 4, 4) of the transposed convolution for a 3x3 one (out, in, 3, 3)."""
+        w = weight.flip(2, 3).transpose(0, 1)
+        return F.pad(w, (0, 1, 0, 1)) + F.pad(w, (1, 0, 0, 1)) + F.pad(w, (0, 1, 1, 0)) + F.pad(w, (1, 0, 1, 0))
+
     def forward(self, x: Tensor) -> Tensor:
-        w = self.weight.flip(2, 3).transpose(0, 1)
-        kernel = F.pad(w, (0, 1, 0, 1)) + F.pad(w, (1, 0, 0, 1)) + F.pad(w, (0, 1, 1, 0)) + F.pad(w, (1, 0, 1, 0))
-        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
+        return F.conv_transpose2d(x, self.kernel(self.weight), self.bias, stride=2, padding=1)
 
 
 class Generator(nn.Module):

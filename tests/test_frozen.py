@@ -1,0 +1,83 @@
+"""freeze(): the same pictures and input gradients as the trained generator in eval mode."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mekd.functional import image_l1_loss
+from mekd.nets.frozen import freeze
+from mekd.nets.generator import STAGES, Generator
+from small_generator import Plain
+
+
+def trained(num_classes: int, size: int, channels: int = 3) -> Generator:
+    """Weights, running statistics and affine parameters that are nothing like their initial values."""
+    torch.manual_seed(0)
+    generator = Generator(num_classes, size, channels, width=0.125 if size > 32 else 0.25)
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.mul_(1 + 0.3 * torch.randn_like(parameter)).add_(0.01)
+        for _ in range(3):
+            generator(torch.randn(4, num_classes))
+    return generator.eval()
+
+
+def drawn(draw: object, code: Tensor) -> tuple[Tensor, Tensor]:
+    code = code.detach().requires_grad_()
+    image = draw(code)  # type: ignore[operator]
+    weights = torch.randn(image.shape, generator=torch.Generator().manual_seed(1), dtype=image.dtype)
+    return image, torch.autograd.grad((image * weights).sum(), code)[0]
+
+
+@pytest.mark.parametrize("size", STAGES)
+# Few classes: all before the first leaky ReLU is one layer; many: it stays apart.
+@pytest.mark.parametrize("num_classes", [2, 10, 100, 1000])
+def test_pictures_and_input_gradients(size: int, num_classes: int) -> None:
+    generator, code = trained(num_classes, size), torch.randn(3, num_classes)
+    torch.testing.assert_close(freeze(generator)(code), generator(code), rtol=0, atol=1e-5)
+    # In float64, as rounding turns a leaky ReLU over where its input is nearly 0, and with it the gradient.
+    generator = generator.double()
+    image, grad = drawn(generator.preactivation, code.double())
+    got, got_grad = drawn(freeze(generator).preactivation, code.double())
+    torch.testing.assert_close(got, image, rtol=0, atol=1e-10 * image.abs().max().item())
+    torch.testing.assert_close(got_grad, grad, rtol=0, atol=1e-10 * grad.abs().max().item())
+
+
+def test_few_classes_take_one_layer_and_many_do_not() -> None:
+    assert freeze(trained(10, 32)).bent
+    assert not freeze(Generator(1000, 32)).bent
+
+
+def test_the_temperature_is_in_the_first_layer() -> None:
+    generator = trained(10, 16)
+    frozen, code = freeze(generator, tau=5.0), 5 * torch.randn(3, 10)
+    assert frozen.tau == 5.0
+    torch.testing.assert_close(frozen(code), generator(code / 5.0), rtol=0, atol=1e-5)
+
+
+def test_nothing_is_left_to_train_and_the_generator_is_as_it_was() -> None:
+    generator = trained(10, 16)
+    before = {name: value.clone() for name, value in generator.state_dict().items()}
+    frozen = freeze(generator)
+    image_l1_loss(frozen.preactivation(torch.randn(3, 10, requires_grad=True)), torch.zeros(3, 3, 16, 16)).backward()
+    assert not any(x.requires_grad or x.grad is not None for x in frozen.parameters())
+    torch.testing.assert_close(dict(generator.state_dict()), before, rtol=0, atol=0)
+
+
+def test_channels_last_and_the_twin_in_place() -> None:
+    frozen = freeze(trained(10, 32))
+    code = torch.randn(3, 10)
+    with torch.no_grad():
+        theirs = frozen.preactivation(torch.randn(3, 10))
+    assert theirs.is_contiguous(memory_format=torch.channels_last)
+    grads = []
+    for inplace in (False, True):
+        leaf = code.clone().requires_grad_()
+        image_l1_loss(frozen.preactivation(leaf), theirs, inplace=inplace).backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=0)
+
+
+def test_a_generator_of_another_make_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Plain.*mekd\.nets\.Generator"):
+        freeze(Plain())
