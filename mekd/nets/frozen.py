@@ -90,8 +90,9 @@ def _folded(weight: Tensor, bias: Tensor, bn: nn.Module, repeats: int = 1) -> tu
 def _transposed(conv: nn.Module, bn: nn.Module) -> nn.ConvTranspose2d:
     assert isinstance(conv, UpConv) and conv.bias is not None
     weight, bias = _folded(conv.weight.double(), conv.bias.double(), bn)
-    like = {"device": weight.device, "dtype": weight.dtype}
-    up = nn.ConvTranspose2d(conv.in_channels, conv.out_channels, 4, stride=2, padding=1, **like)
+    up = nn.ConvTranspose2d(
+        conv.in_channels, conv.out_channels, 4, stride=2, padding=1, device=weight.device, dtype=weight.dtype
+    )
     up.weight.copy_(UpConv.kernel(weight))
     assert up.bias is not None
     up.bias.copy_(bias)
