@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from mekd import checks, functional
 from mekd.codes import CODES, FLOAT32_FLOOR, resolve_code, student_code, teacher_code
+from mekd.nets.frozen import FrozenGenerator, freeze
+from mekd.nets.generator import Generator
 
 #: Hyper-parameters by name: ours, the paper's (Ma et al., 2024) and those of the authors' public code.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -111,9 +113,10 @@ class MEKDLoss(nn.Module):
         L = || G(code(s)) - G(code(t)) ||_1 + beta * scale * KL(p_t^kl_tau || p_s^kl_tau)
 
     generator: a trained module from codes (m, C) to images in [-1, 1]; it is put in eval mode and its parameters
-    stop requiring grad. One that has a method preactivation(code) is asked for that, and the tanh is left to the
-    loss. tau divides the code, kl_tau the logits of the KL; beta, scale ("tau2", "tau", "one") and image weigh
-    the terms (image=0: KL alone, the generator is not run). code: "auto", or one of mekd.codes.CODES. floor: the
+    stop requiring grad. A mekd.nets.Generator is rewritten by nets.frozen.freeze when it first draws. Another one that
+    has a method preactivation(code) is asked for that, and the tanh is left to the loss. tau divides the code, kl_tau
+    the logits of the KL; beta, scale ("tau2", "tau", "one") and image weigh the terms (image=0: KL alone, the
+    generator is not run). code: "auto", or one of mekd.codes.CODES. floor: the
     smallest probability that the teacher's answer can tell from 0. reduction of the image term: "mean" over
     pixels or "batchmean" (sum over pixels). Raises ValueError naming the argument.
     """
@@ -145,6 +148,8 @@ class MEKDLoss(nn.Module):
             raise ValueError(f"floor is {floor}; it must lie between 0 and 1")
         # Kept out of the module tree, so that state_dict() and train() of the loss leave the generator alone.
         self._generator = [generator.eval().requires_grad_(False)]
+        # By what a code is divided by: that depends on its kind, and so on the target.
+        self._frozen: dict[float, FrozenGenerator] = {}
         self.tau, self.kl_tau, self.beta, self.scale = tau, kl_tau, beta, scale
         self.code, self.reduction, self.image, self.floor, self.rest = code, reduction, image, floor, rest
 
@@ -170,12 +175,22 @@ class MEKDLoss(nn.Module):
         target, answer = next((name, value) for name, value in given.items() if value is not None)
         num_classes = student.shape[-1]
         code = resolve_code(self.code, target, num_classes)
-        own = student_code(student, code, target, self.tau, self.floor)
-        teacher = teacher_code(answer, code, target, self.tau, self.floor, num_classes, self.rest).to(own.dtype)
-        (generator,) = self._generator
-        draw = getattr(generator, "preactivation", None)
+        draw, tau, frozen = self._drawing(self.tau if code in ("logits", "log_probs") else 1.0)
+        own = student_code(student, code, target, tau, self.floor)
+        teacher = teacher_code(answer, code, target, tau, self.floor, num_classes, self.rest).to(own.dtype)
         with torch.no_grad():
-            theirs = (draw or generator)(teacher)
-        ours = (draw or generator)(own)
-        image = functional.image_l1_loss(ours, theirs, tanh=draw is not None, reduction=self.reduction)
+            theirs = draw(teacher)
+        ours = draw(own)
+        tanh = frozen or hasattr(self._generator[0], "preactivation")
+        # What freeze() made needs its picture no more; of another generator, nobody knows.
+        image = functional.image_l1_loss(ours, theirs, tanh=tanh, reduction=self.reduction, inplace=frozen)
         return image, kl
+
+    def _drawing(self, tau: float) -> tuple[Callable[[Tensor], Tensor], float, bool]:
+        """What draws the pictures of codes, what is left to divide those by, and whether freeze() made it."""
+        (generator,) = self._generator
+        if not isinstance(generator, Generator):
+            return getattr(generator, "preactivation", generator), tau, False
+        if tau not in self._frozen:
+            self._frozen[tau] = freeze(generator, tau)
+        return self._frozen[tau].preactivation, 1.0, True
