@@ -166,29 +166,49 @@ class MEKDLoss(nn.Module):
         image, kl = self.terms(student, logits, probs=probs, labels=labels, topk=topk)
         return self.image * image + self.beta * kl
 
-    def terms(self, student: Tensor, logits: Tensor | None = None, **others: Any) -> tuple[Tensor, Tensor]:
-        """The image distance and the scaled KL, unweighted, with the arguments of forward."""
+    def terms(
+        self, student: Tensor, logits: Tensor | None = None, *, kept: Tensor | None = None, **others: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The image distance and the scaled KL, unweighted, with the arguments of forward.
+
+        kept: what teacher_image() drew for this answer before (m, ch, H, W); it is drawn here without it.
+        """
         kl = functional.kd_loss(student, logits, tau=self.kl_tau, scale=self.scale, rest=self.rest, **others)
         if self.image == 0:
             return kl.new_zeros(()), kl
-        given = {"logits": logits, **others}
-        target, answer = next((name, value) for name, value in given.items() if value is not None)
-        num_classes = student.shape[-1]
-        code = resolve_code(self.code, target, num_classes)
-        draw, tau, frozen = self._drawing(self.tau if code in ("logits", "log_probs") else 1.0)
-        own = student_code(student, code, target, tau, self.floor)
-        teacher = teacher_code(answer, code, target, tau, self.floor, num_classes, self.rest).to(own.dtype)
-        with torch.no_grad():
-            theirs = draw(teacher)
-        ours = draw(own)
+        code, target, answer = self._resolve({"logits": logits, **others}, student.shape[-1])
+        draw, tau, frozen = self._drawing(code)
         tanh = frozen or hasattr(self._generator[0], "preactivation")
-        # What freeze() made needs its picture no more; of another generator, nobody knows.
-        image = functional.image_l1_loss(ours, theirs, tanh=tanh, reduction=self.reduction, inplace=frozen)
+        own = student_code(student, code, target, tau, self.floor)
+        if kept is None:
+            theirs = self._teacher_drawing(answer, code, target, student.shape[-1], own.dtype)
+        else:
+            theirs = kept.to(own.dtype)
+        image = functional.image_l1_loss(
+            draw(own), theirs, tanh=tanh, finished=tanh and kept is not None, reduction=self.reduction,
+            inplace=frozen,  # freeze() needs its picture no more; of another generator, nobody knows
+        )  # fmt: skip
         return image, kl
 
-    def _drawing(self, tau: float) -> tuple[Callable[[Tensor], Tensor], float, bool]:
+    def teacher_image(self, num_classes: int, **target: Any) -> Tensor:
+        """What the generator draws from the teacher's answer: (m, ch, H, W) in [-1, 1], to be kept."""
+        code, kind, answer = self._resolve(target, num_classes)
+        drawn = self._teacher_drawing(answer, code, kind, num_classes, torch.float32)
+        return drawn.tanh() if hasattr(self._generator[0], "preactivation") else drawn
+
+    def _resolve(self, given: dict[str, Any], num_classes: int) -> tuple[str, str, Any]:
+        target, answer = next((name, value) for name, value in given.items() if value is not None)
+        return resolve_code(self.code, target, num_classes), target, answer
+
+    @torch.no_grad()
+    def _teacher_drawing(self, answer: Any, code: str, target: str, num_classes: int, dtype: torch.dtype) -> Tensor:
+        draw, tau, _ = self._drawing(code)
+        return draw(teacher_code(answer, code, target, tau, self.floor, num_classes, self.rest).to(dtype))
+
+    def _drawing(self, code: str) -> tuple[Callable[[Tensor], Tensor], float, bool]:
         """What draws the pictures of codes, what is left to divide those by, and whether freeze() made it."""
         (generator,) = self._generator
+        tau = self.tau if code in ("logits", "log_probs") else 1.0
         if not isinstance(generator, Generator):
             return getattr(generator, "preactivation", generator), tau, False
         if tau not in self._frozen:

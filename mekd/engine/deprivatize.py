@@ -9,9 +9,29 @@ from mekd import data as datasets
 from mekd.config import fingerprint
 from mekd.engine.loop import Loop
 from mekd.engine.run import Run
+from mekd.engine.train import adam
 from mekd.losses import DeprivatizationLoss
 from mekd.nets import Discriminator, Generator
 from mekd.pixels import to_float
+
+
+def take_step(
+    discriminator: nn.Module, adam_g: torch.optim.Optimizer, adam_d: torch.optim.Optimizer, loss: DeprivatizationLoss,
+    real: Tensor, fake: Tensor, confidence: Tensor | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One step of D and one of G, which share the images that G drew, its graph attached; returns the losses."""
+    loss_d = loss.discriminator(discriminator(real), discriminator(fake.detach()))
+    adam_d.zero_grad()
+    loss_d.backward()
+    adam_d.step()
+
+    discriminator.requires_grad_(False)
+    loss_g = loss(discriminator(fake), confidence)
+    adam_g.zero_grad()
+    loss_g.backward()
+    adam_g.step()
+    discriminator.requires_grad_(True)
+    return {"loss_d": loss_d, "loss_g": loss_g}
 
 
 def deprivatize(run: Run) -> None:
@@ -28,8 +48,8 @@ def deprivatize(run: Run) -> None:
     discriminator = run.place(Discriminator(run.config.data.size, data.image[0], config.dropout))
     average = copy.deepcopy(generator)
     loss = DeprivatizationLoss(config.alpha, config.minimax)
-    adam_g = torch.optim.Adam(generator.parameters(), config.lr, betas=(0.5, 0.999))
-    adam_d = torch.optim.Adam(discriminator.parameters(), config.lr, betas=(0.5, 0.999))
+    adam_g = adam(generator, config.lr)
+    adam_d = adam(discriminator, config.lr)
     state = {
         "generator": generator,
         "discriminator": discriminator,
@@ -55,26 +75,11 @@ def deprivatize(run: Run) -> None:
             if asks:
                 with loop.clock("teacher"):
                     confidence = oracle.query(fake).confidence
-
-            loss_d = loss.discriminator(discriminator(real), discriminator(fake.detach()))
-            adam_d.zero_grad()
-            loss_d.backward()
-            adam_d.step()
-
-            discriminator.requires_grad_(False)
-            loss_g = loss(discriminator(fake), confidence)
-            adam_g.zero_grad()
-            loss_g.backward()
-            adam_g.step()
-            discriminator.requires_grad_(True)
+            losses = take_step(discriminator, adam_g, adam_d, loss, real, fake, confidence)
 
             if config.ema:
                 update_average(average, generator, config.ema)
-            loop.log(
-                loss_d=loss_d,
-                loss_g=loss_g,
-                **({} if confidence is None else {"confidence": confidence.mean()}),
-            )
+            loop.log(**losses, **({} if confidence is None else {"confidence": confidence.mean()}))
     oracle.ledger.close()
     run.log(f"deprivatize: {config.steps} steps, {len(local)} private images, {loop.seconds:.0f} s, {oracle.ledger}")
 

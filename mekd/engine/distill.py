@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mekd import files
 from mekd.codes import resolve_code
@@ -17,6 +17,18 @@ from mekd.nets import build
 from mekd.oracle.export import Classifier, export
 from mekd.oracle.response import Response, floor_of
 from mekd.pixels import as_float, to_uint8
+
+
+def take_step(
+    student: nn.Module, optimizer: torch.optim.Optimizer, loss: MEKDLoss, images: Tensor, target: dict[str, Any]
+) -> dict[str, Tensor]:
+    """One step of the student on images (m, ch, H, W) and the answer to them; returns the losses."""
+    image, kl = loss.terms(student(images.contiguous(memory_format=torch.channels_last)), **target)
+    total = loss.image * image + loss.beta * kl
+    optimizer.zero_grad()
+    total.backward()
+    optimizer.step()
+    return {"loss": total, "image": image, "kl": kl}
 
 
 def distill(run: Run) -> None:
@@ -74,13 +86,7 @@ def distill(run: Run) -> None:
         for step in loop:
             set_cosine_lr(optimizer, config.lr, step, config.steps)
             pixels, answer = replayed() if config.replay else fresh()
-            logits = student(as_float(pixels))
-            image_loss, kl = loss.terms(logits, **answer.target)
-            total = loss.image * image_loss + loss.beta * kl
-            optimizer.zero_grad()
-            total.backward()
-            optimizer.step()
-            loop.log(loss=total, image=image_loss, kl=kl)
+            loop.log(**take_step(student, optimizer, loss, as_float(pixels), answer.target))
 
             if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
                 agreement = float((predict(student, held_images) == held_labels).float().mean())

@@ -8,8 +8,13 @@ from torch import Tensor, nn
 
 
 def sgd(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.SGD:
-    """SGD with Nesterov momentum 0.9."""
-    return torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=weight_decay, nesterov=True)
+    """SGD with Nesterov momentum 0.9, one kernel for all parameters."""
+    return torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=weight_decay, nesterov=True, fused=True)
+
+
+def adam(model: nn.Module, lr: float) -> torch.optim.Adam:
+    """Adam as GANs take it, betas 0.5 and 0.999, one kernel for all parameters."""
+    return torch.optim.Adam(model.parameters(), lr, betas=(0.5, 0.999), fused=True)
 
 
 def set_cosine_lr(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:
