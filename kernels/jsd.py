@@ -11,26 +11,22 @@ from mekd.kernels.softmax import absorb, exponents, product, refer
 
 
 @triton.jit
-def _parts(log_q, log_p, beta, other, LIMIT: tl.constexpr):
-    """What each class adds to the loss, its derivative in log q, and q. other: 1 - beta, which float32 may round."""
-    q = tl.exp(log_q)
-    p = tl.exp(log_p)
+def _parts(q, p, gap, beta, other, LIMIT: tl.constexpr, LOGS: tl.constexpr):
+    """What each class adds to the loss, and its derivative in log q. gap: log p - log q; other: 1 - beta."""
     if LIMIT == 0:
-        return product(p, log_p - log_q), -p, q
+        return product(p, gap), -p
     if LIMIT == 1:
-        return product(q, log_q - log_p), product(q, log_q - log_p + 1), q
-    # As large as each of its parts, also where the smaller factor underflows.
-    log_m = tl.maximum(log_p + tl.log(beta), log_q + tl.log(other))
-    log_m = tl.maximum(tl.log(beta * p + other * q), log_m)
+        # Through a log softmax the 1 would cancel.
+        return product(q, -gap), product(q, 1 - gap) if LOGS else product(q, -gap)
+    m = beta * p + other * q
+    # No more than this, also where the smaller part of m underflows; NaN stays NaN.
+    most_p = -tl.log(beta)
+    most_q = -tl.log(other)
+    over_p = tl.log(p / m)
+    over_q = tl.log(q / m)
     # The derivatives of log m cancel against those of m.
-    slope = other * product(q, log_q - log_m)
-    return beta * product(p, log_p - log_m) + slope, slope, q
-
-
-@triton.jit
-def _log_softmax(x, inverse):
-    a = exponents(x, inverse)
-    return a - tl.log(tl.sum(tl.exp(a), 1))[:, None]
+    slope = other * product(q, tl.where(over_q > most_q, most_q, over_q))
+    return beta * product(p, tl.where(over_p > most_p, most_p, over_p)) + slope, slope
 
 
 @triton.jit
@@ -45,10 +41,21 @@ def _tile(
     col = tl.arange(0, BLOCK)
     s = load(student, row, col, on, STEP, CLASSES, A)
     t = load(teacher, row, col, on, TEACHER_STEP, CLASSES, A)
-    if not LOGS:
-        s = _log_softmax(s, inverse)
-        t = _log_softmax(t, inverse)
-    part, slope, q = _parts(s, t, number(beta, A), number(other, A), LIMIT)
+    if LOGS:
+        q = tl.exp(s)
+        p = tl.exp(t)
+        gap = t - s
+    else:
+        b = exponents(s, inverse)
+        a = exponents(t, inverse)
+        q = tl.exp(b)
+        p = tl.exp(a)
+        z_s = tl.sum(q, 1)
+        z_t = tl.sum(p, 1)
+        q /= z_s[:, None]
+        p /= z_t[:, None]
+        gap = a - b + tl.log(z_s / z_t)[:, None]
+    part, slope = _parts(q, p, gap, number(beta, A), number(other, A), LIMIT, LOGS)
     store_losses(losses, tl.sum(part, 1), factors, row, there, on)
     if gradient is not None:
         if LOGS:
@@ -59,10 +66,11 @@ def _tile(
 
 
 @triton.jit
-def _load_logs(x, row, col, on, top, log_z, inverse, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.constexpr,
-               LOGS: tl.constexpr):  # fmt: skip
+def _load_exponents(
+    x, row, col, on, top, inverse, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.constexpr, LOGS: tl.constexpr
+):
     x = load(x, row, col, on, STEP, CLASSES, A)
-    return x if LOGS else (x - refer(top)[:, None]) * inverse - log_z[:, None]
+    return x if LOGS else (x - refer(top)[:, None]) * inverse
 
 
 @triton.jit
@@ -79,37 +87,42 @@ def _online(
     zero = tl.zeros((ROWS, BLOCK), A)
     top_s = tl.full((ROWS,), NEVER, A)
     top_t = top_s
-    log_z_s = tl.zeros((ROWS,), A)
-    log_z_t = log_z_s
+    z_s = tl.full((ROWS,), 1, A)
+    z_t = z_s
     if not LOGS:
-        z_s = zero
-        z_t = zero
+        sum_s = zero
+        sum_t = zero
         for start in range(0, CLASSES, BLOCK):
             s = load(student, row, start + lanes, on, STEP, CLASSES, A)
             t = load(teacher, row, start + lanes, on, TEACHER_STEP, CLASSES, A)
             top_s, b, _, kept_s = absorb(s, top_s, inverse)
             top_t, a, _, kept_t = absorb(t, top_t, inverse)
-            z_s = z_s * kept_s + tl.exp(b)
-            z_t = z_t * kept_t + tl.exp(a)
-        log_z_s = tl.log(tl.sum(z_s, 1))
-        log_z_t = tl.log(tl.sum(z_t, 1))
+            sum_s = sum_s * kept_s + tl.exp(b)
+            sum_t = sum_t * kept_t + tl.exp(a)
+        z_s = tl.sum(sum_s, 1)
+        z_t = tl.sum(sum_t, 1)
+    log_z = tl.log(z_s / z_t)[:, None]
     parts = zero
     slopes = zero
     for start in range(0, CLASSES, BLOCK):
-        s = _load_logs(student, row, start + lanes, on, top_s, log_z_s, inverse, STEP, CLASSES, A, LOGS)
-        t = _load_logs(teacher, row, start + lanes, on, top_t, log_z_t, inverse, TEACHER_STEP, CLASSES, A, LOGS)
-        part, slope, _ = _parts(s, t, number(beta, A), number(other, A), LIMIT)
+        b = _load_exponents(student, row, start + lanes, on, top_s, inverse, STEP, CLASSES, A, LOGS)
+        a = _load_exponents(teacher, row, start + lanes, on, top_t, inverse, TEACHER_STEP, CLASSES, A, LOGS)
+        q = tl.exp(b) / z_s[:, None]
+        p = tl.exp(a) / z_t[:, None]
+        part, slope = _parts(q, p, a - b + log_z, number(beta, A), number(other, A), LIMIT, LOGS)
         parts += part
         slopes += slope
     store_losses(losses, tl.sum(parts, 1), factors, row, there, on)
     if gradient is not None:
-        pull = log_z_s * 0 if LOGS else tl.sum(slopes, 1)
-        rate = factors if LOGS else factors * inverse
+        pull = tl.sum(slopes, 1)[:, None]
+        rate = (factors if LOGS else factors * inverse)[:, None]
         for start in range(0, CLASSES, BLOCK):
-            s = _load_logs(student, row, start + lanes, on, top_s, log_z_s, inverse, STEP, CLASSES, A, LOGS)
-            t = _load_logs(teacher, row, start + lanes, on, top_t, log_z_t, inverse, TEACHER_STEP, CLASSES, A, LOGS)
-            _, slope, q = _parts(s, t, number(beta, A), number(other, A), LIMIT)
-            grad = (slope - q * pull[:, None]) * rate[:, None]
+            b = _load_exponents(student, row, start + lanes, on, top_s, inverse, STEP, CLASSES, A, LOGS)
+            a = _load_exponents(teacher, row, start + lanes, on, top_t, inverse, TEACHER_STEP, CLASSES, A, LOGS)
+            q = tl.exp(b) / z_s[:, None]
+            p = tl.exp(a) / z_t[:, None]
+            _, slope = _parts(q, p, a - b + log_z, number(beta, A), number(other, A), LIMIT, LOGS)
+            grad = (slope if LOGS else slope - q * pull) * rate
             store(gradient, grad, row, start + lanes, there, on, CLASSES)
 
 

@@ -16,26 +16,29 @@ MOST_NAMED = 32
 
 @triton.jit
 def _share(values, row, on, K: tl.constexpr, STEP: tl.constexpr, OTHERS: tl.constexpr, A: tl.constexpr):
-    """What each class that is not named gets: 0 where OTHERS, the count of those that share, is 0."""
-    if OTHERS == 0:
-        return tl.zeros(row.shape, A)
+    """What each class that is not named gets, 0 where OTHERS, the count of those that share, is 0; the most of all."""
     missing = tl.full(row.shape, 1, A)
+    most = tl.zeros(row.shape, A)
     for k in range(K):
-        missing -= tl.load(values + row * STEP + k, mask=on, other=0).to(A)
-    return tl.where(missing < 0, 0, missing) / OTHERS
+        value = tl.load(values + row * STEP + k, mask=on, other=0).to(A)
+        missing -= value
+        most = tl.maximum(most, value)
+    share = tl.where(missing < 0, 0, missing) / OTHERS if OTHERS > 0 else tl.zeros(row.shape, A)
+    return share, tl.maximum(most, share)
 
 
 @triton.jit
 def _logits(
-    values, indices, share, row, col, on, K: tl.constexpr, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.constexpr
-):
-    """A tile of the target as logits: log(p / share), that no rounding of log share may tilt the odds."""
+    values, indices, share, most, row, col, on,
+    K: tl.constexpr, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
+    """A tile of the target as logits: log(p / the most of the row), precise where it counts."""
     p = tl.where((col < CLASSES)[None, :], share[:, None], 0)
     for k in range(K):
         index = tl.load(indices + row * K + k, mask=on, other=-1).to(tl.int32)
         value = tl.load(values + row * STEP + k, mask=on, other=0).to(A)
         p = tl.where(col[None, :] == index[:, None], value[:, None], p)
-    return tl.log(tl.where(p < 0, 0, p) / tl.where(share > 0, share, 1)[:, None])
+    return tl.log(tl.where(p < 0, 0, p) / most[:, None])
 
 
 @triton.jit
@@ -48,8 +51,8 @@ def _tile(
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
     col = tl.arange(0, BLOCK)
     s = load(student, row, col, on, STEP, CLASSES, A)
-    share = _share(values, row, on, K, VALUES_STEP, OTHERS, A)
-    t = _logits(values, indices, share, row, col, on, K, VALUES_STEP, CLASSES, A)
+    share, most = _share(values, row, on, K, VALUES_STEP, OTHERS, A)
+    t = _logits(values, indices, share, most, row, col, on, K, VALUES_STEP, CLASSES, A)
     kl, q, p, z_s, z_t = pair(s, t, inverse)
     store_losses(losses, kl, factors, row, there, on)
     if gradient is not None:
@@ -66,7 +69,7 @@ def _online(
 ):  # fmt: skip
     row, there, on = rows_here(rows, mask, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
-    share = _share(values, row, on, K, VALUES_STEP, OTHERS, A)
+    share, most = _share(values, row, on, K, VALUES_STEP, OTHERS, A)
     lanes = tl.arange(0, BLOCK)
     top_s = tl.full((ROWS,), NEVER, A)
     top_t = top_s
@@ -75,7 +78,7 @@ def _online(
     weighted = z_s
     for start in range(0, CLASSES, BLOCK):
         s = load(student, row, start + lanes, on, STEP, CLASSES, A)
-        t = _logits(values, indices, share, row, start + lanes, on, K, VALUES_STEP, CLASSES, A)
+        t = _logits(values, indices, share, most, row, start + lanes, on, K, VALUES_STEP, CLASSES, A)
         top_s, top_t, z_s, z_t, weighted = absorb_pair(s, t, top_s, top_t, z_s, z_t, weighted, inverse)
     sum_s = tl.sum(z_s, 1)
     sum_t = tl.sum(z_t, 1)
@@ -85,7 +88,7 @@ def _online(
         by_t = (factors * inverse / sum_t)[:, None]
         for start in range(0, CLASSES, BLOCK):
             s = load(student, row, start + lanes, on, STEP, CLASSES, A)
-            t = _logits(values, indices, share, row, start + lanes, on, K, VALUES_STEP, CLASSES, A)
+            t = _logits(values, indices, share, most, row, start + lanes, on, K, VALUES_STEP, CLASSES, A)
             q = tl.exp((s - refer(top_s)[:, None]) * inverse)
             p = tl.exp((t - refer(top_t)[:, None]) * inverse)
             store(gradient, q * by_s - p * by_t, row, start + lanes, there, on, CLASSES)
@@ -118,13 +121,12 @@ def tempered_kl_topk(
 
 
 def _dense(student: Tensor, values: Tensor, indices: Tensor, mask: Tensor | None, spread: bool) -> Tensor:
-    """The target of _logits in memory."""
+    """The target in memory, as _logits has it."""
     values = values.to(torch.float64 if torch.float64 in (student.dtype, values.dtype) else torch.float32)
     k, classes = values.shape[-1], student.shape[-1]
     if mask is not None:  # rows that do not count may name what is no class
         indices = indices.where(mask.unsqueeze(-1), torch.arange(k, device=indices.device))
     missing = (1 - values.sum(-1, keepdim=True)).clamp_min(0)
     share = missing / (classes - k) if spread and k < classes else torch.zeros_like(missing)
-    others = torch.zeros_like(share).masked_fill(share <= 0, float("-inf"))
-    named = (values / share.masked_fill(share <= 0, 1)).log()
-    return others.expand(*values.shape[:-1], classes).scatter(-1, indices, named)
+    filled = share.expand(*values.shape[:-1], classes).scatter(-1, indices, values)
+    return (filled / filled.amax(-1, keepdim=True)).log()
