@@ -52,15 +52,12 @@ class Launch:
     compiled: Any
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """What the machine code of a kernel takes; widths: bits of each global load or store, and how many there are."""
+class Resources(NamedTuple):
+    """What a kernel takes of a multiprocessor: registers and spilt bytes of a thread, shared memory of a block."""
 
     registers: int
     spill_bytes: int
     shared_bytes: int
-    load_widths: dict[int, int]
-    store_widths: dict[int, int]
     occupancy: float
 
 
@@ -109,36 +106,38 @@ def compiling(arch: str) -> Iterator[list[Launch]]:
         triton.runtime.driver._active = active
 
 
-def statistics(launch: Launch) -> Statistics:
+def resources(launch: Launch) -> Resources:
     """Read off the machine code with the tools that Triton brings along."""
-    registers, spilled, loads, stores = _inspect(launch.compiled.asm["cubin"])
-    metadata = launch.compiled.metadata
-    taken = occupancy(f"sm_{metadata.target.arch}", registers, metadata.shared, metadata.num_warps)
-    return Statistics(registers, spilled, metadata.shared, dict(loads), dict(stores), taken)
-
-
-@functools.cache
-def _inspect(cubin: bytes) -> tuple[int, int, Counter[int], Counter[int]]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, code = (
-            subprocess.run([_TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
+    usage = _tool("cuobjdump", "-res-usage", launch.compiled.asm["cubin"])
     used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     if "REG" not in used:
         raise RuntimeError(f"cuobjdump says nothing of registers: {usage.strip()!r}")
-    return used["REG"], used["STACK"] + used["LOCAL"], widths(code, "LDG|LDGSTS"), widths(code, "STG")
+    metadata = launch.compiled.metadata
+    share = occupancy(f"sm_{metadata.target.arch}", used["REG"], metadata.shared, metadata.num_warps)
+    return Resources(used["REG"], used["STACK"] + used["LOCAL"], metadata.shared, share)
 
 
-def widths(code: str, names: str) -> Counter[int]:
+def access_widths(launch: Launch) -> tuple[dict[int, int], dict[int, int]]:
+    """How many loads from global memory, and stores to it, there are of each width in bits, in the machine code."""
+    code = _tool("nvdisasm", "-c", launch.compiled.asm["cubin"])
+    return widths(code, "LDG|LDGSTS"), widths(code, "STG")
+
+
+@functools.cache
+def _tool(name: str, option: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([_TOOLS / name, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def widths(code: str, names: str) -> dict[int, int]:
     """Bits of each of these instructions in disassembled machine code; one that names no width moves 32."""
     found: Counter[int] = Counter()
     for modifiers in re.findall(rf"\b(?:{names})((?:\.\w+)+)", code):
         named = re.search(r"\.[US]?(8|16|64|128|256)(?=\.|$)", modifiers)
         found[int(named[1]) if named else 32] += 1
-    return found
+    return dict(found)
 
 
 def occupancy(arch: str, registers: int, shared: int, warps: int) -> float:

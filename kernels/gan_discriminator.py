@@ -17,17 +17,17 @@ def gan_discriminator_kernel(
     real, fake, losses, grad_real, grad_fake, reals, fakes, by_real: tl.float64, by_fake: tl.float64,
     A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # The two batches, one after the other.
+    # One place of both batches, of which one may have ended.
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_real = i < reals
-    in_fake = (i >= reals) & (i < reals + fakes)
-    x = tl.where(in_real, -tl.load(real + i, in_real, 0).to(A), tl.load(fake + i - reals, in_fake, 0).to(A))
-    loss, slope = softplus_and_sigmoid(x, A)
-    by = tl.where(in_real, number(by_real, A), number(by_fake, A))
-    tl.store(losses + i, loss * by, in_real | in_fake)
+    in_fake = i < fakes
+    missed, doubt = softplus_and_sigmoid(-tl.load(real + i, in_real, 0).to(A), A)
+    fooled, trust = softplus_and_sigmoid(tl.load(fake + i, in_fake, 0).to(A), A)
+    loss = tl.where(in_real, missed, 0) * number(by_real, A) + tl.where(in_fake, fooled, 0) * number(by_fake, A)
+    tl.store(losses + i, loss, in_real | in_fake)
     if grad_real is not None:
-        tl.store(grad_real + i, -slope * by, in_real)
-        tl.store(grad_fake + i - reals, slope * by, in_fake)
+        tl.store(grad_real + i, -doubt * number(by_real, A), in_real)
+        tl.store(grad_fake + i, trust * number(by_fake, A), in_fake)
 
 
 def gan_discriminator(d_real: Tensor, d_fake: Tensor, reduction: str, grad: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,7 +40,7 @@ def gan_discriminator(d_real: Tensor, d_fake: Tensor, reduction: str, grad: bool
     gradients = [empty_gradient(d if grad else d.new_empty(0)) for d in both]
     written = [g if g.is_contiguous() else torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in gradients]
     losses = torch.empty(
-        real.numel() + fake.numel(), dtype=torch.float64 if real.dtype == torch.float64 else torch.float32,
+        max(real.numel(), fake.numel()), dtype=torch.float64 if real.dtype == torch.float64 else torch.float32,
         device=real.device,
     )  # fmt: skip
     launch(

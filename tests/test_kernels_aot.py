@@ -1,0 +1,196 @@
+"""What the machine code of the Triton kernels takes, compiled for every architecture on a machine without a GPU.
+
+A part of the sheet that `python -m bench kernels` prints whole: all kernels and target kinds, fewer dtypes and sizes.
+"""
+
+import functools
+import json
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from mekd import extension
+
+pytest.importorskip("triton")
+if extension.INTERPRETED:
+    pytest.skip("TRITON_INTERPRET=1: nothing is compiled in this process", allow_module_level=True)
+
+from bench import kernels as bench
+from bench.traffic import moved
+from mekd.kernels import tempered_kl
+from mekd.kernels.aot import ARCHS, Launch, Resources, access_widths, compiling, occupancy, resources, widths
+from mekd.kernels.variants import CLASSES, ROWS, TOPK, Variant, variants
+
+ONE_PASS = 8192
+COMPILED: dict[str, list[tuple[torch.dtype, tuple[int, ...]]]] = {
+    # One architecture with every regime: tiles of rows, one row in registers, the loop ...
+    "sm_90": [(torch.bfloat16, CLASSES[:4]), (torch.float32, (1000, CLASSES[3])), (torch.float16, (1000,))],
+    # ... and the others where registers are scarcest and where loads are asked to be wide.
+    **{arch: [(torch.bfloat16, (1000, ONE_PASS))] for arch in ARCHS if arch != "sm_90"},
+}
+#: Numbers of a row that are read a second time, by the class that the answer names.
+AGAIN = {"tempered_kl_labels": 1, "dkd": 2, "tempered_kl_topk": TOPK}
+
+
+class Code(NamedTuple):
+    variant: Variant
+    launch: Launch
+    taken: Resources
+
+    def __str__(self) -> str:
+        return f"{self.variant.kernel} {self.variant.name} {self.variant.dtype} C={self.variant.classes}: {self.taken}"
+
+
+@functools.cache
+def compiled(arch: str) -> list[Code]:
+    found = []
+    for dtype, classes in COMPILED[arch]:
+        for variant in variants([dtype], classes):
+            with compiling(arch) as launches:
+                variant.call()
+            assert len(launches) == 1, f"{variant.kernel}: loss and gradient took {len(launches)} launches"
+            (launch,) = launches
+            found.append(Code(variant, launch, resources(launch)))
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nothing_spills(arch: str) -> None:
+    spilt = [str(code) for code in compiled(arch) if code.taken.spill_bytes]
+    assert not spilt
+
+
+def wide(launch: Launch, tensors: int, dtype: torch.dtype) -> int:
+    """Accesses of 128 bits that a thread makes to tensors of a tile, if none of them is narrower."""
+    tile = launch.arguments.get("ROWS", 1) * launch.arguments["BLOCK"]
+    return tensors * max(1, tile * dtype.itemsize // (16 * 32 * launch.compiled.metadata.num_warps))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_thousand_classes_and_images_move_128_bits_at_a_time(arch: str) -> None:
+    narrow, seen = [], 0
+    for code in compiled(arch):
+        variant = code.variant
+        image = variant.kernel.startswith("tanh_l1")
+        if variant.classes != 1000 and not image:
+            continue
+        seen += 1
+        read = 2 if image or variant.kernel in ("tempered_kl", "dkd", "jsd") else 1
+        written = 0 if variant.kernel == "gan_generator" else 1
+        grad = torch.float32 if variant.dtype == torch.float16 and variant.kernel != "tanh_l1_" else variant.dtype
+        loads, stores = (found.get(128, 0) for found in access_widths(code.launch))
+        if loads < wide(code.launch, read, variant.dtype) or stores < wide(code.launch, written, grad):
+            narrow.append(f"{code}, {access_widths(code.launch)}")
+    assert seen >= 18
+    assert not narrow
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_what_fits_is_read_and_written_once(arch: str) -> None:
+    for code in compiled(arch):
+        variant = code.variant
+        more = moved(code.launch) - variant.bytes_least
+        if variant.kernel.startswith("tanh_l1"):
+            # A sum for each piece of 2048 pixels, where the least is one for each image.
+            assert 0 <= more <= 1e-3 * variant.bytes_least, f"{more} bytes more: {code}"
+        elif variant.classes <= ONE_PASS or variant.kernel == "gan_generator":
+            # A byte says whether a row with a label counts, and a number how many do.
+            named = AGAIN.get(variant.kernel, 0)
+            again = ROWS * (named * variant.dtype.itemsize + 1) + 8 if named else 0
+            assert 0 <= more <= again, f"{more} bytes more: {code}"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_occupancy(arch: str) -> None:
+    low = []
+    for code in compiled(arch):
+        least = 0.5 if code.variant.classes <= 1000 or code.variant.kernel.startswith("tanh_l1") else 0.25
+        if code.variant.classes <= ONE_PASS and code.taken.occupancy < least:
+            low.append(str(code))
+    assert not low
+
+
+def test_an_online_kernel_is_seen_to_read_twice() -> None:
+    x = torch.empty(ROWS, 2 * ONE_PASS, dtype=torch.float32, device="meta")
+    with compiling("sm_90") as launches:
+        tempered_kl.tempered_kl(x, x, torch.empty((), device="meta"), None, None, False, "one", "sum", True)
+    rows = moved(launches[0]) / (ROWS * x.shape[1])
+    assert 20 <= rows < 20.01  # both sides twice, and the gradient
+
+
+def test_scalars_that_change_from_step_to_step_compile_nothing_new() -> None:
+    x, labels = torch.empty(8, 10, device="meta"), torch.empty(8, dtype=torch.int64, device="meta")
+    from mekd.kernels.dkd import dkd
+
+    with compiling("sm_90") as launches:
+        for alpha, beta in ((1.0, 8.0), (0.5, 0.25), (0.0, 1.0)):
+            dkd(x, x, labels, torch.empty((), device="meta"), None, None, alpha, beta, -100, "one", "sum", True)
+    assert len({id(launch.compiled) for launch in launches}) == 1
+
+
+def test_compiling_launches_nothing_and_ends() -> None:
+    from mekd.kernels import launch
+
+    with pytest.raises(KeyError), compiling("sm_80"):
+        assert launch.compile_instead is not None
+        raise KeyError
+    assert launch.compile_instead is None
+
+
+def test_an_unknown_arch_is_refused() -> None:
+    refused = pytest.raises(ValueError, match="arch is 'sm_35'; it must be one of 'sm_80', 'sm_90', 'sm_100', 'sm_120'")
+    with refused, compiling("sm_35"):
+        pass
+
+
+def test_an_interpreter_process_cannot_compile() -> None:
+    code = "from mekd.kernels.aot import compiling\nwith compiling('sm_90'): pass"
+    done = subprocess.run([sys.executable, "-c", code], env={"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode != 0 and "TRITON_INTERPRET=1 is set, so that nothing can be compiled" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "share"),
+    [
+        # 16 blocks of 4 warps: all 64.
+        (32, 0, 4, 1.0),
+        # A register more makes 40 of them: 12 blocks.
+        (33, 0, 4, 0.75),
+        # Two blocks of 100 KB, and 1 KB each for the system, fit into 228 KB.
+        (32, 100 << 10, 8, 0.25),
+        # No more than 32 blocks, be they ever so small.
+        (16, 0, 1, 0.5),
+        # 255 registers of 32 warps are more than there are.
+        (255, 0, 32, 0.0),
+    ],
+)
+def test_occupancy_by_hand(registers: int, shared: int, warps: int, share: float) -> None:
+    assert occupancy("sm_90", registers, shared, warps) == share
+
+
+def test_widths_are_read_off_the_machine_code() -> None:
+    code = """
+        /*0140*/ LDG.E.128 R8, desc[UR4][R4.64] ;   /*0150*/ @!P0 LDG.E.U16.CONSTANT R2, desc[UR4][R2.64] ;
+        /*0160*/ LDG.E R3, [R2.64] ;                /*0170*/ LDGSTS.E.BYPASS.LTC128B.128 [R9], [R2.64] ;
+        /*0180*/ LDG.E.64.STRONG.GPU R4, [R2.64] ;  /*0190*/ LDG.E.S8 R4, [R2.64] ;
+        /*01a0*/ STG.E.128 desc[UR4][R4.64], R8 ;   /*01b0*/ LDL.64 R2, [R1] ;
+    """
+    assert widths(code, "LDG|LDGSTS") == {128: 2, 16: 1, 32: 1, 64: 1, 8: 1}
+    assert widths(code, "STG") == {128: 1}
+
+
+def test_the_sheet_has_the_fields_that_were_agreed() -> None:
+    rows: list[dict[str, Any]] = bench.sheet("sm_90", [torch.float16], [1000])
+    fields = (
+        "kernel variant dtype arch c registers spill_bytes shared_bytes load_widths store_widths bytes_per_element "
+        "bytes_least occupancy"
+    )
+    assert all(set(fields.split()) <= set(row) for row in json.loads(json.dumps(rows)))
+    (row,) = (row for row in rows if (row["kernel"], row["variant"], row["c"]) == ("tempered_kl", "logits", 1000))
+    # 2 + 2 bytes read and 4 written; a loss of 4 bytes for each row; tau.
+    total = ROWS * (1000 * 8 + 4) + 8
+    assert row["bytes_least"] == row["bytes_per_element"] == total / (ROWS * 1000)
+    assert row["bound_us"] == pytest.approx({"H100": total / 3.35e6, "H200": total / 4.8e6})
