@@ -144,6 +144,7 @@ class DistillConfig:
         lr: peak learning rate
         weight_decay: L2 penalty
         replay: ask this many queries once and reuse them every epoch; 0 for fresh ones every step
+        keep: what G draws from the replayed answers is drawn every step (none) or once, and kept as uint8 or bfloat16
         holdout: synthetic queries kept apart, by which the best student is chosen
         eval_every: steps between two looks at the holdout
         preset: default, paper or authors: what the settings below are where they are null
@@ -164,6 +165,7 @@ class DistillConfig:
     lr: float = 0.1
     weight_decay: float = 5e-4
     replay: int = 0
+    keep: str = "none"
     holdout: int = 512
     eval_every: int = 500
     preset: str = "default"
@@ -181,6 +183,7 @@ class DistillConfig:
         check_choice("distill.preset", self.preset, tuple(PRESETS))
         check_choice("distill.code", self.code, CODES)
         check_choice("distill.rest", self.rest, ("spread", "drop"))
+        check_choice("distill.keep", self.keep, ("none", "uint8", "bfloat16"))
         if self.scale is not None:
             check_choice("distill.scale", self.scale, SCALES)
         if self.reduction is not None:
@@ -197,6 +200,11 @@ class DistillConfig:
         _positive("distill", self, "steps", "batch", "lr", "holdout", "eval_every")
         if self.replay < 0:
             raise ValueError(f"distill.replay is {self.replay}; it must be at least 0")
+        if self.keep != "none" and not (self.replay and self.image):
+            raise ValueError(
+                f"distill.keep is {self.keep!r}, and nothing is there to keep: distill.replay and distill.image must be "
+                "above 0"
+            )
 
     def loss_options(self) -> dict[str, Any]:
         """The keyword arguments of MEKDLoss: the preset's, and what was set besides."""

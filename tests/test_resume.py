@@ -137,7 +137,17 @@ def test_killed_at_every_moment(words: list[str], undisturbed: Path, tmp_path: P
 
 
 def test_killed_while_a_replay_store_is_filled(words: list[str], tmp_path: Path) -> None:
-    replay = [*words, "--distill.replay", "700", "--distill.holdout", "300", "--engine.checkpoint_every", "2"]
+    replay = [
+        *words,
+        "--distill.replay",
+        "700",
+        "--distill.keep",
+        "bfloat16",
+        "--distill.holdout",
+        "300",
+        "--engine.checkpoint_every",
+        "2",
+    ]
     out, expected = tmp_path / "killed", tmp_path / "undisturbed"
     assert python("-m", "mekd", *replay, "--out", str(expected)).returncode == 0
     moments = [("mekd.oracle.replay:Replay.write", 4, "before"), ("mekd.oracle.replay:Replay.read", 3, "after")]

@@ -9,13 +9,14 @@ from mekd import files
 from mekd.codes import resolve_code
 from mekd.config import fingerprint
 from mekd.engine.loop import Loop
+from mekd.engine.pictures import Pictures
 from mekd.engine.queries import collect
 from mekd.engine.run import Run
 from mekd.engine.train import predict, set_cosine_lr, sgd
 from mekd.losses import MEKDLoss
 from mekd.nets import build
 from mekd.oracle.export import Classifier, export
-from mekd.oracle.response import Response, floor_of
+from mekd.oracle.response import floor_of
 from mekd.pixels import as_float, to_uint8
 
 
@@ -39,8 +40,7 @@ def distill(run: Run) -> None:
     classes = oracle.num_classes
     generator = run.load_generator(classes, image[0])
     if config.image > 0:  # said before the first query is paid
-        target = {"label": "labels"}.get(oracle.response, oracle.response)
-        resolve_code(config.code, target, classes)
+        resolve_code(config.code, {"label": "labels"}.get(oracle.response, oracle.response), classes)
     depends = fingerprint(run.config, "distill") | {
         "teacher": run.teacher_digest(),
         "deprivatize.steps": run.config.deprivatize.steps,
@@ -56,20 +56,31 @@ def distill(run: Run) -> None:
     student = run.place(build(config.student, classes, image[0]))
     optimizer = sgd(student, config.lr, config.weight_decay)
     loss = MEKDLoss(generator, floor=floor_of(run.config.oracle.decimals), **config.loss_options())
+    pictures = None if config.keep == "none" else Pictures(store, loss, classes, config.keep, run.device)
     best: dict[str, Any] = {"agreement": -1.0, "step": 0, "weights": None}
     state = {"student": student, "optimizer": optimizer, "best": best}
 
-    def fresh() -> tuple[Tensor, Response]:
+    def fresh() -> tuple[Tensor, dict[str, Any]]:
         with torch.no_grad():
             drawn = generator(torch.randn(config.batch, classes, device=run.device))
         pixels = to_uint8(drawn) if oracle.transport == "uint8" else drawn
         with loop.clock("teacher"):
-            return pixels, oracle.query(pixels)
+            return pixels, oracle.query(pixels).target
 
-    def replayed() -> tuple[Tensor, Response]:
+    def rows(step: int) -> Tensor:
+        # Of the step alone, so that those of the next one are known.
+        return torch.randint(config.replay, (config.batch,), generator=torch.Generator().manual_seed(seed + 5 + step))
+
+    def replayed(step: int) -> tuple[Tensor, dict[str, Any]]:
         with loop.clock("data"):
-            pixels, answer = store.read(torch.randint(config.replay, (config.batch,)))
-            return pixels.to(run.device), answer.to(run.device)
+            pixels, answer = store.read(rows(step))
+            target = answer.to(run.device).target
+            if pictures is not None:
+                target["kept"] = pictures.read(rows(step)).to(run.device)
+            for file in (store, pictures):
+                if file is not None:
+                    file.will_need(rows(step + 1))
+            return pixels.to(run.device), target
 
     with Loop(
         run,
@@ -85,8 +96,8 @@ def distill(run: Run) -> None:
         finished = loop.done
         for step in loop:
             set_cosine_lr(optimizer, config.lr, step, config.steps)
-            pixels, answer = replayed() if config.replay else fresh()
-            loop.log(**take_step(student, optimizer, loss, as_float(pixels), answer.target))
+            pixels, target = replayed(step) if config.replay else fresh()
+            loop.log(**take_step(student, optimizer, loss, as_float(pixels), target))
 
             if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
                 agreement = float((predict(student, held_images) == held_labels).float().mean())

@@ -1,6 +1,7 @@
 """Queries asked once and kept on disk, memory-mapped, to be used again in every epoch."""
 
 import json
+import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,11 @@ class Replay:
         response = Response(self._kind["kind"], parts.get("values"), parts.get("indices"), self._kind["decimals"])
         return parts["images"], response
 
+    def will_need(self, rows: Tensor) -> None:
+        """Tell the system which rows (m,) are read next, so that it has them by then."""
+        for array in self._arrays.values():
+            will_need(array, rows)
+
     def state_dict(self) -> dict[str, Any]:
         """Flush the maps to the disk; the rows themselves are the state."""
         for array in self._arrays.values():
@@ -87,3 +93,15 @@ class Replay:
         self._arrays = arrays
         self._kind = {"kind": response.kind, "decimals": response.decimals, "arrays": list(rows)}
         files.write_text(self.folder / "replay.json", json.dumps(self._kind) + "\n")
+
+
+def will_need(array: np.ndarray, rows: Tensor) -> None:
+    """Ask for rows (m,) of a memory map ahead of their use; where the system cannot, nothing happens."""
+    if not isinstance(array, np.memmap) or not hasattr(mmap, "MADV_WILLNEED"):
+        return
+    pages: mmap.mmap = array._mmap  # type: ignore[attr-defined]
+    width = array[:1].nbytes
+    for row in rows.tolist():
+        first = array.offset + row * width
+        start = first // mmap.PAGESIZE * mmap.PAGESIZE
+        pages.madvise(mmap.MADV_WILLNEED, start, first + width - start)

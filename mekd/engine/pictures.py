@@ -1,0 +1,60 @@
+"""What the generator draws from the teacher's answers in a replay store: drawn once, kept beside it, memory-mapped."""
+
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mekd import files
+from mekd.losses import MEKDLoss
+from mekd.oracle.replay import Replay, will_need
+from mekd.pixels import to_float, to_uint8
+
+#: How a picture is kept, and numpy's type of the same width.
+DTYPES = {"uint8": np.dtype(np.uint8), "bfloat16": np.dtype(np.int16)}
+
+
+class Pictures:
+    """One picture (ch, H, W) for each row of a store, rounded to 256 values or to bfloat16.
+
+    They are drawn and written in full when they are not there yet; a file that does not fit is an error that says so.
+    """
+
+    def __init__(self, store: Replay, loss: MEKDLoss, num_classes: int, keep: str, device: torch.device) -> None:
+        path = store.folder / f"pictures-{keep}.npy"
+        if not path.exists():
+            _draw(path, store, loss, num_classes, keep, device)
+        try:
+            self._array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); delete it, and it is drawn again") from error
+        if len(self._array) != len(store) or self._array.dtype != DTYPES[keep]:
+            raise ValueError(
+                f"{path} holds {len(self._array)} pictures, {store.folder} {len(store)} answers; delete it"
+            )
+
+    def will_need(self, rows: Tensor) -> None:
+        """Tell the system which rows (m,) are read next."""
+        will_need(self._array, rows)
+
+    def read(self, rows: Tensor) -> Tensor:
+        """The pictures of some rows (m,), in [-1, 1], copied out of the map."""
+        picked = torch.from_numpy(self._array[rows.numpy()])
+        return to_float(picked) if picked.dtype == torch.uint8 else picked.view(torch.bfloat16).float()
+
+
+def _draw(path: Path, store: Replay, loss: MEKDLoss, num_classes: int, keep: str, device: torch.device) -> None:
+    def fill(file: BinaryIO) -> None:
+        for start in range(0, len(store), 256):
+            _, answer = store.read(slice(start, min(start + 256, len(store))))
+            drawn = loss.teacher_image(num_classes, **answer.to(device).target).cpu().contiguous()
+            rows = (to_uint8(drawn) if keep == "uint8" else drawn.bfloat16().view(torch.int16)).numpy()
+            if start == 0:
+                shape = (len(store), *rows.shape[1:])
+                header = {"descr": np.lib.format.dtype_to_descr(rows.dtype), "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(rows.tobytes())
+
+    files.write(path, fill)
