@@ -202,8 +202,7 @@ class DistillConfig:
             raise ValueError(f"distill.replay is {self.replay}; it must be at least 0")
         if self.keep != "none" and not (self.replay and self.image):
             raise ValueError(
-                f"distill.keep is {self.keep!r}, and nothing is there to keep: distill.replay and distill.image must be "
-                "above 0"
+                f"distill.keep is {self.keep!r}, with nothing to keep: distill.replay and distill.image must be above 0"
             )
 
     def loss_options(self) -> dict[str, Any]:

@@ -51,7 +51,9 @@ class Recorder(Oracle):
         pytest.param(["--oracle.response", "topk", "--oracle.k", "3", "--oracle.decimals", "3"], id="topk"),
         pytest.param(["--oracle.response", "logits", "--distill.preset", "paper"], id="logits-paper"),
         # Asked once, kept on disk, reused.
-        pytest.param(["--distill.replay", "40", "--distill.keep", "uint8", "--deprivatize.ema", "0.9"], id="replay-ema"),
+        pytest.param(
+            ["--distill.replay", "40", "--distill.keep", "uint8", "--deprivatize.ema", "0.9"], id="replay-ema"
+        ),
     ],
 )
 def test_no_private_image_is_sent_and_the_ledger_counts_every_query(
