@@ -107,8 +107,9 @@ def test_what_fits_is_read_and_written_once(arch: str) -> None:
 def test_occupancy(arch: str) -> None:
     low = []
     for code in compiled(arch):
-        least = 0.5 if code.variant.classes <= 1000 or code.variant.kernel.startswith("tanh_l1") else 0.25
-        if code.variant.classes <= ONE_PASS and code.taken.occupancy < least:
+        image = code.variant.kernel.startswith("tanh_l1")
+        least = 0.5 if image or code.variant.classes <= 1000 else 0.25 if code.variant.classes <= ONE_PASS else 0.0
+        if code.taken.occupancy < least:
             low.append(str(code))
     assert not low
 
