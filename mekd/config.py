@@ -156,6 +156,7 @@ class DistillConfig:
         image: weight of the image distance
         code: auto, logits, log_probs, onehot or standardized
         rest: what top-k answers leave out is spread or dropped
+        precision: of the convolutions in a step: float32, bfloat16 or float16 (with a scaler)
         budget: queries at most, the holdout's included; null for no limit
     """
 
@@ -177,12 +178,14 @@ class DistillConfig:
     image: float = 1.0
     code: str = "auto"
     rest: str = "spread"
+    precision: str = "float32"
     budget: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("distill.preset", self.preset, tuple(PRESETS))
         check_choice("distill.code", self.code, CODES)
         check_choice("distill.rest", self.rest, ("spread", "drop"))
+        check_choice("distill.precision", self.precision, ("float32", "bfloat16", "float16"))
         check_choice("distill.keep", self.keep, ("none", "uint8", "bfloat16"))
         if self.scale is not None:
             check_choice("distill.scale", self.scale, SCALES)
@@ -229,21 +232,24 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the work runs; nothing here changes a result.
+    """How the work runs; nothing here changes a result, but for the rounding and the dropout of what is compiled.
 
     Args:
         device: auto, cpu, cuda or cuda:N
         checkpoint_every: steps between two checkpoints
         log_every: steps between two lines of the log
         progress: a progress bar, where the output is a terminal
+        compile: torch.compile for step 1: off, default, reduce-overhead (CUDA graphs), or auto: default on CUDA alone
     """
 
     device: str = "auto"
     checkpoint_every: int = 500
     log_every: int = 100
     progress: bool = True
+    compile: str = "auto"
 
     def __post_init__(self) -> None:
+        check_choice("engine.compile", self.compile, ("auto", "off", "default", "reduce-overhead"))
         _positive("engine", self, "checkpoint_every", "log_every")
 
 

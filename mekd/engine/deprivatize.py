@@ -1,6 +1,9 @@
 """Step 1: a GAN whose generator learns the inverse of the teacher, so that private images can stay at home."""
 
 import copy
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +18,44 @@ from mekd.nets import Discriminator, Generator
 from mekd.pixels import to_float
 
 
+class Passes(NamedTuple):
+    """What torch.compile takes of a step, each a graph of its own: backward and the optimisers stay outside."""
+
+    draw: Callable[[Tensor], Tensor]
+    loss_d: Callable[[Tensor, Tensor], Tensor]
+    loss_g: Callable[[Tensor, Tensor | None], Tensor]
+
+
+def passes(generator: nn.Module, discriminator: nn.Module, loss: DeprivatizationLoss, mode: str = "off") -> Passes:
+    """draw(z), loss_d(real, fake) and loss_g(fake, confidence); mode: off, default or reduce-overhead."""
+
+    def draw(z: Tensor) -> Tensor:
+        return generator(z)
+
+    def loss_d(real: Tensor, fake: Tensor) -> Tensor:
+        return loss.discriminator(discriminator(real), discriminator(fake))
+
+    def loss_g(fake: Tensor, confidence: Tensor | None) -> Tensor:
+        return loss(discriminator(fake), confidence)
+
+    if mode == "off":
+        return Passes(draw, loss_d, loss_g)
+    compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
+    return Passes(compiled(draw), compiled(loss_d), compiled(loss_g))
+
+
 def take_step(
-    discriminator: nn.Module, adam_g: torch.optim.Optimizer, adam_d: torch.optim.Optimizer, loss: DeprivatizationLoss,
+    ways: Passes, discriminator: nn.Module, adam_g: torch.optim.Optimizer, adam_d: torch.optim.Optimizer,
     real: Tensor, fake: Tensor, confidence: Tensor | None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One step of D and one of G, which share the images that G drew, its graph attached; returns the losses."""
-    loss_d = loss.discriminator(discriminator(real), discriminator(fake.detach()))
+    loss_d = ways.loss_d(real, fake.detach())
     adam_d.zero_grad()
     loss_d.backward()
     adam_d.step()
 
     discriminator.requires_grad_(False)
-    loss_g = loss(discriminator(fake), confidence)
+    loss_g = ways.loss_g(fake, confidence)
     adam_g.zero_grad()
     loss_g.backward()
     adam_g.step()
@@ -47,7 +76,9 @@ def deprivatize(run: Run) -> None:
     generator = run.place(Generator(oracle.num_classes, run.config.data.size, data.image[0], config.width))
     discriminator = run.place(Discriminator(run.config.data.size, data.image[0], config.dropout))
     average = copy.deepcopy(generator)
-    loss = DeprivatizationLoss(config.alpha, config.minimax)
+    mode = run.config.engine.compile
+    mode = ("default" if run.device.type == "cuda" else "off") if mode == "auto" else mode
+    ways = passes(generator, discriminator, DeprivatizationLoss(config.alpha, config.minimax), mode)
     adam_g = adam(generator, config.lr)
     adam_d = adam(discriminator, config.lr)
     state = {
@@ -69,13 +100,14 @@ def deprivatize(run: Run) -> None:
         queries=(lambda step: config.batch) if asks else None,
     ) as loop:
         for _ in loop:
+            torch.compiler.cudagraph_mark_step_begin()
             real = to_float(local[torch.randint(len(local), (config.batch,), device=run.device)])
-            fake = generator(torch.randn(config.batch, oracle.num_classes, device=run.device))
+            fake = ways.draw(torch.randn(config.batch, oracle.num_classes, device=run.device))
             confidence: Tensor | None = None
             if asks:
                 with loop.clock("teacher"):
                     confidence = oracle.query(fake).confidence
-            losses = take_step(discriminator, adam_g, adam_d, loss, real, fake, confidence)
+            losses = take_step(ways, discriminator, adam_g, adam_d, real, fake, confidence)
 
             if config.ema:
                 update_average(average, generator, config.ema)

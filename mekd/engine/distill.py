@@ -21,14 +21,24 @@ from mekd.pixels import as_float, to_uint8
 
 
 def take_step(
-    student: nn.Module, optimizer: torch.optim.Optimizer, loss: MEKDLoss, images: Tensor, target: dict[str, Any]
-) -> dict[str, Tensor]:
-    """One step of the student on images (m, ch, H, W) and the answer to them; returns the losses."""
-    image, kl = loss.terms(student(images.contiguous(memory_format=torch.channels_last)), **target)
+    student: nn.Module, optimizer: torch.optim.Optimizer, loss: MEKDLoss, images: Tensor, target: dict[str, Any],
+    precision: str = "float32", scaler: torch.amp.GradScaler | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One step of the student on images (m, ch, H, W) and the answer to them; returns the losses.
+
+    precision: of the convolutions of S and G, "float32", "bfloat16" or "float16", which needs a scaler.
+    """
+    with torch.autocast(images.device.type, getattr(torch, precision), enabled=precision != "float32"):
+        image, kl = loss.terms(student(images.contiguous(memory_format=torch.channels_last)), **target)
     total = loss.image * image + loss.beta * kl
     optimizer.zero_grad()
-    total.backward()
-    optimizer.step()
+    if scaler is None:
+        total.backward()
+        optimizer.step()
+    else:
+        scaler.scale(total).backward()
+        scaler.step(optimizer)
+        scaler.update()
     return {"loss": total, "image": image, "kl": kl}
 
 
@@ -58,7 +68,10 @@ def distill(run: Run) -> None:
     loss = MEKDLoss(generator, floor=floor_of(run.config.oracle.decimals), **config.loss_options())
     pictures = None if config.keep == "none" else Pictures(store, loss, classes, config.keep, run.device)
     best: dict[str, Any] = {"agreement": -1.0, "step": 0, "weights": None}
-    state = {"student": student, "optimizer": optimizer, "best": best}
+    state: dict[str, Any] = {"student": student, "optimizer": optimizer, "best": best}
+    scaler = torch.amp.GradScaler(run.device.type) if config.precision == "float16" else None
+    if scaler is not None:
+        state["scaler"] = scaler
 
     def fresh() -> tuple[Tensor, dict[str, Any]]:
         with torch.no_grad():
@@ -97,7 +110,8 @@ def distill(run: Run) -> None:
         for step in loop:
             set_cosine_lr(optimizer, config.lr, step, config.steps)
             pixels, target = replayed(step) if config.replay else fresh()
-            loop.log(**take_step(student, optimizer, loss, as_float(pixels), target))
+            losses = take_step(student, optimizer, loss, as_float(pixels), target, config.precision, scaler)
+            loop.log(**losses)
 
             if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
                 agreement = float((predict(student, held_images) == held_labels).float().mean())
