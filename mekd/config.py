@@ -239,6 +239,7 @@ class EngineConfig:
         checkpoint_every: steps between two checkpoints
         log_every: steps between two lines of the log
         progress: a progress bar, where the output is a terminal
+        profile: write a trace of ten steps, and a table of where their time goes, to the folder profile
         compile: torch.compile for step 1: off, default, reduce-overhead (CUDA graphs), or auto: default on CUDA alone
     """
 
@@ -246,6 +247,7 @@ class EngineConfig:
     checkpoint_every: int = 500
     log_every: int = 100
     progress: bool = True
+    profile: bool = False
     compile: str = "auto"
 
     def __post_init__(self) -> None:

@@ -127,11 +127,12 @@ class Loop:
 
     def __iter__(self) -> Iterator[int]:
         every = self.run.config.engine
-        with self._bar() as bar:
+        with self._bar() as bar, self._profiled() as stepped:
             begun = time.perf_counter()
             while not self.done:
                 self._check_stop()
                 yield self.step
+                stepped()
                 self.step += 1
                 now = time.perf_counter()
                 self.seconds, begun = self.seconds + now - begun, now
@@ -219,6 +220,13 @@ class Loop:
         except ValueError:  # the line that a kill cut short
             return False
         return row["stage"] != self.name or row["step"] <= self.step
+
+    def _profiled(self) -> Any:
+        if not self.run.config.engine.profile:
+            return contextlib.nullcontext(lambda: None)
+        from mekd.engine.profile import profiled
+
+        return profiled(self.name, self.run.out / "profile", self.run.log)
 
     def _bar(self) -> Any:
         if not (is_terminal() and self.run.config.engine.progress):
