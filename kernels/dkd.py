@@ -11,6 +11,7 @@ from mekd.kernels.rows import (
     NEVER,
     as_rows,
     check_shape,
+    flat,
     load,
     load_one,
     number,
@@ -128,7 +129,7 @@ def dkd(
     kept = rows_with_label(labels, mask, ignore_index, student.shape[-1])
     theirs = as_rows(teacher)
     return run(
-        "dkd", (_tile, _online), student, (theirs,), tau, weights, kept, scale, reduction, grad, labels.reshape(-1),
+        "dkd", (_tile, _online), student, (theirs,), tau, weights, kept, scale, reduction, grad, flat(labels),
         # Of two classes the rest is one, with nothing within.
         alpha, beta if student.shape[-1] > 2 else 0.0, TEACHER_STEP=theirs.stride(0),
     )  # fmt: skip

@@ -82,6 +82,11 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
+def flat(x: Tensor) -> Tensor:
+    """One element for each row, one after another."""
+    return x.reshape(-1).contiguous()
+
+
 def check_shape(name: str, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
     """Raise unless x has this shape and dtype: a kernel would read beyond its end."""
     if x is not None and (x.shape != shape or (dtype is not None and x.dtype != dtype)):
@@ -126,7 +131,7 @@ def run(
     launch(
         kernels[tile.block < classes],
         (triton.cdiv(count, tile.rows),),
-        ours, tau, None if weights is None else weights.reshape(-1), None if mask is None else mask.reshape(-1),
+        ours, tau, None if weights is None else flat(weights), None if mask is None else flat(mask),
         mask.sum() if mask is not None and reduction == "batchmean" else None,
         losses, written, count, 1 / max(divisor, 1), *targets, *others,
         CLASSES=classes, STEP=ours.stride(0), POWER=POWERS[scale], A=tl.float64 if wide else tl.float32,

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mekd.checks import check_tau, rows_with_label
-from mekd.kernels.rows import NEVER, check_shape, load, load_one, rates, rows_here, run, store, store_losses
+from mekd.kernels.rows import NEVER, check_shape, flat, load, load_one, rates, rows_here, run, store, store_losses
 from mekd.kernels.softmax import absorb, exponents, refer
 
 
@@ -76,5 +76,5 @@ def tempered_kl_labels(
     kept = rows_with_label(labels, mask, ignore_index, student.shape[-1])
     return run(
         "tempered_kl_labels", (_tile, _online), student, (), tau, weights, kept, scale, reduction, grad,
-        labels.reshape(-1),
+        flat(labels),
     )  # fmt: skip

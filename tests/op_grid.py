@@ -16,12 +16,21 @@ from mekd import extension, reference
 from mekd.functional import discriminator_loss, dkd_loss, generator_loss, image_l1_loss, jsd_loss, kd_loss
 
 #: Every backend by name, and where its tensors live. One more backend is one more entry in each.
-DEVICES = {"cpp": "cpu", "reference": "cpu"}
+DEVICES = {"cpp": "cpu", "reference": "cpu", "triton": "cpu" if extension.INTERPRETED else "cuda"}
+TRITON_RUNS = extension.INTERPRETED or torch.cuda.is_available()
 IMPLS = [
     # The kernels of csrc/.
     pytest.param("cpp", marks=pytest.mark.skipif(extension.LOADED is None, reason=extension.WHY_NOT)),
     # What runs where nothing was built, and beyond the CPU.
     "reference",
+    # The kernels of kernels/: interpreted in a process of its own, compiled where there is a GPU.
+    pytest.param(
+        "triton",
+        marks=[
+            *([] if extension.INTERPRETED else [pytest.mark.gpu]),
+            pytest.mark.skipif(not TRITON_RUNS, reason="no GPU here; TRITON_INTERPRET=1 interprets, as make test does"),
+        ],
+    ),
 ]
 DTYPES = [
     # Scientific users, and gradcheck.
@@ -33,6 +42,8 @@ DTYPES = [
     # Autocast with a GradScaler.
     torch.float16,
 ]
+#: What the ops themselves check, beside what functional does, is checked by the fused kernels.
+FUSED = extension.LOADED is not None or extension.INTERPRETED
 ROW_KINDS = [
     # tempered_kl: a teacher that shows its logits.
     "logits",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mekd import extension
-from op_grid import DEVICES, GAN_KINDS, IMAGE_KINDS, IMPLS, KINDS, ROW_KINDS, Problem, make
+from op_grid import DEVICES, FUSED, GAN_KINDS, IMAGE_KINDS, IMPLS, KINDS, ROW_KINDS, Problem, make
 from op_schemas import direct
 
 NAN, INF = float("nan"), float("inf")
@@ -293,7 +293,7 @@ MISUSES: list[tuple[str, int, Callable[[Tensor], Any]]] = [
 ]
 
 
-@pytest.mark.skipif(extension.LOADED is None, reason=extension.WHY_NOT)
+@pytest.mark.skipif(not FUSED, reason=extension.WHY_NOT)
 @pytest.mark.parametrize(("kind", "place", "change"), MISUSES)
 def test_ops_refuse_what_does_not_fit(kind: str, place: int, change: Callable[[Tensor], Any]) -> None:
     n = 4 if kind == "tanh" else 6
@@ -310,7 +310,7 @@ def test_ops_refuse_what_does_not_fit(kind: str, place: int, change: Callable[[T
             op(*arguments)
 
 
-@pytest.mark.skipif(extension.LOADED is None, reason=extension.WHY_NOT)
+@pytest.mark.skipif(not FUSED, reason=extension.WHY_NOT)
 def test_the_in_place_op_refuses_before_it_writes() -> None:
     op = torch.ops.mekd.tanh_l1_.default
     a = torch.randn(3, 4)
@@ -321,7 +321,7 @@ def test_the_in_place_op_refuses_before_it_writes() -> None:
         assert torch.equal(a, before)
 
 
-@pytest.mark.skipif(extension.LOADED is None, reason=extension.WHY_NOT)
+@pytest.mark.skipif(not FUSED, reason=extension.WHY_NOT)
 def test_the_discriminators_op_has_no_loss_for_each_sample() -> None:
     # Its two batches need not be of one size; the fake kernel promises a loss of shape ().
     for fakes in (1, 3):
