@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mekd.checks import check_floating
 from mekd.kernels.launch import launch
 from mekd.kernels.rows import empty_gradient, number
 
@@ -25,8 +26,8 @@ def exp_twice(x):
 def parts_of_exp_twice(x, A: tl.constexpr):
     """e^2x as s (1 + p), s a power of two and p small, so that no digit of p is lost beside 1."""
     if A == tl.float64:  # noqa: SIM300
-        power = tl.full(x.shape, 1, A)
-        p = exp_twice(x) - 1
+        power = exp_twice(x)  # there are digits enough
+        p = power * 0
     else:
         x = tl.where(x > LIMIT / TWICE_LOG2E, LIMIT / TWICE_LOG2E, x)
         x = tl.where(x < -LIMIT / TWICE_LOG2E, -LIMIT / TWICE_LOG2E, x)
@@ -111,6 +112,7 @@ def _sample_major(x: Tensor) -> bool:
 def _distances(
     a: Tensor, b: Tensor, weights: Tensor | None, tanh: bool, finished: bool, reduction: str, grad: Tensor | None
 ) -> Tensor:
+    check_floating("a", a)
     if a.shape != b.shape:
         raise ValueError(f"b has shape {tuple(b.shape)}; it must be {tuple(a.shape)}")
     samples = a.shape[0]
