@@ -37,7 +37,7 @@ def parts_of_exp_twice(x, A: tl.constexpr):
         p = r * 0 + 1 / 5040
         for k in tl.static_range(6):
             p = p * r + 1 / (720, 120, 24, 6, 2, 1)[k]
-        p = p * r
+        p = tl.where(tl.abs(x) >= LIMIT / TWICE_LOG2E, 0, p * r)  # cut off, a saturated pixel may be a tie
         power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
     return power, p
 
