@@ -1,6 +1,8 @@
 # Everything happens in .venv; PYTHON names the interpreter that makes it (3.10 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
+# What the Triton kernels are interpreted for, in a process of its own: it can do nothing else with Triton.
+INTERPRETED := $(addprefix tests/test_ops_,$(addsuffix .py,values rows regimes layouts errors autograd in_place memory properties torch))
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 
 .PHONY: setup demo test lint bench kernels asan clean
@@ -18,6 +20,7 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) -k "not reference and not cpp"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mekd.checks import check_floating
 from mekd.kernels.gan_generator import softplus_and_sigmoid
 from mekd.kernels.launch import launch
 from mekd.kernels.rows import empty_gradient, number
@@ -32,6 +33,8 @@ def gan_discriminator_kernel(
 
 def gan_discriminator(d_real: Tensor, d_fake: Tensor, reduction: str, grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of both batches (m,) and (n,), each reduced, and both gradients; ValueError for reduction "none"."""
+    check_floating("d_real", d_real)
+    check_floating("d_fake", d_fake)
     if reduction == "none":
         raise ValueError("reduction is 'none'; the two batches have no loss for each sample in common")
     wide = torch.float64 in (d_real.dtype, d_fake.dtype)

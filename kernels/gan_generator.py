@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mekd.checks import check_probabilities
+from mekd.checks import check_floating, check_probabilities
 from mekd.kernels.launch import launch
 from mekd.kernels.rows import NEVER, as_rows, check_shape, empty_gradient, load, number
 from mekd.kernels.softmax import absorb
@@ -89,6 +89,7 @@ def gan_generator(
 
     ValueError where shapes do not fit (Ma et al., 2024, with the sign set right).
     """
+    check_floating("d", d)
     known, count = kind == "confidence", d.numel()
     if response is not None and (known and response.numel() != count):
         raise ValueError(f"{kind} has shape {tuple(response.shape)}; d has {tuple(d.shape)}")

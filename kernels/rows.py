@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mekd.checks import check_floating
 from mekd.kernels import tuning
 from mekd.kernels.launch import launch
 
@@ -111,8 +112,7 @@ def run(
 
     targets and others are arguments of the kernels, constants are known to their compiler; name is the tuning's.
     """
-    if not student.is_floating_point():
-        raise TypeError(f"student has dtype {student.dtype}; it must be a floating dtype")
+    check_floating("student", student)
     if tau.dim() != 0:
         raise ValueError(f"tau has shape {tuple(tau.shape)}; it must be 0-d")
     lead, ours = student.shape[:-1], as_rows(student)

@@ -1,0 +1,108 @@
+"""The Triton kernels over rows in their three regimes, each forced, and at its true boundary."""
+
+import pytest
+import torch
+
+from mekd import extension
+from op_grid import DEVICES, DTYPES, ROW_KINDS, check, make, result
+
+pytestmark = pytest.mark.skipif(not extension.INTERPRETED, reason="TRITON_INTERPRET=1 interprets, as make test does")
+TILES = [
+    # Online, with a tail: three rounds over 20 classes.
+    (1, 8),
+    # Online, several rows in one program, in which the last one does not fill it.
+    (2, 16),
+    # One row in registers.
+    (1, 32),
+    # Many rows in one program.
+    (4, 32),
+]
+
+
+def force(monkeypatch: pytest.MonkeyPatch, rows: int, block: int) -> None:
+    from mekd.kernels import tuning
+
+    monkeypatch.setattr(tuning, "tile", lambda *_: tuning.Tile(rows, block, 1, 1))
+
+
+@pytest.mark.parametrize(("rows", "block"), TILES)
+@pytest.mark.parametrize("kind", ROW_KINDS)
+def test_each_regime_is_the_truth(kind: str, rows: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, rows, block)
+    for dtype in DTYPES:
+        check(make(kind, (3, 20), dtype, device=DEVICES["triton"]), "triton")
+    for values in ("near", "gap"):
+        check(make(kind, (3, 20), values=values, device=DEVICES["triton"]), "triton")
+    options = {"weights": torch.tensor([0.5, 3.0, 1.0]), "mask": torch.tensor([True, False, True])}
+    check(make(kind, (3, 20), **options), "triton", "batchmean")
+
+
+@pytest.mark.parametrize("first", [0.0, -1e4, float("-inf")])
+@pytest.mark.parametrize("kind", ["logits", "dkd", "jsd", "jsd-forward", "jsd-reverse"])
+def test_a_first_block_that_is_masked(kind: str, first: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    # No number in the first block of either side, or only in the teacher's.
+    force(monkeypatch, 4, 8)
+    problem = make(kind, (3, 24), device=DEVICES["triton"])
+    name = "logits" if kind == "logits" else "teacher"
+    problem.students[0][:, :8] = float("-inf") if kind != "jsd-forward" or first else 0.0
+    problem.target[name][:, :8] = first if kind != "logits" or first else -1e4
+    if kind == "dkd":
+        problem.target["labels"] = problem.target["labels"].clamp_min(8)
+        problem.target[name][:, :8] = first or -1e4
+    if kind == "jsd-reverse":
+        problem.target[name][:, :8] = -10.0  # what the student masks costs nothing
+    check(problem, "triton")
+
+
+@pytest.mark.parametrize("kind", ROW_KINDS)
+def test_nan_of_a_middle_block_spoils_its_row_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, 4, 8)
+    problem = make(kind, (3, 24), device=DEVICES["triton"])
+    clean = result(problem, "triton")
+    problem.students[0][1, 11] = float("nan")
+    loss, grad = result(problem, "triton")
+    assert loss[1].isnan() and grad[1].isnan().any()
+    for i in (0, 2):
+        assert torch.equal(loss[i], clean[0][i]) and torch.equal(grad[i], clean[1][i])
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        # The longest row that is held in registers, and one class more.
+        8192,
+        8193,
+    ],
+)
+@pytest.mark.parametrize("kind", ROW_KINDS)
+def test_the_boundary_between_registers_and_loops(kind: str, classes: int) -> None:
+    from mekd.kernels import tuning
+
+    name = {"logits": "tempered_kl", "probs": "tempered_kl", "labels": "tempered_kl_labels", "dkd": "dkd"}.get(
+        kind, "jsd" if kind.startswith("jsd") else "tempered_kl_topk"
+    )
+    assert (tuning.tile(name, torch.float32, classes).block < classes) == (classes > 8192)
+    check(make(kind, (1, classes), device=DEVICES["triton"]), "triton", "mean")
+
+
+@pytest.mark.parametrize("k", [1, 32, 33, 40])
+@pytest.mark.parametrize("kind", ["spread", "drop"])
+def test_topk_by_comparison_and_by_a_target_in_memory(kind: str, k: int) -> None:
+    problem = make(kind, (4, 40), device=DEVICES["triton"], mask=torch.tensor([True, True, False, True]))
+    values, indices = (0.9 * make("probs", (4, 40), seed=6).target["probs"]).topk(k)
+    values[2], indices[2] = float("nan"), 999
+    problem.target["topk"] = (values, indices)
+    check(problem, "triton", "batchmean")
+
+
+def test_every_kernel_has_tiles_for_every_size() -> None:
+    from mekd.kernels import tuning
+
+    for kernel, archs in tuning._table().items():
+        for arch, dtypes in archs.items():
+            for dtype in DTYPES:
+                sizes = dtypes[str(dtype).removeprefix("torch.")]
+                assert list(sizes) == [*(str(2**i) for i in range(4, 14)), "more"], (kernel, arch, dtype)
+                for size, (_, block, warps, _) in sizes.items():
+                    assert size == "more" or block == int(size)
+                    assert 1 <= warps <= 32
