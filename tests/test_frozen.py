@@ -58,7 +58,9 @@ def test_the_temperature_is_in_the_first_layer() -> None:
 def test_nothing_is_left_to_train_and_the_generator_is_as_it_was() -> None:
     generator = trained(10, 16)
     before = {name: value.clone() for name, value in generator.state_dict().items()}
+    torch.manual_seed(3)
     frozen = freeze(generator)
+    assert torch.equal(torch.get_rng_state(), torch.manual_seed(3).get_state())  # a resumed run freezes again
     image_l1_loss(frozen.preactivation(torch.randn(3, 10, requires_grad=True)), torch.zeros(3, 3, 16, 16)).backward()
     assert not any(x.requires_grad or x.grad is not None for x in frozen.parameters())
     torch.testing.assert_close(dict(generator.state_dict()), before, rtol=0, atol=0)

@@ -6,6 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from mekd.nets.generator import Generator, UpConv
 
@@ -66,7 +67,8 @@ def freeze(generator: nn.Module, tau: float = 1.0) -> FrozenGenerator:
         columns = torch.cat([weight.T, bias[None]]).unflatten(1, (up.in_channels, side // 2, side // 2))
         *columns, shift = F.conv_transpose2d(columns, up.weight, stride=2, padding=1).flatten(1)
         weight, bias = torch.stack(columns, 1), shift + up.bias.repeat_interleave(side**2)
-    first = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+    # Made without the initialisation, which would draw random numbers that a resumed run draws elsewhere.
+    first = skip_init(nn.Linear, weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
     # In the order of channels_last.
     order = torch.arange(len(bias), device=bias.device).view(-1, side * side).T.flatten()
     first.weight.copy_(weight[order])
@@ -90,9 +92,8 @@ def _folded(weight: Tensor, bias: Tensor, bn: nn.Module, repeats: int = 1) -> tu
 def _transposed(conv: nn.Module, bn: nn.Module) -> nn.ConvTranspose2d:
     assert isinstance(conv, UpConv) and conv.bias is not None
     weight, bias = _folded(conv.weight.double(), conv.bias.double(), bn)
-    up = nn.ConvTranspose2d(
-        conv.in_channels, conv.out_channels, 4, stride=2, padding=1, device=weight.device, dtype=weight.dtype
-    )
+    channels, like = (conv.in_channels, conv.out_channels), {"device": weight.device, "dtype": weight.dtype}
+    up = skip_init(nn.ConvTranspose2d, *channels, 4, stride=2, padding=1, **like)
     up.weight.copy_(UpConv.kernel(weight))
     assert up.bias is not None
     up.bias.copy_(bias)
