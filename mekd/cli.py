@@ -18,6 +18,7 @@ stages, in the order in which `mekd run` takes them:
 
 other commands:
   doctor        what this machine can run, and what is missing for the rest
+  selftest      every loss on this machine against float64, and its speed: a table for a bug report (--device, --impl)
 
 mekd STAGE --help lists every setting. A run's folder is --out, or runs/NAME for configs/NAME.yaml. --profile writes
 where the time of ten steps goes to its folder profile.
@@ -72,10 +73,14 @@ def _dispatch(command: str, words: list[str]) -> int:
         from mekd.doctor import doctor
 
         return doctor()
+    if command == "selftest":
+        from mekd.selftest import main as selftest
+
+        return selftest(words)
     from mekd.engine.stages import STAGES
 
     if command not in (*STAGES, "run"):
-        raise UsageError(f"there is no such stage; there are {', '.join(STAGES)}, run and doctor")
+        raise UsageError(f"there is no such stage; there are {', '.join(STAGES)}, run, doctor and selftest")
     parsed = parse(words)
     if parsed is None:
         return 0
