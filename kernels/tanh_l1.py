@@ -9,36 +9,51 @@ from mekd.checks import check_floating
 from mekd.kernels.launch import launch
 from mekd.kernels.rows import empty_gradient, number
 
-LIMIT = tl.constexpr(63.0)  # tanh(x) has long been 1 at e^2x = 2^63, and the product of two such stays finite
-TWICE_LOG2E = tl.constexpr(2.8853900817779268)
+LIMIT = tl.constexpr(22.0)  # tanh(x) has long been 1, and the product of two e^44 stays finite
+LOG2E = tl.constexpr(1.4426950408889634)
 PIECE = 2048  # elements of one sample that one program works on
 
 
 @triton.jit
-def exp_twice(x):
-    """e^2x as a power of two, cut off at both ends; NaN stays NaN."""
-    y = x * TWICE_LOG2E
-    y = tl.where(y > LIMIT, LIMIT, y)
-    return tl.exp2(tl.where(y < -LIMIT, -LIMIT, y))
+def cut_off(x):
+    """x where tanh(x) still changes; NaN stays NaN."""
+    x = tl.where(x > LIMIT, LIMIT, x)
+    return tl.where(x < -LIMIT, -LIMIT, x)
+
+
+@triton.jit
+def reduced(x):
+    """2^n and r of 2x = n ln 2 + r: the product 2x / ln 2 would carry its rounding into every digit of e^2x."""
+    n = tl.floor(x * (2 * LOG2E) + 0.5)
+    # ln 2 in two parts, the first so short that its product with n is exact.
+    r = (2 * x - n * 0.693359375) + n * 2.12194440e-4
+    return ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True), r
+
+
+@triton.jit
+def exp_twice(x, A: tl.constexpr):
+    """e^2x, cut off at both ends."""
+    x = cut_off(x)
+    if A == tl.float64:  # noqa: SIM300
+        e = tl.exp(2 * x)
+    else:
+        power, r = reduced(x)
+        e = tl.exp2(r * LOG2E) * power
+    return e
 
 
 @triton.jit
 def parts_of_exp_twice(x, A: tl.constexpr):
     """e^2x as s (1 + p), s a power of two and p small, so that no digit of p is lost beside 1."""
     if A == tl.float64:  # noqa: SIM300
-        power = exp_twice(x)  # there are digits enough
+        power = exp_twice(x, A)  # there are digits enough
         p = power * 0
     else:
-        x = tl.where(x > LIMIT / TWICE_LOG2E, LIMIT / TWICE_LOG2E, x)
-        x = tl.where(x < -LIMIT / TWICE_LOG2E, -LIMIT / TWICE_LOG2E, x)
-        n = tl.floor(x * TWICE_LOG2E + 0.5)
-        # ln 2 in two parts, the first so short that its product with n is exact.
-        r = (2 * x - n * 0.693359375) + n * 2.12194440e-4
+        power, r = reduced(cut_off(x))
         p = r * 0 + 1 / 5040
         for k in tl.static_range(6):
             p = p * r + 1 / (720, 120, 24, 6, 2, 1)[k]
-        p = tl.where(tl.abs(x) >= LIMIT / TWICE_LOG2E, 0, p * r)  # cut off, a saturated pixel may be a tie
-        power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+        p = tl.where(tl.abs(x) >= LIMIT, 0, p * r)  # cut off, a saturated pixel may be a tie
     return power, p
 
 
@@ -68,8 +83,8 @@ def tanh_l1_kernel(
     elif TANH:
         # With f = e^2b the difference is 2 (e - f) / ((e + 1) (f + 1)) and 1 - tanh(a)^2 is 4 e / (e + 1)^2. tanh is
         # monotonous, so that the sign is that of a - b.
-        e = exp_twice(a)
-        f = exp_twice(b)
+        e = exp_twice(a, dtype)
+        f = exp_twice(b, dtype)
         w = e + 1
         gap = 2 * ((e - f) / (w * (f + 1)))
         slope = 4 * e / (w * w)
