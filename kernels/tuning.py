@@ -19,6 +19,7 @@ class Tile(NamedTuple):
     stages: int
 
 
+FILE = Path(__file__).with_name("tuning.json")
 #: The longest row that one program holds in registers; a class more, and it loops.
 LONGEST = 8192
 SMALLEST = 16
@@ -27,19 +28,37 @@ SMALLEST = 16
 def tile(kernel: str, dtype: torch.dtype, classes: int) -> Tile:
     """The entry for this kernel, dtype and class count on the current device's architecture."""
     size = 1 << max(classes - 1, SMALLEST - 1).bit_length()
-    return _tile(kernel, str(dtype).removeprefix("torch."), str(size) if classes <= LONGEST else "more", _arch())
+    return tile_of(kernel, str(dtype).removeprefix("torch."), str(size) if classes <= LONGEST else "more", _arch())
 
 
 @functools.cache
-def _tile(kernel: str, dtype: str, size: str, arch: int) -> Tile:
-    archs = _table()[kernel]
+def tile_of(kernel: str, dtype: str, size: str, arch: int) -> Tile:
+    """The entry by its names, of the arch that is nearest; looked up once."""
+    archs = table()[kernel]
     nearest = min(archs, key=lambda name: abs(int(name.removeprefix("sm_")) - arch))
     return Tile(*archs[nearest][dtype][size])
 
 
 @functools.cache
-def _table() -> Any:
-    return json.loads(Path(__file__).with_name("tuning.json").read_text())
+def table() -> dict[str, Any]:
+    """kernel -> arch -> dtype -> size class -> [rows, block, warps, stages], as in the file."""
+    return json.loads(FILE.read_text())
+
+
+def dumps(content: dict[str, Any]) -> str:
+    """The table as the file holds it: a line for each dtype."""
+    kernels = (
+        f" {json.dumps(kernel)}: {{\n"
+        + ",\n".join(
+            f"  {json.dumps(arch)}: {{\n"
+            + ",\n".join(f"   {json.dumps(dtype)}: {json.dumps(sizes)}" for dtype, sizes in dtypes.items())
+            + "\n  }"
+            for arch, dtypes in archs.items()
+        )
+        + "\n }"
+        for kernel, archs in content.items()
+    )
+    return "{\n" + ",\n".join(kernels) + "\n}\n"
 
 
 def _arch() -> int:
