@@ -20,6 +20,7 @@ from mekd import extension, reference
 
 IMPLS = ("reference", "cpp", "triton")
 _LIBRARY = torch.library.Library("mekd", "DEF")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # known now: torch.compile cannot look for it
 
 
 class Op(NamedTuple):
@@ -69,13 +70,8 @@ def _check_triton(on: Tensor) -> None:
             f"impl='triton' runs on CUDA, and the tensors are on {on.device}; with TRITON_INTERPRET=1 in the "
             "environment before mekd is imported, Triton interprets its kernels on the CPU"
         )
-    if not _has_triton():
+    if not _HAS_TRITON:
         raise RuntimeError("impl='triton' is not available: triton is not installed; pip install triton")
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 class _Loss(torch.autograd.Function):
@@ -269,7 +265,7 @@ def _register_triton(name: str, otherwise: Callable[..., Any]) -> None:
     """Triton is imported by the first call, not with mekd."""
 
     def call(*arguments: Any) -> Any:
-        return _kernel(name)(*arguments) if _has_triton() else otherwise(*arguments)
+        return _kernel(name)(*arguments) if _HAS_TRITON else otherwise(*arguments)
 
     for key in ("CUDA", "CPU") if extension.INTERPRETED else ("CUDA",):
         _LIBRARY.impl(name, call, key)
