@@ -5,7 +5,7 @@ BIN := .venv/bin
 INTERPRETED := $(addprefix tests/test_ops_,$(addsuffix .py,values rows regimes layouts errors autograd in_place memory properties torch))
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: setup demo test lint bench kernels asan clean
+.PHONY: setup demo test compiled interpreted lint bench kernels asan clean
 
 setup: .venv/ready
 
@@ -18,8 +18,14 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/mekd run --config configs/digits.yaml
 
+# Two processes of one thread each: Triton either compiles or interprets, and two pools of threads would fight.
 test: setup
+	OMP_NUM_THREADS=1 $(MAKE) -j2 --output-sync=line --no-print-directory compiled interpreted
+
+compiled: setup
 	$(BIN)/python -m pytest
+
+interpreted: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) -k "not reference and not cpp"
 
 lint: setup

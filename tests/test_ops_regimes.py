@@ -98,7 +98,7 @@ def test_topk_by_comparison_and_by_a_target_in_memory(kind: str, k: int) -> None
 def test_every_kernel_has_tiles_for_every_size() -> None:
     from mekd.kernels import tuning
 
-    for kernel, archs in tuning._table().items():
+    for kernel, archs in tuning.table().items():
         for arch, dtypes in archs.items():
             for dtype in DTYPES:
                 sizes = dtypes[str(dtype).removeprefix("torch.")]

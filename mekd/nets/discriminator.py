@@ -28,7 +28,7 @@ class Discriminator(nn.Module):
         layers: list[nn.Module] = []
         inputs = channels
         for outputs in WIDTHS[size]:
-            layers += [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.LeakyReLU(0.2), nn.Dropout2d(dropout)]
+            layers += [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.LeakyReLU(0.2, inplace=True), nn.Dropout2d(dropout)]
             inputs, size = outputs, (size + 1) // 2
         self.features = nn.Sequential(*layers)
         self.linear = nn.Linear(inputs * size**2, 1)

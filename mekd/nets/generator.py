@@ -60,7 +60,7 @@ class Generator(nn.Module):
         x = self.bn(self.linear(code).unflatten(1, (-1, self.start, self.start)))
         x = x.contiguous(memory_format=torch.channels_last)
         for conv, bn in zip(self.convs, self.bns, strict=True):
-            x = F.leaky_relu(bn(conv(x)), 0.2)
+            x = F.leaky_relu(bn(conv(x)), 0.2, inplace=True)  # batch norm needs its input alone
         return self.last(x)
 
     def forward(self, code: Tensor) -> Tensor:
