@@ -27,9 +27,9 @@ from mekd.kernels.variants import CLASSES, ROWS, TOPK, Variant, variants
 ONE_PASS = 8192
 COMPILED: dict[str, list[tuple[torch.dtype, tuple[int, ...]]]] = {
     # One architecture with every regime: tiles of rows, one row in registers, the loop ...
-    "sm_90": [(torch.bfloat16, CLASSES[:4]), (torch.float32, (1000, CLASSES[3])), (torch.float16, (1000,))],
+    "sm_90": [(torch.bfloat16, CLASSES), (torch.float32, (1000, CLASSES[3])), (torch.float16, (1000,))],
     # ... and the others where registers are scarcest and where loads are asked to be wide.
-    **{arch: [(torch.bfloat16, (1000, ONE_PASS))] for arch in ARCHS if arch != "sm_90"},
+    **{arch: [(torch.bfloat16, (1000, ONE_PASS, CLASSES[4]))] for arch in ARCHS if arch != "sm_90"},
 }
 #: Numbers of a row that are read a second time, by the class that the answer names.
 AGAIN = {"tempered_kl_labels": 1, "dkd": 2, "tempered_kl_topk": TOPK}
