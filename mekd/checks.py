@@ -43,7 +43,9 @@ def tau_tensor(tau: float | Tensor, device: torch.device) -> Tensor:
         if tau.dim() != 0 or tau.requires_grad:
             check_positive("tau", tau)
         return tau if tau.device == device else tau.to(device)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # a fake tensor must not be kept
+    # Neither a fake tensor nor one in the memory of a CUDA graph that is being captured may be kept.
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or capturing:
         return torch.full((), tau, dtype=torch.float64, device=device)
     return _constant(float(tau), device)
 
