@@ -20,7 +20,7 @@ demo: setup
 
 # Two processes of one thread each: Triton either compiles or interprets, and two pools of threads would fight.
 test: setup
-	OMP_NUM_THREADS=1 $(MAKE) -j2 --output-sync=line --no-print-directory compiled interpreted
+	OMP_NUM_THREADS=1 $(MAKE) -j2 --no-print-directory compiled interpreted
 
 compiled: setup
 	$(BIN)/python -m pytest
