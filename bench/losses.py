@@ -26,6 +26,7 @@ QUICK = {
     "gan_generator": {"4096x1000"},
     "gan_generator_probs": {"4096x1000"},
 }
+GROUPS_A_LINE = 18  # of the picture
 COLUMNS = (
     "op", "case", "dtype", "direction", "impl", "median_s", "p20_s", "p80_s", "bytes_min", "gb_s", "peak_mb",
     "vs_eager", "vs_compile", "vs_limit", "vs_limit_alloc",
@@ -186,11 +187,22 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     ops = {op: list(dict.fromkeys(r["case"] for r in chosen if r["op"] == op)) for op in (r["op"] for r in chosen)}
     bars = [(impl, colour) for impl, colour in (("compile", "#9aa5b1"), ("cpp", "#0b6e99"))
             if any(r["impl"] == impl for r in chosen)]  # fmt: skip
-    figure, panels = plt.subplots(
-        1, len(ops), figsize=(2.2 + 0.75 * sum(map(len, ops.values())), 4.2), sharey=True, layout="constrained",
-        gridspec_kw={"width_ratios": [len(names) + 0.4 for names in ops.values()]}, squeeze=False,
-    )  # fmt: skip
-    for axes, (op, names) in zip(panels[0], ops.items(), strict=True):
+    lines: list[list[str]] = [[]]
+    for op in ops:
+        if sum(len(ops[other]) for other in [*lines[-1], op]) > GROUPS_A_LINE:
+            lines.append([])
+        lines[-1].append(op)
+    widest = max(sum(len(ops[op]) for op in line) for line in lines)
+    figure = plt.figure(figsize=(2.2 + 0.75 * widest, 3.8 * len(lines) + 0.4), layout="constrained")
+    parts = figure.subfigures(len(lines), 1, squeeze=False)[:, 0]
+    panels = {}
+    for part, line in zip(parts, lines, strict=True):
+        widths = [len(ops[op]) + 0.4 for op in line]
+        row = part.subplots(1, len(line), sharey=True, gridspec_kw={"width_ratios": widths}, squeeze=False)[0]
+        row[0].set_ylabel("times faster than eager PyTorch")
+        panels |= dict(zip(line, row, strict=True))
+    for op, axes in panels.items():
+        names = ops[op]
         for place, (impl, colour) in enumerate(bars):
             at = [x + 0.38 * (place - (len(bars) - 1) / 2) for x in range(len(names))]
             axes.bar(at, [speed[op, name, impl] for name in names], 0.36, color=colour, label=impl)
@@ -206,8 +218,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xticks(range(len(names)), [name.replace("x", "\u00d7") for name in names], fontsize=7, rotation=35)
         axes.set_xlim(-0.6, len(names) - 0.4)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_ylabel("times faster than eager PyTorch")
-    handles, labels = panels[0][0].get_legend_handles_labels()
+    handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=3, frameon=False)
     figure.suptitle(f"Forward + backward, float32, {machine()['threads']} threads", x=0.01, ha="left", fontsize=10)
     figure.savefig(path, dpi=130)
