@@ -46,7 +46,8 @@ print("as the truth")
 """
 
 
-@pytest.mark.skipif(extension.LOADED is None or PORTABLE is None, reason="the portable build is not there")
+@pytest.mark.skipif(extension.LOADED is None, reason=extension.WHY_NOT)
+@pytest.mark.skipif(PORTABLE is None, reason="the portable build is not there")
 def test_the_build_for_any_processor_computes_the_same() -> None:
     assert "as the truth" in python(PORTABLE_BUILD, ATEN_CPU_CAPABILITY="default")
 

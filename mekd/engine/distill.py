@@ -15,6 +15,7 @@ from mekd.engine.run import Run
 from mekd.engine.train import predict, set_cosine_lr, sgd
 from mekd.losses import MEKDLoss
 from mekd.nets import build
+from mekd.nets.frozen import freeze
 from mekd.oracle.export import Classifier, export
 from mekd.oracle.response import floor_of
 from mekd.pixels import as_float, to_uint8
@@ -49,6 +50,7 @@ def distill(run: Run) -> None:
     oracle = run.open_oracle("distill", image, config.budget)
     classes = oracle.num_classes
     generator = run.load_generator(classes, image[0])
+    draw = freeze(generator)
     if config.image > 0:  # said before the first query is paid
         resolve_code(config.code, {"label": "labels"}.get(oracle.response, oracle.response), classes)
     depends = fingerprint(run.config, "distill") | {
@@ -56,11 +58,11 @@ def distill(run: Run) -> None:
         "deprivatize.steps": run.config.deprivatize.steps,
     }
     seed = run.config.seed
-    holdout, asked = collect(run, "holdout", generator, oracle, config.holdout, depends, seed=seed + 2)
+    holdout, asked = collect(run, "holdout", draw, oracle, config.holdout, depends, seed=seed + 2)
     held_images, held_answer = holdout.read(slice(None))
     held_images, held_labels = as_float(held_images.to(run.device)), held_answer.labels.to(run.device)
     if config.replay:
-        store, asked = collect(run, "replay", generator, oracle, config.replay, depends, seed=seed + 3, begin_at=asked)
+        store, asked = collect(run, "replay", draw, oracle, config.replay, depends, seed=seed + 3, begin_at=asked)
 
     torch.manual_seed(seed + 4)
     student = run.place(build(config.student, classes, image[0]))
@@ -75,7 +77,7 @@ def distill(run: Run) -> None:
 
     def fresh() -> tuple[Tensor, dict[str, Any]]:
         with torch.no_grad():
-            drawn = generator(torch.randn(config.batch, classes, device=run.device))
+            drawn = draw(torch.randn(config.batch, classes, device=run.device))
         pixels = to_uint8(drawn) if oracle.transport == "uint8" else drawn
         with loop.clock("teacher"):
             return pixels, oracle.query(pixels).target
@@ -86,13 +88,13 @@ def distill(run: Run) -> None:
 
     def replayed(step: int) -> tuple[Tensor, dict[str, Any]]:
         with loop.clock("data"):
-            pixels, answer = store.read(rows(step))
+            now, then = rows(step), rows(step + 1)
+            pixels, answer = store.read(now)
             target = answer.to(run.device).target
+            store.will_need(then)
             if pictures is not None:
-                target["kept"] = pictures.read(rows(step)).to(run.device)
-            for file in (store, pictures):
-                if file is not None:
-                    file.will_need(rows(step + 1))
+                target["kept"] = pictures.read(now).to(run.device)
+                pictures.will_need(then)
             return pixels.to(run.device), target
 
     with Loop(

@@ -1,10 +1,10 @@
 """Synthetic images asked once and kept: the holdout, and the replay store."""
 
 import torch
+from torch import nn
 
 from mekd.engine.loop import Loop
 from mekd.engine.run import Run
-from mekd.nets import Generator
 from mekd.oracle.base import Oracle
 from mekd.oracle.replay import Replay
 from mekd.pixels import to_uint8
@@ -13,7 +13,7 @@ from mekd.pixels import to_uint8
 def collect(
     run: Run,
     name: str,
-    generator: Generator,
+    draw: nn.Module,
     oracle: Oracle,
     count: int,
     fingerprint: dict[str, object],
@@ -21,7 +21,10 @@ def collect(
     seed: int,
     begin_at: int = 0,
 ) -> tuple[Replay, int]:
-    """Ask for count images of G and keep them in the folder NAME; returns the store and the ledger's next request."""
+    """Ask for count images that draw makes of latents, and keep them in the folder NAME.
+
+    Returns the store and the ledger's next request.
+    """
     batch = min(256, count)
     store = Replay(run.out / name, count)
     depends = {**fingerprint, "count": count}
@@ -43,7 +46,7 @@ def collect(
     ) as loop:
         for step in loop:
             with torch.no_grad():
-                images = generator(torch.randn(rows(step), oracle.num_classes, device=run.device))
+                images = draw(torch.randn(rows(step), oracle.num_classes, device=run.device))
             images = to_uint8(images) if oracle.transport == "uint8" else images
             with loop.clock("teacher"):
                 store.write(step * batch, images, oracle.query(images))
