@@ -85,13 +85,16 @@ def _dispatch(command: str, words: list[str]) -> int:
     if parsed is None:
         return 0
     config, out = parsed
+    from mekd.engine import parallel
     from mekd.engine.run import Run
 
-    run = Run(config, out)
     if command == "report" and not out.is_dir():
         raise UsageError(f"--out is {str(out)!r}; there is no run there")
+    parallel.join(config.engine.device)
+    run = Run(config, out)
     for stage in STAGES if command == "run" else [command]:
         STAGES[stage](run)
+    parallel.leave()
     return 0
 
 

@@ -17,11 +17,16 @@ class DataConfig:
     """The images.
 
     Args:
-        name: digits, mnist, fashion_mnist, cifar10 or cifar100
-        path: folder of the data set's own files (idx, or CIFAR's python batches); digits need none
+        name: digits, mnist, fashion_mnist, cifar10, cifar100; or a tree of files with train and val in it: folder
+            (class folders of JPEGs), webdataset or tfrecord
+        path: folder of the data set's own files (idx, CIFAR's python batches, a tree); digits need none
         size: side of an image in pixels: 16, 32, 64, 128 or 224
         local_fraction: share of the training images that are the user's private, unlabelled ones
-        flip: whether mirrored images are images of the same class (when a teacher is trained)
+        flip: whether mirrored images are images of the same class
+        loader: what reads a tree: dali or torchvision
+        workers: threads (dali) or processes (torchvision) of each process that read a tree
+        resize: the shorter side in pixels before the centre of a tree's image is cropped; null for size * 256 / 224
+        on_error: an image of a tree that cannot be read stops the run (raise) or is left out and counted (skip)
     """
 
     name: str = "digits"
@@ -29,9 +34,19 @@ class DataConfig:
     size: int = 32
     local_fraction: float = 0.1
     flip: bool = False
+    loader: str = "dali"
+    workers: int = 2
+    resize: int | None = None
+    on_error: str = "raise"
 
     def __post_init__(self) -> None:
+        check_choice("data.loader", self.loader, ("dali", "torchvision"))
+        check_choice("data.on_error", self.on_error, ("raise", "skip"))
         _between("data.local_fraction", self.local_fraction, 0, 1)
+        if self.workers < 0 or (self.loader == "dali" and self.workers < 1):
+            raise ValueError(f"data.workers is {self.workers}; it must be at least 1 (torchvision: 0)")
+        if self.resize is not None and self.resize < self.size:
+            raise ValueError(f"data.resize is {self.resize}; it must be at least data.size, {self.size}")
 
 
 @dataclass(frozen=True)
@@ -112,12 +127,14 @@ class DeprivatizeConfig:
         width: multiplies the generator's channels
         dropout: share of the discriminator's channels that is left out; 0 where private images are many
         ema: decay of an average of G's weights, used in step 2; 0 for the last weights
+        latents: D and G learn from the same images of a step (shared), or G from others of its own (fresh)
         budget: queries at most; null for no limit
     """
 
     steps: int = 20000
     batch: int = 64
     lr: float = 2e-4
+    latents: str = "shared"
     alpha: float = 0.5
     minimax: bool = False
     width: float = 1.0
@@ -126,6 +143,7 @@ class DeprivatizeConfig:
     budget: int | None = None
 
     def __post_init__(self) -> None:
+        check_choice("deprivatize.latents", self.latents, ("shared", "fresh"))
         _positive("deprivatize", self, "steps", "batch", "lr", "width")
         _between("deprivatize.dropout", self.dropout, 0, 1)
         _between("deprivatize.ema", self.ema, 0, 1)
@@ -139,6 +157,7 @@ class DistillConfig:
 
     Args:
         student: resnet8, 20, 32, 56, 110 or torchvision:NAME
+        checkpoint: a state_dict that the student begins with; null for random weights
         steps: SGD steps with a cosine learning rate
         batch: images a step
         lr: peak learning rate
@@ -161,6 +180,7 @@ class DistillConfig:
     """
 
     student: str = "resnet8"
+    checkpoint: str | None = None
     steps: int = 20000
     batch: int = 128
     lr: float = 0.1
@@ -241,6 +261,8 @@ class EngineConfig:
         progress: a progress bar, where the output is a terminal
         profile: write a trace of ten steps, and a table of where their time goes, to the folder profile
         compile: torch.compile for step 1: off, default, reduce-overhead (CUDA graphs), or auto: default on CUDA alone
+        batch_norm: with several processes, the statistics of each one's part of a batch (local), or of the whole batch
+            (synchronised, on CUDA)
     """
 
     device: str = "auto"
@@ -249,8 +271,10 @@ class EngineConfig:
     progress: bool = True
     profile: bool = False
     compile: str = "auto"
+    batch_norm: str = "local"
 
     def __post_init__(self) -> None:
+        check_choice("engine.batch_norm", self.batch_norm, ("local", "synchronised"))
         check_choice("engine.compile", self.compile, ("auto", "off", "default", "reduce-overhead"))
         _positive("engine", self, "checkpoint_every", "log_every")
 
@@ -283,6 +307,7 @@ class Config:
 #: Settings that may change between an interrupted run and its resumption.
 FREE = {
     "data.path",
+    "data.workers",
     "oracle.price",
     "oracle.provider",
     "deprivatize.steps",

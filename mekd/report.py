@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mekd import files
+from mekd.engine import parallel
 from mekd.engine.run import Run, StageError, read_names
 from mekd.engine.train import predict
 from mekd.metrics import confusion
@@ -24,6 +25,8 @@ ACCOUNTS = ("deprivatize", "distill")
 
 def report(run: Run) -> None:
     """Read the run's folder and write what a person wants to see of it; nothing is trained or asked."""
+    if parallel.rank():
+        return
     if not run.checkpoint("distill").exists():
         raise StageError(f"{run.checkpoint('distill')} is missing: there is nothing to report before `mekd distill`")
     summary = summarize(run)
@@ -40,7 +43,7 @@ def report(run: Run) -> None:
 def summarize(run: Run) -> dict[str, Any]:
     """What the run measured, flat."""
     evaluated = run.read_json("evaluate.json") or {}
-    accounts = {name: run.read_json(f"ledger/{name}.json") or {} for name in ACCOUNTS}
+    accounts = {name: _account(run, name) for name in ACCOUNTS}
     best = files.load(run.checkpoint("distill"))["state"]["best"]
     summary: dict[str, Any] = {
         name: evaluated.get(name) for name in ("teacher_accuracy", "student_accuracy", "baseline_accuracy", "agreement")
@@ -60,6 +63,15 @@ def summarize(run: Run) -> dict[str, Any]:
     summary["seed"] = run.config.seed
     summary["response"] = run.config.oracle.response
     return summary
+
+
+def _account(run: Run, stage: str) -> dict[str, int]:
+    """The counts of a stage, over the accounts of all processes."""
+    total: dict[str, int] = {}
+    for path in [run.out / "ledger" / f"{stage}.json", *(run.out / "ledger").glob(f"{stage}.rank*.json")]:
+        for key, count in (json.loads(path.read_text()) if path.exists() else {}).items():
+            total[key] = total.get(key, 0) + count
+    return total
 
 
 def table(summary: dict[str, Any]) -> list[str]:
@@ -131,7 +143,7 @@ def class_names(run: Run) -> tuple[str, ...]:
     """The names of the classes: the teacher's list if it has one, else the data set's, else numbers."""
     if run.config.oracle.classes:
         return tuple(read_names(run.config.oracle.classes))
-    return run.load_data().classes
+    return run.open_data().classes
 
 
 def _save(picture: Callable[[Path], Any], path: Path) -> None:

@@ -81,6 +81,18 @@ def local_images(data: Dataset, fraction: float, seed: int) -> Tensor:
     return data.train_images[order[:count].to(data.train_images.device)]
 
 
+def augment(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
+    """Shift each image (m, ch, S, S) by up to an eighth of its side, edges repeated; mirror half of them if flip."""
+    m, _, size, _ = images.shape
+    most = size // 8
+    span = torch.arange(size)
+    mirrored = torch.rand(m, 1, generator=generator) < (0.5 if flip else 0.0)
+    top, left = torch.randint(-most, most + 1, (2, m, 1), generator=generator)
+    rows = (top + span).clamp_(0, size - 1)[:, :, None].to(images.device)
+    columns = (left + torch.where(mirrored, span.flip(0), span)).clamp_(0, size - 1)[:, None, :].to(images.device)
+    return images[torch.arange(m, device=images.device)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
+
+
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]
 
 

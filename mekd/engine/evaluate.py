@@ -8,19 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mekd import data as datasets
 from mekd import files, functional
 from mekd.config import fingerprint
+from mekd.data import Source
+from mekd.engine import parallel
 from mekd.engine.loop import Loop
 from mekd.engine.run import Run, StageError
 from mekd.engine.train import predict, set_cosine_lr, sgd
 from mekd.metrics import accuracy, confusion
 from mekd.nets import build
 from mekd.oracle.base import Oracle
-from mekd.oracle.response import Response, concatenate
+from mekd.oracle.replay import Replay
 from mekd.pixels import to_float
+from mekd.seeds import generator_at
+
+BATCH = 256
 
 
 def evaluate(run: Run) -> None:
@@ -29,79 +33,108 @@ def evaluate(run: Run) -> None:
     if not config.evaluate.enabled:
         run.log("evaluate: off (it needs labels and sends real images; --evaluate.enabled true for an experiment)")
         return
-    data = run.load_data()
+    data = run.open_data()
     path = run.out / "student.pt"
     if not path.exists():
         raise StageError(f"{path} is missing: run `mekd distill` first")
     oracle = run.open_oracle("evaluate", data.image)
-    if oracle.num_classes != len(data.classes):
-        raise StageError(
-            f"the teacher has {oracle.num_classes} classes, the data {len(data.classes)}; they cannot be compared"
-        )
-    answers = run.checkpoint("evaluate")
-    teacher, asked = ask_once(oracle, data.test_images, answers.with_name("evaluate-test.pt"))
-    student = run.place(build(config.distill.student, oracle.num_classes, data.image[0]))
+    classes = oracle.num_classes
+    if classes != len(data.classes):
+        raise StageError(f"the teacher has {classes} classes, the data {len(data.classes)}; they cannot be compared")
+    student = run.place(build(config.distill.student, classes, data.image[0]))
     student.load_state_dict(files.load(path))
-    predicted = predict(student, to_float(data.test_images)).cpu()
-    result: dict[str, Any] = {
-        "teacher_accuracy": accuracy(teacher.labels, data.test_labels),
-        "student_accuracy": accuracy(predicted, data.test_labels),
-        "baseline_accuracy": None,
-        "agreement": accuracy(predicted, teacher.labels),
-        "test_images": len(predicted),
-        "confusion": confusion(teacher.labels, predicted, oracle.num_classes).tolist(),
-    }
+    labels, answers, asked = ask_test(run, data, oracle)
+    mine = [labels, answers, predictions(student, data)]
     if config.evaluate.baseline:
-        local = datasets.local_images(data, config.data.local_fraction, config.seed)
-        private, _ = ask_once(oracle, local, answers.with_name("evaluate-private.pt"), asked)
-        result["baseline_accuracy"] = accuracy(train_baseline(run, local, private, data), data.test_labels)
-    run.write_json("evaluate.json", {**result, **{f"simulation_{k}": v for k, v in oracle.ledger.totals().items()}})
+        mine.append(predictions(train_baseline(run, data, oracle, asked), data))
+    sent = parallel.totals(oracle.ledger)
     oracle.ledger.close()
-    shown = (f"{n.removesuffix('_accuracy')} {100 * v:.2f}%" for n, v in result.items() if n.endswith("accuracy") and v)
-    run.log(f"evaluate: {', '.join(shown)}; student = teacher on {100 * result['agreement']:.2f}% of the test images")
+    columns = [torch.cat(parts) for parts in zip(*parallel.gather(mine), strict=True)]
+    if columns:
+        labels, answers, predicted, *baseline = columns
+        result: dict[str, Any] = {
+            "teacher_accuracy": accuracy(answers, labels),
+            "student_accuracy": accuracy(predicted, labels),
+            "baseline_accuracy": accuracy(baseline[0], labels) if baseline else None,
+            "agreement": accuracy(predicted, answers),
+        }
+        shown = ", ".join(
+            f"{name.split('_')[0]} {100 * v:.2f}%" for name, v in result.items() if name != "agreement" and v
+        )
+        counts = {"test_images": len(labels), "confusion": confusion(answers, predicted, classes).tolist()}
+        run.write_json("evaluate.json", {**result, **counts, **{f"simulation_{key}": n for key, n in sent.items()}})
+        run.log(f"evaluate: {shown}; student = teacher on {100 * result['agreement']:.2f}% of the test images")
+    run.log_skipped(data)
 
 
-def train_baseline(run: Run, local: Tensor, answers: Response, data: datasets.Dataset) -> Tensor:
-    """The plain baseline: the student trained by KL on the teacher's answers to the private images; its predictions."""
+def predictions(model: nn.Module, data: Source) -> Tensor:
+    """The classes (n,) that a network gives this process's test images."""
+    return torch.cat([predict(model, to_float(images)).cpu() for images, _ in data.once("test", BATCH)])
+
+
+def ask_test(run: Run, data: Source, oracle: Oracle) -> tuple[Tensor, Tensor, int]:
+    """Labels (n,) of this process's test images, the teacher's, asked once, and the ledger's next request."""
+    path = _kept(run, "evaluate-test")
+    if path.exists():
+        saved = files.load(path)
+        if saved["requests"] >= oracle.ledger.settled:
+            oracle.ledger.rewind(saved["requests"])
+        return saved["labels"], saved["answers"], saved["requests"]
+    oracle.ledger.rewind(0)
+    pairs = [(labels.cpu(), oracle.query(images).labels.cpu()) for images, labels in data.once("test", BATCH)]
+    labels, answers = (torch.cat(column) for column in zip(*pairs, strict=True))
+    files.save(path, {"labels": labels, "answers": answers, "requests": oracle.ledger.next})
+    oracle.ledger.settle()
+    return labels, answers, oracle.ledger.next
+
+
+def ask_private(run: Run, data: Source, oracle: Oracle, begin_at: int) -> tuple[Replay, int]:
+    """This process's private images and the teacher's answers to them, asked once; and how many there are."""
+    path = _kept(run, "evaluate-private")
+    store = Replay(run.out / "private" / path.stem, -(-data.count("local") // parallel.world()))
+    if path.exists():
+        return store, files.load(path)["count"]
+    oracle.ledger.rewind(begin_at)
+    count = 0
+    for images, _ in data.once("local", BATCH):
+        store.write(count, images, oracle.query(images))
+        count += len(images)
+    store.state_dict()
+    files.save(path, {"count": count})
+    oracle.ledger.settle()
+    return store, count
+
+
+def train_baseline(run: Run, data: Source, oracle: Oracle, begin_at: int) -> nn.Module:
+    """The plain baseline: the student trained by KL on the teacher's answers to the private images."""
     config = run.config.distill
     steps = run.config.evaluate.baseline_steps or config.steps
+    store, count = ask_private(run, data, oracle, begin_at)
     torch.manual_seed(run.config.seed + 4)
     student = run.place(build(config.student, len(data.classes), data.image[0]))
     optimizer = sgd(student, config.lr, config.weight_decay)
     state = {"student": student, "optimizer": optimizer}
     depends = fingerprint(run.config, "baseline") | {"teacher": run.teacher_digest()}
-    images, answers = to_float(local), answers.to(run.device)
-    batch = min(config.batch, len(local))
-    with Loop(run, "baseline", steps, state, depends, batch=batch) as loop:
+    batch = min(config.batch // parallel.world(), count)
+    learner = parallel.data_parallel(student)
+    parallel.dropout_apart(run.config.seed)
+    with Loop(run, "baseline", steps, state, depends, batch=batch * parallel.world()) as loop:
         for step in loop:
             set_cosine_lr(optimizer, config.lr, step, steps)
-            rows = torch.randint(len(local), (batch,), device=run.device)
-            loss = functional.kd_loss(student(images[rows]), **answers[rows].target)
+            rows = torch.randint(
+                count, (batch,), generator=generator_at(run.config.seed, "baseline", step, parallel.rank())
+            )
+            images, answers = store.read(rows)
+            target = answers.to(run.device).target
+            loss = functional.kd_loss(learner(to_float(images.to(run.device))), **target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             loop.log(loss=loss)
-    return predict(student, to_float(data.test_images))
+    return student
 
 
-def ask_once(oracle: Oracle, images: Tensor, path: Path, begin_at: int = 0) -> tuple[Response, int]:
-    """The answers to some images, asked once and kept; returns them and the ledger's next request."""
-    if path.exists():
-        saved = files.load(path)
-        if saved["requests"] >= oracle.ledger.settled:
-            oracle.ledger.rewind(saved["requests"])
-        return Response(saved["kind"], saved["values"], saved["indices"], saved["decimals"]), saved["requests"]
-    oracle.ledger.rewind(begin_at)
-    response = concatenate([oracle.query(part).to("cpu") for part in images.split(256)])
-    files.save(
-        path,
-        {
-            "kind": response.kind,
-            "values": response.values,
-            "indices": response.indices,
-            "decimals": response.decimals,
-            "requests": oracle.ledger.next,
-        },
-    )
-    oracle.ledger.settle()
-    return response, oracle.ledger.next
+def _kept(run: Run, name: str) -> Path:
+    """Where this process keeps what it asked: with another number of processes, its images are others."""
+    share = f"-{parallel.rank()}of{parallel.world()}" if parallel.world() > 1 else ""
+    return run.checkpoint(f"{name}{share}")

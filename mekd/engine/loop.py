@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mekd import files
+from mekd.engine import parallel
 from mekd.engine.run import Run, StageError, is_terminal
 from mekd.oracle.ledger import BudgetSpent, Ledger
 
@@ -26,8 +27,10 @@ class Loop:
 
     state: the modules, optimisers and dicts that the steps change, by name; a checkpoint holds them and the
     random states, so that a resumed stage takes exactly the steps that an undisturbed one would. A dict is
-    updated in place. queries(step): what a step asks of the ledger's budget; a step that it cannot pay is not
-    begun. begin_at: the requests that the ledger knew of before the stage.
+    updated in place. own: what each process has for itself, such as its place in the data; with another number of
+    processes it is left as it is. queries(step): what a step asks of this process's budget; a step that one of them
+    cannot pay is not begun. begin_at: the requests that the ledger knew of before the stage. ahead(): the answers
+    that the ledger has got for steps to come.
     """
 
     def __init__(
@@ -39,12 +42,15 @@ class Loop:
         fingerprint: dict[str, Any],
         *,
         batch: int,
+        own: dict[str, Any] | None = None,
         ledger: Ledger | None = None,
         queries: Callable[[int], int] | None = None,
         begin_at: int = 0,
+        ahead: Callable[[], int] = lambda: 0,
     ) -> None:
-        self.run, self.name, self.steps, self.state = run, name, steps, state
+        self.run, self.name, self.steps, self.state, self.own = run, name, steps, state, own or {}
         self.fingerprint, self.batch, self.ledger, self.queries = fingerprint, batch, ledger, queries
+        self.ahead = ahead
         self.path = run.checkpoint(name)
         self.step, self.seconds, self.requests = 0, 0.0, begin_at
         self._sums: dict[str, Any] = {}
@@ -75,36 +81,61 @@ class Loop:
                     part.update(saved["state"][name])
                 else:
                     part.load_state_dict(saved["state"][name])
-            self.step, self.seconds, self.requests = saved["step"], saved["seconds"], saved["requests"]
-            self._sums = saved["sums"]
-            torch.set_rng_state(saved["rng"])
-            if saved["cuda_rng"] is not None and self.run.device.type == "cuda":
-                torch.cuda.set_rng_state(saved["cuda_rng"], self.run.device)
+            self.step, self.seconds = saved["step"], saved["seconds"]
+            parallel.barrier()  # nobody writes while another reads
+            self._restore_own(saved["processes"])
         if not self.done:
             if self.ledger is not None:
                 self.ledger.rewind(self.requests)
             self._forget_metrics()
         self.run.save_config()
 
+    def _restore_own(self, processes: list[dict[str, Any]]) -> None:
+        if len(processes) != parallel.world():
+            self.run.log(
+                f"{self.name}: {parallel.world()} processes go on from the checkpoint of {len(processes)}; the data's "
+                "epoch begins anew"
+            )
+            if self.ledger is not None:
+                self.ledger.pass_over()
+            self.save()
+            return
+        saved = processes[parallel.rank()]
+        for name, part in self.own.items():
+            part.load_state_dict(saved["own"][name])
+        self.requests, self._sums = saved["requests"], saved["sums"]
+        torch.set_rng_state(saved["rng"])
+        if saved["cuda_rng"] is not None and self.run.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"], self.run.device)
+
     def save(self) -> None:
         """Write a checkpoint, then let the ledger forget the answers that it contains."""
+        asked_ahead = self.ahead()
         if self.ledger is not None:
-            self.requests = self.ledger.next
+            self.requests = self.ledger.next - asked_ahead
         cuda = self.run.device.type == "cuda"
-        files.save(
-            self.path,
-            {
-                "fingerprint": self.fingerprint,
-                "state": {n: dict(p) if isinstance(p, dict) else p.state_dict() for n, p in self.state.items()},
-                "step": self.step,
-                "seconds": self.seconds,
-                "requests": self.requests,
-                "sums": self._sums,
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state(self.run.device) if cuda else None,
-            },
-        )
-        if self.ledger is not None:
+        mine = {
+            "own": {name: part.state_dict() for name, part in self.own.items()},
+            "requests": self.requests,
+            "sums": {n: v.cpu() if isinstance(v, Tensor) else v for n, v in self._sums.items()},
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.run.device) if cuda else None,
+        }
+        state = {n: dict(p) if isinstance(p, dict) else p.state_dict() for n, p in self.state.items()}
+        processes = parallel.gather(mine)
+        if parallel.rank() == 0:
+            files.save(
+                self.path,
+                {
+                    "fingerprint": self.fingerprint,
+                    "state": state,
+                    "step": self.step,
+                    "seconds": self.seconds,
+                    "processes": processes,
+                },
+            )
+        parallel.barrier()
+        if self.ledger is not None and not asked_ahead:  # an answer ahead is found in the journal again
             self.ledger.settle()
 
     def __enter__(self) -> "Loop":
@@ -141,23 +172,25 @@ class Loop:
                 if self.step % every.checkpoint_every == 0 or self.done:
                     self.save()
                 self._show(bar, now)
-        if self._stop:
+        if any(parallel.any_of(self._stop)):
             raise Interrupted(f"{self.name} is finished and saved; the same command goes on with the next stage")
 
     def _check_stop(self) -> None:
         asked = self.queries(self.step) if self.queries is not None else 0
         spent = self.ledger is not None and asked > 0 and not self.ledger.affords(asked)
-        if not spent and not self._stop:
+        spent, stop = parallel.any_of(spent, self._stop)
+        if not spent and not stop:
             return
         self.save()
-        if self._stop:
+        if stop:
             raise Interrupted(
                 f"{self.name} stopped at step {self.step} of {self.steps}, saved; the same command goes on"
             )
         assert self.ledger is not None
+        (total, needed) = map(int, parallel.sum_of(self.ledger.spent, asked))
         raise BudgetSpent(
-            f"{self.ledger.stage}.budget is {self.ledger.budget} queries and {self.ledger.spent} are spent; the next "
-            f"step of {self.name} needs {asked}. It stands at step {self.step} of {self.steps}, saved. To go "
+            f"{self.ledger.stage}.budget is {self.ledger.budget} queries and {total} are spent; the next "
+            f"step of {self.name} needs {needed}. It stands at step {self.step} of {self.steps}, saved. To go "
             f"on, run the same command with a larger --{self.ledger.stage}.budget"
             + (
                 f", or accept the generator as it is with --deprivatize.steps {self.step}"
@@ -183,15 +216,22 @@ class Loop:
 
     def write(self, step: int, **values: float) -> None:
         """Write a line of metrics, after that many steps."""
+        if parallel.rank():
+            return
         self.run.out.mkdir(parents=True, exist_ok=True)
         with open(self.run.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"stage": self.name, "step": step, **values}) + "\n")
 
     def _write_metrics(self) -> None:
         count = self._sums.pop("steps", 0)
-        means = {name: round(float(total) / count, 6) for name, total in self._sums.items()}
+        totals = parallel.sum_of(*(float(total) for total in self._sums.values()))
+        means = {
+            name: round(total / count / parallel.world(), 6) for name, total in zip(self._sums, totals, strict=True)
+        }
         self._sums = {}
-        left = {} if self.ledger is None or self.ledger.left is None else {"budget_left": self.ledger.left}
+        left = {}
+        if self.ledger is not None and self.ledger.left is not None:
+            left = {"budget_left": int(parallel.sum_of(self.ledger.left)[0])}
         self.write(self.step, **means, **left)
         shares = "".join(f"  {name} {100 * s / max(self.seconds, 1e-9):.0f}%" for name, s in self._clocks.items())
         text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
@@ -201,6 +241,8 @@ class Loop:
         self._silent_log(line)
 
     def _silent_log(self, line: str) -> None:
+        if parallel.rank():
+            return
         if is_terminal() and self.run.config.engine.progress:
             with open(self.run.out / "log.txt", "a") as file:
                 file.write(line + "\n")
@@ -210,7 +252,7 @@ class Loop:
     def _forget_metrics(self) -> None:
         """Drop the lines of steps that will be taken again."""
         path = self.run.out / "metrics.jsonl"
-        if path.exists():
+        if path.exists() and parallel.rank() == 0:
             kept = [line for line in path.read_text().splitlines(True) if self._keeps(line)]
             files.write_text(path, "".join(kept))
 
@@ -222,14 +264,14 @@ class Loop:
         return row["stage"] != self.name or row["step"] <= self.step
 
     def _profiled(self) -> Any:
-        if not self.run.config.engine.profile:
+        if parallel.rank() or not self.run.config.engine.profile:
             return contextlib.nullcontext(lambda: None)
         from mekd.engine.profile import profiled
 
         return profiled(self.name, self.run.out / "profile", self.run.log)
 
     def _bar(self) -> Any:
-        if not (is_terminal() and self.run.config.engine.progress):
+        if parallel.rank() or not (is_terminal() and self.run.config.engine.progress):
             return contextlib.nullcontext()
         from tqdm import tqdm
 

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from mekd import data, files
+from mekd import files
 from mekd.config import Config, dump_yaml
-from mekd.data.arrays import Dataset
+from mekd.data import TREES, Source, open_source
+from mekd.engine import parallel
 from mekd.nets import Generator
 from mekd.oracle.base import Oracle
 from mekd.oracle.ledger import Ledger
 from mekd.oracle.onnx import OnnxOracle
+from mekd.seeds import generator_at
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -40,6 +43,8 @@ class Run:
         name = self.config.engine.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and parallel.world() > 1:
+            name = f"cuda:{torch.cuda.current_device()}"
         try:
             device = torch.device(name)
         except RuntimeError as error:
@@ -49,8 +54,24 @@ class Run:
         return device
 
     def place(self, module: Module) -> Module:
-        """A network on the run's device, its weights laid out for channels_last convolutions."""
-        return module.to(self.device).to(memory_format=torch.channels_last)
+        """A network on the run's device, its weights laid out for channels_last convolutions.
+
+        With several processes and engine.batch_norm synchronised, its batch norms see the whole batch.
+        """
+        placed = module.to(self.device).to(memory_format=torch.channels_last)
+        if self.config.engine.batch_norm == "local" or parallel.world() == 1:
+            return placed
+        if self.device.type != "cuda":
+            raise StageError(
+                "engine.batch_norm is 'synchronised', which PyTorch does on CUDA alone; on the CPU it must be 'local'"
+            )
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(placed)
+
+    def latents(self, purpose: str, step: int, count: int, num_classes: int) -> Tensor:
+        """This process's part of a step's count latent codes, each drawn from N(0, I): (m, num_classes)."""
+        generator = generator_at(self.config.seed, purpose, step, device=self.device)
+        codes = torch.randn(count, num_classes, generator=generator, device=self.device)
+        return codes[parallel.part(count)]
 
     @property
     def teacher_onnx(self) -> Path:
@@ -63,20 +84,34 @@ class Run:
         return self.out / "checkpoints" / f"{name}.pt"
 
     def log(self, line: str) -> None:
-        """A line for the screen and for log.txt."""
+        """A line for the screen and for log.txt, of the first process."""
+        if parallel.rank():
+            return
         print(line, flush=True)
         self.out.mkdir(parents=True, exist_ok=True)
         with open(self.out / "log.txt", "a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
+    def log_skipped(self, data: Source) -> None:
+        """Say how many files data.on_error=skip left out, if any."""
+        (skipped,) = parallel.sum_of(data.skipped())
+        if skipped:
+            self.log(f"data: {skipped:.0f} files could not be read and were left out (data.on_error is skip)")
+
     def save_config(self) -> None:
         """Write the resolved configuration into the run's folder."""
-        files.write_text(self.out / "config.yaml", dump_yaml(self.config))
+        if parallel.rank() == 0:
+            files.write_text(self.out / "config.yaml", dump_yaml(self.config))
 
-    def load_data(self) -> Dataset:
-        """The data set on the run's device."""
-        settings = self.config.data
-        return data.load(settings.name, settings.path, settings.size).to(self.device)
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """(ch, H, W) of the images; a tree is not looked through for it."""
+        size = self.config.data.size
+        return (3, size, size) if self.config.data.name in TREES else self.open_data().image
+
+    def open_data(self) -> Source:
+        """The data set: its images come on the run's device, and this process gets its part of them."""
+        return open_source(self.config, self.device, parallel.rank(), parallel.world())
 
     def open_oracle(self, stage: str, image: tuple[int, int, int], budget: int | None = None) -> Oracle:
         """The black box with the account of a stage."""
@@ -87,7 +122,8 @@ class Run:
                 f"{path} is missing: run `mekd export` first, or give your classifier with --teacher.onnx FILE"
             )
         names = None if settings.classes is None else read_names(settings.classes)
-        ledger = Ledger(stage, self.out / "ledger", budget, settings.price)
+        folder = self.out / "ledger"
+        ledger = parallel.deal(Ledger(stage, folder, budget, settings.price, parallel.rank()), folder)
         oracle = OnnxOracle(
             path,
             settings.response,
@@ -125,8 +161,19 @@ class Run:
         """A hash of the black box's file, by which a checkpoint knows its teacher."""
         return hashlib.sha256(self.teacher_onnx.read_bytes()).hexdigest()[:16]
 
+    def load_weights(self, module: torch.nn.Module, name: str, path: str) -> None:
+        """Load a state_dict that the user gave as the setting called name; StageError if it is none or does not fit."""
+        try:
+            module.load_state_dict(files.load(Path(path)))
+        except FileNotFoundError as error:
+            raise StageError(f"{name} is {path!r}; no such file") from error
+        except RuntimeError as error:
+            raise StageError(f"{name} {path!r} does not fit the network: {error}") from error
+
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """A small result, whole or not at all."""
+        """A small result, whole or not at all, of the first process."""
+        if parallel.rank():
+            return
         files.write_text(self.out / name, json.dumps(content, indent=1) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any] | None:

@@ -1,18 +1,14 @@
 """For experiments: train the classifier that will play the black box, and export it."""
 
-from pathlib import Path
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
 from mekd import files
 from mekd.config import TeacherConfig, fingerprint
-from mekd.data import Dataset
+from mekd.engine import parallel
 from mekd.engine.loop import Loop
 from mekd.engine.run import Run, StageError
-from mekd.engine.train import augment, predict, set_cosine_lr, sgd
-from mekd.metrics import accuracy
+from mekd.engine.train import predict, set_cosine_lr, sgd
 from mekd.nets import build
 from mekd.oracle.export import Classifier, export
 
@@ -22,60 +18,60 @@ def train_teacher(run: Run) -> None:
     config = run.config.teacher
     if config.onnx or config.checkpoint:
         return
-    data = run.load_data()
+    parallel.share("teacher.batch", config.batch)
+    data = run.open_data()
     torch.manual_seed(run.config.seed)
-    teacher = run.place(_classifier(config, data))
+    teacher = run.place(_classifier(config, len(data.classes), data.image))
     optimizer = sgd(teacher, config.lr, config.weight_decay)
+    learner, batches = parallel.data_parallel(teacher), data.training(config.batch)
     state = {"teacher": teacher.net, "optimizer": optimizer}
-    with Loop(run, "teacher", config.steps, state, fingerprint(run.config, "teacher"), batch=config.batch) as loop:
+    depends = fingerprint(run.config, "teacher")
+    with Loop(run, "teacher", config.steps, state, depends, batch=config.batch, own={"data": batches}) as loop:
         for step in loop:
             set_cosine_lr(optimizer, config.lr, step, config.steps)
-            rows = torch.randint(len(data.train_images), (config.batch,), device=run.device)
-            images = augment(data.train_images[rows] / 255, run.config.data.flip)
-            loss = F.cross_entropy(teacher(images), data.train_labels[rows])
+            with loop.clock("data"):
+                images, labels = batches.take(step)
+            loss = F.cross_entropy(learner(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             loop.log(loss=loss)
-    score = accuracy(predict(teacher, data.test_images), data.test_labels)
-    run.log(f"teacher: {config.arch}, {100 * score:.2f}% of the test images, {loop.seconds:.0f} s")
+    right = seen = 0
+    for images, labels in data.once("test", 256):
+        right += int((predict(teacher, images) == labels).sum())
+        seen += len(labels)
+    right, seen = map(int, parallel.sum_of(right, seen))
+    run.log(f"teacher: {config.arch}, {100 * right / seen:.2f}% of {seen} test images, {loop.seconds:.0f} s")
+    run.log_skipped(data)
 
 
 def export_teacher(run: Run) -> None:
     """Write the teacher as teacher.onnx, preprocessing inside; from then on it can only be asked."""
     config = run.config.teacher
-    if config.onnx or run.teacher_onnx.exists():
-        return
-    data = run.load_data()
-    teacher = _classifier(config, data)
+    if not (config.onnx or run.teacher_onnx.exists()) and parallel.rank() == 0:
+        _export_teacher(run, config)
+    parallel.barrier()
+
+
+def _export_teacher(run: Run, config: TeacherConfig) -> None:
+    data = run.open_data()
+    teacher = _classifier(config, len(data.classes), data.image)
     if config.checkpoint:
-        weights = _own_weights(config.checkpoint)
+        run.load_weights(teacher.net, "teacher.checkpoint", config.checkpoint)
     elif run.checkpoint("teacher").exists():
         saved = files.load(run.checkpoint("teacher"))
         if saved["step"] < config.steps:
             raise StageError(
                 f"the teacher stands at step {saved['step']} of {config.steps}: run `mekd teacher` to finish it"
             )
-        weights = saved["state"]["teacher"]
+        teacher.net.load_state_dict(saved["state"]["teacher"])
     else:
         raise StageError(
             f"{run.checkpoint('teacher')} is missing: run `mekd teacher` first, or give --teacher.checkpoint FILE"
         )
-    try:
-        teacher.net.load_state_dict(weights)
-    except RuntimeError as error:
-        raise StageError(f"the weights do not fit teacher.arch {config.arch!r}: {error}") from error
     worst = export(teacher, run.teacher_onnx, data.image, run.config.oracle.transport)
     run.log(f"export: {run.teacher_onnx}, largest difference from torch {worst:.1e} of the largest logit")
 
 
-def _classifier(config: TeacherConfig, data: Dataset) -> Classifier:
-    net = build(config.arch, len(data.classes), data.image[0])
-    return Classifier(net, config.mean, config.std, config.resize)
-
-
-def _own_weights(path: str) -> dict[str, Any]:
-    try:
-        return files.load(Path(path))
-    except FileNotFoundError as error:
-        raise StageError(f"teacher.checkpoint is {path!r}; no such file") from error
+def _classifier(config: TeacherConfig, num_classes: int, image: tuple[int, int, int]) -> Classifier:
+    return Classifier(build(config.arch, num_classes, image[0]), config.mean, config.std, config.resize)

@@ -1,9 +1,8 @@
-"""What the training stages share: the learning rate, an augmentation, an accuracy."""
+"""What the training stages share: optimisers, the learning rate, predictions."""
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -27,18 +26,6 @@ def set_cosine_lr(optimizer: torch.optim.Optimizer, peak: float, step: int, step
     )
     for group in optimizer.param_groups:
         group["lr"] = peak * rate
-
-
-def augment(images: Tensor, flip: bool) -> Tensor:
-    """Shift each image (m, ch, S, S) by up to an eighth of its side, edges repeated; mirror half of them if flip."""
-    m, _, size, _ = images.shape
-    most = size // 8
-    padded = F.pad(images, (most, most, most, most), mode="replicate")
-    top, left = torch.randint(0, 2 * most + 1, (2, m, 1), device=images.device)
-    span = torch.arange(size, device=images.device)
-    columns = torch.where(torch.rand(m, 1, device=images.device) < 0.5, span.flip(0), span) if flip else span
-    rows = torch.arange(m, device=images.device)[:, None, None]
-    return padded[rows, :, (top + span)[:, :, None], (left + columns)[:, None, :]].permute(0, 3, 1, 2)
 
 
 @torch.inference_mode()

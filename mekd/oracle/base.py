@@ -18,8 +18,11 @@ class Oracle(ABC):
 
     response: "logits", "probs", "topk" (with k) or "label"; decimals: what the API rounds values to. budget:
     queries at most; ledger: an account that is kept elsewhere, instead of one in memory with that budget.
-    transport: "uint8" sends pixels as an API gets them, "float" sends them unrounded.
+    transport: "uint8" sends pixels as an API gets them, "float" sends them unrounded. ahead: whether asking from a
+    second thread, a batch ahead, saves time: where the teacher does not work on the processor that trains.
     """
+
+    ahead = False
 
     def __init__(
         self,

@@ -38,15 +38,22 @@ class Ledger:
     stage names the account. folder holds STAGE.journal (the totals at the last checkpoint, and every request
     since) and STAGE.json (those totals, for others to read); without a folder the account lives in memory.
     budget: queries at most, the uncertain ones included; price: what one query costs. uncertain counts queries
-    that were sent and whose answer was lost or unusable: the provider may have billed them.
+    that were sent and whose answer was lost or unusable: the provider may have billed them. rank: the process that
+    keeps the account, of several; those after the first have STAGE.rankN.journal. reserved: queries of the budget
+    that are spent by other processes, or theirs to spend.
     """
 
     def __init__(
-        self, stage: str, folder: Path | None = None, budget: int | None = None, price: float | None = None
+        self,
+        stage: str,
+        folder: Path | None = None,
+        budget: int | None = None,
+        price: float | None = None,
+        rank: int = 0,
     ) -> None:
         if budget is not None and budget < 0:
             raise ValueError(f"{stage}.budget is {budget}; it must be at least 0, or null for no limit")
-        self.stage, self.budget, self.price = stage, budget, price
+        self.stage, self.budget, self.price, self.reserved = stage, budget, price, 0
         self.counts = dict.fromkeys(_COUNTS, 0)
         self.settled = 0
         self.next = 0
@@ -54,7 +61,7 @@ class Ledger:
         self._journal: BinaryIO | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self._path = folder / f"{stage}.journal"
+            self._path = folder / (f"{stage}.rank{rank}.journal" if rank else f"{stage}.journal")
             self._read()
 
     @property
@@ -65,7 +72,7 @@ class Ledger:
     @property
     def left(self) -> int | None:
         """Queries left in the budget; None without one."""
-        return None if self.budget is None else max(0, self.budget - self.spent)
+        return None if self.budget is None else max(0, self.budget - self.spent - self.reserved)
 
     def affords(self, queries: int) -> bool:
         """Whether the next request may be sent, or needs not be because its answer is in the journal."""
@@ -77,9 +84,7 @@ class Ledger:
         return {**self.counts, **cost}
 
     def __str__(self) -> str:
-        up, down = (self.counts[name] / 1e6 for name in ("bytes_up", "bytes_down"))
-        sent = f"{self.counts['queries']} queries, {up:.1f} MB up, {down:.1f} MB down"
-        return sent + (f", {self.counts['uncertain']} uncertain" if self.counts["uncertain"] else "")
+        return describe(self.counts)
 
     def rewind(self, request: int) -> None:
         """Stand at a checkpoint's request again, so that the requests since then are answered from the journal."""
@@ -117,8 +122,9 @@ class Ledger:
         """Journal a request before it is sent; BudgetSpent, and nothing journalled, if it would not fit."""
         if self.left is not None and len(images) > self.left:
             raise BudgetSpent(
-                f"{self.stage}.budget is {self.budget} queries, {self.spent} are spent and the next request has "
-                f"{len(images)}; it was not sent"
+                f"{self.stage}.budget is {self.budget} queries, {self.spent} are spent"
+                + (f", {self.reserved} belong to other processes" if self.reserved else "")
+                + f" and the next request has {len(images)}; it was not sent"
             )
         self._append(b"I", json.dumps({"request": self.next, "queries": len(images)}).encode())
         self.counts["uncertain"] += len(images)
@@ -145,6 +151,10 @@ class Ledger:
         self._journal = open(self._path, "r+b", buffering=0)  # noqa: SIM115
         self._journal.seek(0, io.SEEK_END)
         files.write_text(self._path.with_suffix(".json"), totals + "\n")
+
+    def pass_over(self) -> None:
+        """Leave the answers since the checkpoint unused, though counted: other processes ask in other batches."""
+        self.next = self.next_unanswered()
 
     def close(self) -> None:
         """Close the journal."""
@@ -191,6 +201,13 @@ class Ledger:
                 self._count(head["up"], response)
         self._journal.truncate(good)  # a record that the kill cut short
         self._journal.seek(good)
+
+
+def describe(counts: dict[str, int]) -> str:
+    """An account's counts in a line."""
+    up, down = (counts[name] / 1e6 for name in ("bytes_up", "bytes_down"))
+    sent = f"{counts['queries']} queries, {up:.1f} MB up, {down:.1f} MB down"
+    return sent + (f", {counts['uncertain']} uncertain" if counts["uncertain"] else "")
 
 
 def _digest(images: Tensor) -> str:

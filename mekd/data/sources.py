@@ -1,0 +1,198 @@
+"""Where a stage gets its images: a data set in memory, or a tree of JPEGs or shards that is read as it goes."""
+
+import importlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mekd.config import Config
+from mekd.data import arrays
+from mekd.data.arrays import Dataset
+from mekd.seeds import generator_at
+
+TREES = ("folder", "webdataset", "tfrecord")
+
+
+class Batches(Protocol):
+    """Endless batches of a process: images (m, ch, S, S), uint8, and labels (m,) int64; its place is its state."""
+
+    def take(self, step: int) -> tuple[Tensor, Tensor]:
+        """The batch of a step; steps are taken in order."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the data."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a place."""
+        ...
+
+
+class Source(Protocol):
+    """What the stages need of a data set; batch is that of all processes together, each gets its part."""
+
+    classes: tuple[str, ...]
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """(ch, H, W)."""
+        ...
+
+    def training(self, batch: int) -> Batches:
+        """All training images, shuffled, with labels."""
+        ...
+
+    def local(self, batch: int) -> Batches:
+        """The private images, shuffled; their labels are not to be used."""
+        ...
+
+    def once(self, part: str, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each image of "local" or of "test" once, over all processes."""
+        ...
+
+    def count(self, part: str) -> int:
+        """The images of "training", "local" or "test"."""
+        ...
+
+    def skipped(self) -> int:
+        """Files that were left out because they cannot be read."""
+        ...
+
+
+def open_source(config: Config, device: torch.device, rank: int = 0, world: int = 1) -> Source:
+    """The data set of the configuration. Raises DataError naming the file or the folder, and what to do."""
+    if config.data.name in TREES:
+        return TreeSource(config, device, rank, world)
+    data = arrays.load(config.data.name, config.data.path, config.data.size).to(device)
+    return ArraySource(data, config, rank, world)
+
+
+class ArraySource:
+    """A data set in memory: the rows of a batch, and how they are augmented, are functions of the seed and the step."""
+
+    def __init__(self, data: Dataset, config: Config, rank: int, world: int) -> None:
+        self.data, self.classes, self.image = data, data.classes, data.image
+        self._config, self._rank, self._world = config, rank, world
+        self._local = arrays.local_images(data, config.data.local_fraction, config.seed)
+        self._unlabelled = torch.zeros(len(self._local), dtype=torch.int64, device=self._local.device)
+
+    def training(self, batch: int) -> Batches:
+        """As Source.training: shifted by up to an eighth, mirrored where data.flip says so."""
+        return _Rows(self, self.data.train_images, self.data.train_labels, batch, "training")
+
+    def local(self, batch: int) -> Batches:
+        """As Source.local; labels are 0."""
+        return _Rows(self, self._local, self._unlabelled, batch, "local")
+
+    def once(self, part: str, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """As Source.once; labels of private images are 0."""
+        test = self.data.test_images, self.data.test_labels
+        images, labels = test if part == "test" else (self._local, self._unlabelled)
+        mine = self._mine(len(images))
+        yield from zip(images[mine].split(batch), labels[mine].split(batch), strict=True)
+
+    def count(self, part: str) -> int:
+        """As Source.count."""
+        return len({"training": self.data.train_images, "local": self._local, "test": self.data.test_images}[part])
+
+    def skipped(self) -> int:
+        """Nothing is ever left out."""
+        return 0
+
+    def _mine(self, count: int) -> slice:
+        return slice(count * self._rank // self._world, count * (self._rank + 1) // self._world)
+
+
+class _Rows:
+    def __init__(self, source: ArraySource, images: Tensor, labels: Tensor, batch: int, name: str) -> None:
+        self._source, self._images, self._labels, self._batch, self._name = source, images, labels, batch, name
+
+    def take(self, step: int) -> tuple[Tensor, Tensor]:
+        generator = generator_at(self._source._config.seed, self._name, step)
+        rows = torch.randint(len(self._images), (self._batch,), generator=generator)
+        rows = rows[self._source._mine(self._batch)].to(self._images.device)
+        images, labels = self._images[rows], self._labels[rows]
+        if self._name == "training":
+            images = arrays.augment(images, self._source._config.data.flip, generator)
+        return images, labels
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class TreeSource:
+    """A folder of class folders, or shards, under train/ and val/: decoded as they are needed, by data.loader."""
+
+    def __init__(self, config: Config, device: torch.device, rank: int, world: int) -> None:
+        from mekd.data import listing
+
+        settings = config.data
+        if settings.path is None:
+            raise arrays.DataError(f"data.path is not set; {settings.name} needs the folder of train/ and val/")
+        self._config, self._settings, self._device, self._rank, self._world = config, settings, device, rank, world
+        # Both are imported by name alone: a loader that is missing is an error and not another loader.
+        self._loader = importlib.import_module(
+            {"dali": "mekd.data.dali", "torchvision": "mekd.data.folder"}[settings.loader]
+        )
+        self._training = listing.read(settings.path, settings.name, "train")
+        self._test = listing.read(settings.path, settings.name, "val")
+        listing.same_classes(self._training, self._test)
+        self._local = listing.part(self._training, settings.local_fraction, config.seed)
+        self.classes, self.image = self._training.classes, (3, settings.size, settings.size)
+        self._streams: list[Any] = []
+
+    def training(self, batch: int) -> Batches:
+        """As Source.training: random-resized crops, mirrored where data.flip says so."""
+        return self._endless(self._training, batch, "random")
+
+    def local(self, batch: int) -> Batches:
+        """As Source.local: resized and cropped in the centre."""
+        return self._endless(self._local, batch, "centre")
+
+    def once(self, part: str, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """As Source.once: resized and cropped in the centre."""
+        stream = self._loader.evaluation(self._test if part == "test" else self._local, batch, **self._options())
+        self._streams.append(stream)
+        yield from stream
+        stream.close()
+
+    def count(self, part: str) -> int:
+        """As Source.count."""
+        return len({"training": self._training, "local": self._local, "test": self._test}[part])
+
+    def skipped(self) -> int:
+        """As Source.skipped."""
+        return sum(stream.skipped for stream in self._streams)
+
+    def _endless(self, listed: Any, batch: int, crop: str) -> Batches:
+        stream = self._loader.training(
+            listed, batch // self._world, crop=crop, flip=self._settings.flip, seed=self._config.seed, **self._options()
+        )
+        self._streams.append(stream)
+        return _Streamed(stream)
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "size": self._settings.size,
+            "resize": self._settings.resize,
+            "device": self._device,
+            "rank": self._rank,
+            "world": self._world,
+            "threads": self._settings.workers,
+            "on_error": self._settings.on_error,
+        }
+
+
+class _Streamed:
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.state_dict, self.load_state_dict = stream.state_dict, stream.load_state_dict
+
+    def take(self, step: int) -> tuple[Tensor, Tensor]:
+        return next(self._stream)

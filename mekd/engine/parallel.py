@@ -1,0 +1,136 @@
+"""Several processes, as torchrun starts them: who writes, what they agree on, how a batch is shared.
+
+A batch of the configuration is that of all processes together, so that one process and eight take the same steps and
+pay the same queries. Process 0 writes; --out lies where all can read it. Alone, everything here does nothing.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mekd.oracle.ledger import Ledger, describe
+from mekd.seeds import generator_at
+
+Value = TypeVar("Value")
+
+
+def join(device: str) -> None:
+    """Join the processes that torchrun started, if it did: gloo for CPU tensors, nccl for CUDA's.
+
+    device: engine.device; with CUDA every process takes the card of its LOCAL_RANK.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+
+
+def leave() -> None:
+    """Leave the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def part(count: int) -> slice:
+    """This process's rows of count ones: the parts of all are in order, and differ by one row at most."""
+    return slice(count * rank() // world(), count * (rank() + 1) // world())
+
+
+def share(name: str, batch: int) -> int:
+    """This process's images of a batch; ValueError names a batch that cannot be dealt out evenly."""
+    if batch % world():
+        raise ValueError(
+            f"{name} is {batch} images over all processes together; with {world()} of them it must be a multiple of "
+            f"{world()}"
+        )
+    return batch // world()
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    """The module, its gradients averaged over the processes by DistributedDataParallel.
+
+    Buffers are not synchronised: batch norm in training reads none of them, process 0 writes its own, and writing them in
+    the second of two forwards would change what the first one saved for backward.
+    """
+    return module if world() == 1 else DistributedDataParallel(module, forward_sync_buffers=False)
+
+
+def dropout_apart(seed: int) -> None:
+    """Let processes after the first drop other channels than it does."""
+    if rank():
+        torch.manual_seed(generator_at(seed, "process", rank()).initial_seed())
+
+
+def any_of(*flags: bool) -> list[bool]:
+    """Whether each flag is up in any process: all of them learn it, and none goes on alone."""
+    if world() == 1:
+        return list(flags)
+    raised = torch.tensor([int(flag) for flag in flags])
+    dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in raised]
+
+
+def sum_of(*numbers: float) -> list[float]:
+    """Each number, summed over the processes."""
+    if world() == 1:
+        return list(numbers)
+    total = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather(value: Value) -> list[Value]:
+    """The value of every process in order, at process 0; an empty list elsewhere."""
+    if world() == 1:
+        return [value]
+    found: list[Any] | None = [None] * world() if rank() == 0 else None
+    dist.gather_object(value, found)
+    return found or []
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world() > 1:
+        any_of(False)
+
+
+def deal(ledger: Ledger, folder: Path) -> Ledger:
+    """Give this process its slice of a budget that is one for all, those of an earlier number of processes included."""
+    spent = float(ledger.spent)
+    for path in folder.glob(f"{ledger.stage}.rank*.journal"):
+        number = int(path.name.split(".rank")[1].split(".")[0])
+        if rank() == 0 and number >= world():
+            gone = Ledger(ledger.stage, folder, rank=number)
+            gone.close()
+            spent += gone.spent
+    (total,) = sum_of(spent)
+    if ledger.budget is not None:
+        ledger.reserved = ledger.budget - ledger.spent - max(0, ledger.budget - int(total)) // world()
+    return ledger
+
+
+def totals(ledger: Ledger) -> dict[str, int]:
+    """The counts of a stage over all processes, which all must ask for."""
+    return dict(zip(ledger.counts, map(int, sum_of(*ledger.counts.values())), strict=True))
+
+
+def account(ledger: Ledger) -> str:
+    """The counts of a stage over all processes, as a line of the log says them; all must ask."""
+    return describe(totals(ledger))
