@@ -91,6 +91,9 @@ class OracleConfig:
         decimals: what the API rounds its values to; null for not at all
         transport: images go up as uint8 or as float
         provider: auto, cpu, cuda or tensorrt
+        batch: images that the teacher computes at once; null: measured once on blank images, and kept in oracle.json
+        precision: the teacher computes in float32, or in float16 (cuda, tensorrt), which is then held against float32
+        cuda_graph: the teacher's work is recorded once and replayed, each piece filled up to batch (cuda, tensorrt)
         output: what the ONNX file puts out: logits, probs or auto
         classes: a file of class names, one a line, for a teacher that answers names
         mean: subtracted from pixels in [0, 1] if the ONNX input is floating
@@ -103,6 +106,9 @@ class OracleConfig:
     decimals: int | None = None
     transport: str = "uint8"
     provider: str = "auto"
+    batch: int | None = None
+    precision: str = "float32"
+    cuda_graph: bool = False
     output: str = "auto"
     classes: str | None = None
     mean: list[float] = field(default_factory=lambda: [0.0])
@@ -112,6 +118,9 @@ class OracleConfig:
     def __post_init__(self) -> None:
         check_choice("oracle.response", self.response, ("logits", "probs", "topk", "label"))
         check_choice("oracle.transport", self.transport, ("uint8", "float"))
+        check_choice("oracle.precision", self.precision, ("float32", "float16"))
+        if self.batch is not None and self.batch < 1:
+            raise ValueError(f"oracle.batch is {self.batch}; it must be at least 1, or null")
 
 
 @dataclass(frozen=True)

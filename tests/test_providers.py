@@ -26,8 +26,8 @@ def test_cuda_never_becomes_the_cpu(tmp_path: Path) -> None:
 def test_a_session_that_fell_back_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As on a machine whose driver is too old, whatever this one has.
     class Fallen:
-        def __init__(self, path: str, settings: Any, providers: list[str]) -> None:
-            assert providers == ["CUDAExecutionProvider"]
+        def __init__(self, path: str, settings: Any, providers: list[Any], enable_fallback: int) -> None:
+            assert [name for name, _ in providers] == ["CUDAExecutionProvider"] and not enable_fallback
 
         def get_providers(self) -> list[str]:
             return ["CPUExecutionProvider"]
@@ -35,7 +35,7 @@ def test_a_session_that_fell_back_is_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(ort, "InferenceSession", Fallen)
     with pytest.raises(ProviderError, match="CUDAExecutionProvider was asked for, but CPUExecutionProvider would run"):
-        OnnxOracle(echo(tmp_path / "x.onnx"), providers="cuda")
+        open_session(echo(tmp_path / "x.onnx"), "cuda")
 
 
 def test_auto_runs_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def test_no_provider_at_all(tmp_path: Path) -> None:
 
 
 def test_two_runtimes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mekd.oracle.onnx.version", lambda name: "1.2.3")
+    monkeypatch.setattr("mekd.oracle.session.version", lambda name: "1.2.3")
     with pytest.raises(ProviderError, match=r"onnxruntime 1.2.3 and onnxruntime-gpu 1.2.3 are both installed"):
         asked(echo(tmp_path / "x.onnx"))
 

@@ -105,16 +105,18 @@ def answer(scores: Tensor, kind: str, *, output: str, k: int = 5, decimals: int 
     """
     scores = scores.to(torch.float32)
     unusable = ~scores.amax(-1).isfinite()  # NaN wins a maximum; a row of -inf masks every class
-    if unusable.any():
-        rows = int(unusable.sum())
-        raise AnswerError(f"the teacher answered NaN or infinity for {rows} of {len(scores)} images")
+    wrong = unusable
     if output == "probs":
-        total = scores.sum(-1)
-        if (scores < 0).any() or (total - 1).abs().max() > 1e-2:
-            raise AnswerError(
-                f"the teacher's probabilities run from {scores.min():.4g} and a row sums to "
-                f"{total[(total - 1).abs().argmax()]:.4g}; if it answers logits, say --oracle.output logits"
-            )
+        off = (scores.sum(-1) - 1).abs()
+        wrong = unusable | (scores.amin(-1) < 0) | (off > 1e-2)
+    if wrong.any():  # the one look at the values: on a GPU each look waits for it
+        if unusable.any():
+            rows = int(unusable.sum())
+            raise AnswerError(f"the teacher answered NaN or infinity for {rows} of {len(scores)} images")
+        raise AnswerError(
+            f"the teacher's probabilities run from {scores.min():.4g} and a row sums to "
+            f"{scores.sum(-1)[off.argmax()]:.4g}; if it answers logits, say --oracle.output logits"
+        )
     if kind == "logits":
         if output != "logits":
             raise AnswerError("this teacher answers probabilities; its logits cannot be had: --oracle.response probs")
