@@ -1,5 +1,6 @@
 """A run: its configuration, its folder, its log, and the pieces that several stages open."""
 
+import functools
 import hashlib
 import json
 import sys
@@ -18,8 +19,10 @@ from mekd.data import TREES, Source, open_source
 from mekd.engine import parallel
 from mekd.nets import Generator
 from mekd.oracle.base import Oracle
+from mekd.oracle.batch import find_batch, stored_batch
 from mekd.oracle.ledger import Ledger
 from mekd.oracle.onnx import OnnxOracle
+from mekd.oracle.session import provider_names
 from mekd.seeds import generator_at
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -137,9 +140,27 @@ class Run:
             k=settings.k,
             decimals=settings.decimals,
             transport=settings.transport,
+            batch=settings.batch or functools.partial(self._query_batch, image),
+            precision=settings.precision,
+            cuda_graph=settings.cuda_graph,
+            cache=self.out / "tensorrt",
             ledger=ledger,
         )
         return self.wrap_oracle(oracle)
+
+    def _query_batch(self, image: tuple[int, int, int], run_blank: Callable[[int], object]) -> int:
+        """The images that the teacher gets at once: measured by the first process when the run first asks, then kept.
+
+        The images that measure are blank and stay here: the ledger does not count them.
+        """
+        settings = self.config.oracle
+        belongs = {"teacher": self.teacher_digest(), "provider": provider_names(settings.provider)[0]}
+        belongs |= {"transport": settings.transport, "precision": settings.precision}
+        asked = any(journal.stat().st_size for journal in (self.out / "ledger").glob("*.journal"))
+        size = 0
+        if parallel.rank() == 0:
+            size = stored_batch(self.out / "oracle.json", belongs, asked, lambda: find_batch(run_blank, image))
+        return int(parallel.sum_of(size)[0])
 
     def load_generator(self, num_classes: int, channels: int) -> Generator:
         """The trained generator, frozen: its averaged weights where deprivatize.ema asks for them."""
