@@ -96,7 +96,7 @@ class OnnxOracle(Oracle):
         feed = _feeder(dtype, mean, std, last, device)
 
         def blank(m: int) -> Tensor:
-            return torch.zeros(m, *image, dtype=torch.uint8)
+            return torch.zeros(m, *image, dtype=torch.uint8, device=device)
 
         m = batch if filled and isinstance(batch, int) else 2
         width = num_classes if output in ("logits", "probs") else 1
