@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mekd.config import Config
-from mekd.data import arrays
+from mekd.data import arrays, listing
 from mekd.data.arrays import Dataset
 from mekd.seeds import generator_at
 
@@ -130,8 +130,6 @@ class TreeSource:
     """A folder of class folders, or shards, under train/ and val/: decoded as they are needed, by data.loader."""
 
     def __init__(self, config: Config, device: torch.device, rank: int, world: int) -> None:
-        from mekd.data import listing
-
         settings = config.data
         if settings.path is None:
             raise arrays.DataError(f"data.path is not set; {settings.name} needs the folder of train/ and val/")

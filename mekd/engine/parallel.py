@@ -71,8 +71,8 @@ def share(name: str, batch: int) -> int:
 def data_parallel(module: nn.Module) -> nn.Module:
     """The module, its gradients averaged over the processes by DistributedDataParallel.
 
-    Buffers are not synchronised: batch norm in training reads none of them, process 0 writes its own, and writing them in
-    the second of two forwards would change what the first one saved for backward.
+    Buffers are not synchronised: batch norm in training reads none of them, process 0 saves its own, and writing them
+    in the second of two forwards would change what the first one saved for backward.
     """
     return module if world() == 1 else DistributedDataParallel(module, forward_sync_buffers=False)
 
