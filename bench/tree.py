@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
 
 def write(images: data.Dataset, folder: Path, train: int, val: int, quality: int = 95) -> None:
     """Some of the training and of the test images as folder/train/CLASS/ROW.jpg and folder/val/CLASS/ROW.jpg."""
-    from torchvision.io import write_jpeg
+    from PIL import Image
 
     parts = (
         ("train", images.train_images, images.train_labels, train),
@@ -39,4 +39,4 @@ def write(images: data.Dataset, folder: Path, train: int, val: int, quality: int
         order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:count]
         for row in order.tolist():
             path = folder / split / images.classes[int(labels[row])] / f"{row}.jpg"
-            write_jpeg(pixels[row].expand(3, -1, -1).contiguous(), str(path), quality)
+            Image.fromarray(pixels[row].expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()).save(path, quality=quality)

@@ -3,6 +3,7 @@
 A temperature is held as a 0-d tensor, so that another one does not make torch.compile start again.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from mekd import checks, functional
 from mekd.codes import CODES, FLOAT32_FLOOR, resolve_code, student_code, teacher_code
 from mekd.nets.frozen import FrozenGenerator, freeze
 from mekd.nets.generator import Generator
+
+log = logging.getLogger("mekd")
 
 #: Hyper-parameters by name: ours, the paper's (Ma et al., 2024) and those of the authors' public code.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -146,6 +149,12 @@ class MEKDLoss(nn.Module):
             raise ValueError(f"beta is {beta} and image is {image}; both must be at least 0, and one above 0")
         if not 0 < floor < 1:
             raise ValueError(f"floor is {floor}; it must lie between 0 and 1")
+        if image > 0 and not isinstance(generator, Generator):
+            log.warning(
+                "generator is a %s and not a mekd.nets.Generator: it is used as it is, without being folded, which is "
+                "several times slower",
+                type(generator).__name__,
+            )
         # Kept out of the module tree, so that state_dict() and train() of the loss leave the generator alone.
         self._generator = [generator.eval().requires_grad_(False)]
         # By what a code is divided by: that depends on its kind, and so on the target.

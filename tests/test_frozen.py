@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from mekd.functional import image_l1_loss
+from mekd.losses import MEKDLoss
 from mekd.nets.frozen import freeze
 from mekd.nets.generator import STAGES, Generator
 from small_generator import Plain
@@ -83,3 +84,16 @@ def test_channels_last_and_the_twin_in_place() -> None:
 def test_a_generator_of_another_make_is_refused() -> None:
     with pytest.raises(TypeError, match=r"Plain.*mekd\.nets\.Generator"):
         freeze(Plain())
+
+
+def test_a_generator_of_another_make_is_used_as_it_is_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    plain = Plain(10)
+    loss = MEKDLoss(plain)
+    assert "generator is a Plain" in caplog.text and "as it is" in caplog.text
+    caplog.clear()
+    student = torch.randn(3, 10, requires_grad=True)
+    loss(student, torch.randn(3, 10)).backward()
+    assert student.grad is not None and student.grad.abs().sum() > 0
+    MEKDLoss(trained(10, 16))
+    MEKDLoss(plain, image=0.0)  # draws nothing
+    assert not caplog.text

@@ -105,6 +105,19 @@ def test_the_space_is_taken_at_the_first_answer(tmp_path: Path) -> None:
         assert status.st_blocks * 512 >= status.st_size
 
 
+@pytest.mark.parametrize("damage", ["cut", "emptied", "gone"])
+def test_a_file_that_is_cut_short_is_named(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "replay"
+    fill(Replay(folder, COUNT), *drawn())
+    path = folder / "values.npy"
+    if damage == "gone":
+        path.unlink()
+    else:
+        os.truncate(path, 0 if damage == "emptied" else path.stat().st_size - 8)
+    with pytest.raises(ValueError, match=r"values\.npy cannot be read .*missing or cut short"):
+        Replay(folder, COUNT)
+
+
 def test_an_empty_folder_is_not_made_by_looking(tmp_path: Path) -> None:
     store = Replay(tmp_path / "replay", COUNT)
     assert not (tmp_path / "replay").exists()

@@ -28,7 +28,15 @@ class Replay:
         if (folder / "replay.json").exists():
             self._kind = json.loads((folder / "replay.json").read_text())
             for name in self._kind["arrays"]:
-                array = np.load(folder / f"{name}.npy", mmap_mode="r+", allow_pickle=False)
+                path = folder / f"{name}.npy"
+                try:
+                    np.load(path, mmap_mode="r", allow_pickle=False)  # "r+" would fill a file that is cut short with 0
+                    array = np.load(path, mmap_mode="r+", allow_pickle=False)
+                except (OSError, ValueError, EOFError) as error:
+                    raise ValueError(
+                        f"{path} cannot be read ({error}); it is missing or cut short. Put a copy of {folder} back, or "
+                        "start anew with another --out"
+                    ) from error
                 if len(array) != count:
                     raise ValueError(f"{folder} holds {len(array)} queries, the configuration says {count}")
                 self._arrays[name] = array
