@@ -1,11 +1,13 @@
 # Everything happens in .venv; PYTHON names the interpreter that makes it (3.10 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
+# What starts runs of its own, kills them and starts them again.
+PROCESSES := $(addprefix tests/test_,$(addsuffix .py,resume parallel ahead tree_run))
 # What the Triton kernels are interpreted for, in a process of its own: it can do nothing else with Triton.
 INTERPRETED := $(addprefix tests/test_ops_,$(addsuffix .py,values rows regimes layouts errors autograd in_place memory properties torch))
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: setup demo test compiled interpreted lint bench kernels asan clean
+.PHONY: setup demo test compiled processes interpreted lint bench kernels asan clean
 
 setup: .venv/ready
 
@@ -18,12 +20,15 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/mekd run --config configs/digits.yaml
 
-# Two processes of one thread each: Triton either compiles or interprets, and two pools of threads would fight.
+# Two at a time, of one thread each: Triton either compiles or interprets, and two pools of threads would fight.
 test: setup
-	OMP_NUM_THREADS=1 $(MAKE) -j2 --no-print-directory compiled interpreted
+	OMP_NUM_THREADS=1 $(MAKE) -j2 --no-print-directory compiled processes interpreted
 
 compiled: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(PROCESSES))
+
+processes: setup
+	$(BIN)/python -m pytest $(PROCESSES)
 
 interpreted: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) -k "not reference and not cpp"
