@@ -58,7 +58,7 @@ def accounts(out: Path) -> dict[str, dict[str, int]]:
 @pytest.fixture(scope="module")
 def words(teacher_onnx: Path) -> list[str]:
     settings = {
-        "data.name": "digits", "data.size": 16, "teacher.onnx": teacher_onnx,
+        "data.name": "digits", "data.size": 16, "teacher.onnx": teacher_onnx, "oracle.batch": 64,
         "deprivatize.steps": 9, "deprivatize.batch": 8, "deprivatize.width": 0.1,
         "distill.steps": 9, "distill.batch": 8, "distill.holdout": 21, "distill.eval_every": 3,
         "engine.checkpoint_every": 4, "engine.log_every": 3, "engine.device": "cpu",

@@ -19,7 +19,6 @@ from mekd.losses import MEKDLoss
 from mekd.nets import build
 from mekd.nets.frozen import freeze
 from mekd.oracle.export import Classifier, export
-from mekd.oracle.replay import Replay
 from mekd.oracle.response import floor_of
 from mekd.pixels import as_float, to_uint8
 from mekd.seeds import generator_at
@@ -76,7 +75,10 @@ def distill(run: Run) -> None:
 
     optimizer = sgd(student, config.lr, config.weight_decay)
     loss = MEKDLoss(generator, floor=floor_of(run.config.oracle.decimals), **config.loss_options())
-    pictures = None if config.keep == "none" else kept_pictures(store, loss, classes, config.keep, run.device)
+    pictures = None
+    if config.keep != "none":
+        with parallel.first_alone():
+            pictures = Pictures(store, loss, classes, config.keep, run.device)
     best: dict[str, Any] = {"agreement": -1.0, "step": 0, "weights": None}
     state: dict[str, Any] = {"student": student, "optimizer": optimizer, "best": best}
     scaler = torch.amp.GradScaler(run.device.type) if config.precision == "float16" else None
@@ -165,13 +167,3 @@ def distill(run: Run) -> None:
             f"from torch by {worst:.1e}"
         )
     parallel.barrier()
-
-
-def kept_pictures(store: Replay, loss: MEKDLoss, num_classes: int, keep: str, device: torch.device) -> Pictures:
-    """The kept pictures of a store; the first process draws them where they are missing."""
-    if parallel.rank():
-        parallel.barrier()
-        return Pictures(store, loss, num_classes, keep, device)
-    pictures = Pictures(store, loss, num_classes, keep, device)
-    parallel.barrier()
-    return pictures

@@ -4,7 +4,9 @@ A batch of the configuration is that of all processes together, so that one proc
 pay the same queries. Process 0 writes; --out lies where all can read it. Alone, everything here does nothing.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,6 +68,16 @@ def share(name: str, batch: int) -> int:
             f"{world()}"
         )
     return batch // world()
+
+
+@contextlib.contextmanager
+def first_alone() -> Iterator[None]:
+    """Let the first process do the block before the others: it writes what they find there."""
+    if rank():
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
 
 
 def data_parallel(module: nn.Module) -> nn.Module:
