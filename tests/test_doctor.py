@@ -8,7 +8,7 @@ import torch
 
 from mekd import doctor as module
 from mekd.doctor import EXTRAS, doctor
-from mekd.oracle import onnx
+from mekd.oracle import session
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
@@ -50,7 +50,7 @@ def test_no_runtime(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
 
 
 def test_two_runtimes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx, "version", lambda package: {"onnxruntime": "1.2", "onnxruntime-gpu": "3.4"}[package])
+    monkeypatch.setattr(session, "version", lambda package: {"onnxruntime": "1.2", "onnxruntime-gpu": "3.4"}[package])
     assert doctor() == 1
     said = lines(capsys)
     assert "onnxruntime 1.2 and onnxruntime-gpu 3.4 are both installed and overwrite each other" in said["runtime"]

@@ -12,6 +12,7 @@ STAGES = ["teacher", "deprivatize", "distill", "baseline"]
 #: May change when an interrupted run goes on: where things are, what they cost, and how long it shall take.
 MAY_CHANGE = {
     "data.path": "/elsewhere",
+    "data.workers": 9,
     "oracle.price": 0.01,
     "oracle.provider": "cuda",
     "deprivatize.steps": 1,

@@ -116,7 +116,8 @@ def test_only_the_question_can_be_reached(connect: Callable[..., Oracle]) -> Non
     oracle = connect()
     oracle.query(pixels(2))
     public = {name for name in dir(oracle) if not name.startswith("_")}
-    assert public == {"query", "ledger", "image", "num_classes", "response", "k", "decimals", "transport"}
+    public_names = {"query", "ledger", "image", "num_classes", "response", "k", "decimals", "transport", "ahead"}
+    assert public == public_names
     for name, value in [*vars(oracle).items(), *vars(oracle.ledger).items()]:
         assert not isinstance(value, nn.Module | nn.Parameter | ort.InferenceSession), name
     assert oracle.image == IMAGE and oracle.num_classes == CLASSES

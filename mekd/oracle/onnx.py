@@ -80,6 +80,7 @@ class OnnxOracle(Oracle):
         if num_classes is None:
             raise ModelError(f"{path} does not say how many classes it has: give num_classes")
         super().__init__(image, num_classes, response, **options)
+        self.ahead = stream is not None
         dtype, device = DTYPES[source.type], torch.device("cpu") if stream is None else stream.device
         if dtype == torch.uint8 and self.transport == "float":
             raise ModelError(f"{path} takes uint8 images; transport must be 'uint8'")
