@@ -128,12 +128,13 @@ def test_a_killed_process_costs_what_came_after_the_checkpoint(
 
 def test_one_budget_for_all_and_another_number_of_processes(words: list[str], tmp_path: Path) -> None:
     """30 queries are three steps of 8, not three for each; one process then goes on, and two again."""
-    limited = [*words, "--out", str(tmp_path)]
+    limited = [*words, "--oracle.batch", "null", "--out", str(tmp_path)]
     done = torchrun("-m", "mekd", *limited, "--deprivatize.budget", "30")
     assert done.returncode == 1  # torchrun's own
     assert "deprivatize.budget is 30 queries and 24 are spent" in done.stderr and "needs 8" in done.stderr
     assert "step 3 of 9" in done.stderr
     assert accounts(tmp_path)["deprivatize"]["queries"] == 24
+    assert json.loads((tmp_path / "oracle.json").read_text())["batch"] >= 1  # measured by one process, for both
     alone = [sys.executable, "-m", "mekd", *limited, "--deprivatize.budget", "47"]
     found = subprocess.run(alone, capture_output=True, text=True, timeout=300)
     assert found.returncode == 3 and "step 5 of 9" in found.stderr, found.stderr
