@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from bench import eager
-from bench.timing import interleaved, machine, peak_mb, spread, write_json
+from bench.timing import interleaved, machine, spread, write_json
 from mekd import extension, functional
+from mekd.engine.profile import peak_mb
 
 ROWS = ((128, 10), (128, 100), (256, 1000), (4096, 1000), (1024, 21841), (64, 128256))
 IMAGES = ((128, 1, 32, 32), (64, 3, 64, 64), (64, 3, 224, 224))

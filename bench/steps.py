@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from bench import plain
-from bench.timing import interleaved, machine, peak_mb, spread, write_json
+from bench.timing import interleaved, machine, spread, write_json
 from mekd.engine import deprivatize, distill
+from mekd.engine.profile import peak_mb
 from mekd.engine.train import adam, sgd
 from mekd.losses import DeprivatizationLoss, MEKDLoss
 from mekd.nets import Discriminator, Generator, build

@@ -48,20 +48,6 @@ def spread(taken: list[float]) -> dict[str, float]:
     return {"median_s": statistics.median(taken), "p20_s": low, "p80_s": high}
 
 
-def peak_mb(work: Work) -> float:
-    """Most memory that PyTorch's CPU allocator held at once during a call, beyond what was there before, in MB."""
-    work()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    held = peak = lowest = 0
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        lowest = min(lowest, held)  # the last call's gradient goes first
-        peak = max(peak, held - lowest)
-    return peak / 1e6
-
-
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
     return {

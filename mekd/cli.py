@@ -1,5 +1,6 @@
 """The command line: mekd STAGE --config FILE --key.sub value."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,8 @@ stages, in the order in which `mekd run` takes them:
   run           all of them; each resumes where it stopped
 
 other commands:
-  doctor        what this machine can run, and what is missing for the rest
+  doctor        what this machine can run, and what is missing for the rest; with --config FILE also what each stage
+                of it will need: memory and time an image, queries, bytes
   selftest      every loss on this machine against float64, and its speed: a table for a bug report (--device, --impl)
 
 mekd STAGE --help lists every setting. A run's folder is --out, or runs/NAME for configs/NAME.yaml. --profile writes
@@ -72,7 +74,8 @@ def _dispatch(command: str, words: list[str]) -> int:
     if command == "doctor":
         from mekd.doctor import doctor
 
-        return doctor()
+        status = doctor()
+        return status if not words else forecast(words) or status
     if command == "selftest":
         from mekd.selftest import main as selftest
 
@@ -96,6 +99,17 @@ def _dispatch(command: str, words: list[str]) -> int:
         STAGES[stage](run)
     parallel.leave()
     return 0
+
+
+def forecast(words: list[str]) -> int:
+    """What a configuration needs on this machine; 0 if it fits."""
+    parsed = parse(words)
+    if parsed is None:
+        return 0
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is used for memory alone
+    from mekd.forecast import forecast as needs
+
+    return needs(parsed[0])
 
 
 def parse(words: list[str]) -> tuple[Config, Path] | None:

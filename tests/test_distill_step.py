@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from bench import plain
-from bench.timing import peak_mb
 from mekd.engine.distill import take_step
+from mekd.engine.profile import peak_mb
 from mekd.engine.train import sgd
 from mekd.losses import MEKDLoss
 from mekd.nets import Generator, build

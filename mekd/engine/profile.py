@@ -27,3 +27,22 @@ def profiled(name: str, folder: Path, log: Callable[[str], None]) -> Iterator[Ca
     schedule = torch.profiler.schedule(wait=SKIPPED, warmup=WARMUP, active=STEPS, repeat=1)
     with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=ready) as profile:
         yield profile.step
+
+
+def peak_mb(work: Callable[[], object], device: torch.device | str = "cpu") -> float:
+    """Most memory that PyTorch's allocator held at once during a call, beyond what was there before, in MB."""
+    work()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    held = peak = lowest = 0
+    events = profile.profiler.kineto_results.events()
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        lowest = min(lowest, held)  # the last call's gradient goes first
+        peak = max(peak, held - lowest)
+    return peak / 1e6
