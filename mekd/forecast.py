@@ -57,12 +57,12 @@ def forecast(config: Config) -> int:
     print(f"\nthis configuration: {config.data.name}, {config.data.size} px, {classes} classes, on {run.device}")
     print(f"measured in steps of {SMALL} and {LARGE} images; MB a step and hours are estimates for one process\n")
     heads = ("parameters", "MB held", "MB/image", "ms/image", "batch", "MB a step", "images", "hours")
-    print(f"{'stage':<34}" + "".join(f"{head:>11}" for head in heads), flush=True)
+    print(f"{'stage':<38}" + "".join(f"{head:>11}" for head in heads), flush=True)
     needs = []
     for need in stages(run, classes, image):
         needs.append(need)
         print(
-            f"{need.stage:<34}{need.parameters / 1e6:>9.2f} M{need.held_mb:>11.0f}{need.image_mb:>11.1f}"
+            f"{need.stage:<38}{need.parameters / 1e6:>9.2f} M{need.held_mb:>11.0f}{need.image_mb:>11.1f}"
             f"{1e3 * need.image_s:>11.1f}{need.batch:>11}{need.step_mb:>11.0f}{need.images:>11,}{need.hours:>11.1f}",
             flush=True,
         )
@@ -96,7 +96,7 @@ def stages(run: Run, classes: int, image: tuple[int, int, int]) -> Iterator[Need
             loss.backward()
             optimizer.step()
 
-        name = f"teacher, {config.teacher.arch}"
+        name = f"teacher, {config.teacher.arch.removeprefix('torchvision:')}"
         yield _need(name, learn, [net], 3, device, config.teacher.batch, teacher_steps)
 
     step1, step2 = config.deprivatize, config.distill
@@ -143,7 +143,7 @@ def stages(run: Run, classes: int, image: tuple[int, int, int]) -> Iterator[Need
         wanted = {name: value[:m] for name, value in target.items()}
         distill.take_step(student, optimizer, loss, drawn, wanted, step2.precision)
 
-    name = f"distill, {step2.student} and G"
+    name = f"distill, {step2.student.removeprefix('torchvision:')} and G"
     yield _need(name, imitate, [student], 3, device, step2.batch, step2.steps * step2.batch)
 
 
