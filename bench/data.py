@@ -82,9 +82,9 @@ def write_tree(root: Path, photos: list[bytes], count: int) -> int:
 
 def ours(tree: Path, batch: int, threads: int) -> Iterator[int]:
     """mekd's stream by DALI."""
-    from mekd.data import dali, listing
+    from mekd.data import dali_loader, listing
 
-    stream = dali.training(
+    stream = dali_loader.training(
         listing.read(tree, "folder", "train"), batch, SIZE, flip=True, dtype="float32", threads=threads
     )
     for images, _ in stream:

@@ -20,7 +20,7 @@ from mekd.losses import DeprivatizationLoss, MEKDLoss
 from mekd.nets import Discriminator, Generator, build
 from mekd.nets.frozen import freeze
 from mekd.oracle.export import Classifier, export
-from mekd.oracle.onnx import OnnxOracle
+from mekd.oracle.ort import OnnxOracle
 
 TAU, KL_TAU = 5.0, 4.0
 QUICK = ("generator-32", "distil-fresh-32", "distil-replay-32", "gan-32")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mekd.files import write_text
-from mekd.problems import make, result
+from mekd.testing import make, result
 from mekd.selftest import OPS, median_seconds
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from mekd.config import Config, dump_yaml, flatten, known_keys, nearest, read_yaml
+from mekd.errors import MekdError, UsageError
 
 USAGE = """usage: mekd STAGE [--config FILE] [--out DIR] [--key.sub value ...] [--profile] [--print_config]
 
@@ -27,10 +28,6 @@ where the time of ten steps goes to its folder profile.
 """
 
 
-class UsageError(ValueError):
-    """The command line cannot be understood."""
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a mistake, 3 stopped and saved, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -45,29 +42,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         return _dispatch(command, rest)
-    except _mistakes() as error:
+    except MekdError as error:
         print(f"mekd {command}: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except KeyboardInterrupt:
         print(
             f"\nmekd {command}: interrupted; the same command goes on from the last checkpoint",
             file=sys.stderr,
         )
         return 130
-    except RuntimeError as error:
-        return _stopped(command, error)
-
-
-def _mistakes() -> tuple[type[Exception], ...]:
-    return (ValueError, OSError, ImportError)
-
-
-def _stopped(command: str, error: RuntimeError) -> int:
-    """One line for what our own code raised; anything else keeps its traceback."""
-    if not type(error).__module__.startswith("mekd."):
-        raise error
-    print(f"mekd {command}: {error}", file=sys.stderr)
-    return {"BudgetSpent": 3, "Interrupted": 130}.get(type(error).__name__, 2)
 
 
 def _dispatch(command: str, words: list[str]) -> int:
@@ -136,9 +119,9 @@ def parse(words: list[str]) -> tuple[Config, Path] | None:
         values = parser.instantiate(parser.parse_args([word for word in words if word != "--print_config"]))
     except SystemExit:
         return None
-    except ValueError:
+    except MekdError:
         raise
-    except Exception as error:
+    except Exception as error:  # the parser's, and those of the settings' own checks
         raise UsageError(_plain(str(error))) from error
     fields = {name: values[name] for name in Config.__dataclass_fields__}
     config = Config(**fields)

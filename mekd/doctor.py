@@ -53,7 +53,7 @@ def doctor() -> int:
 
 
 def _runtime() -> tuple[bool, str]:
-    from mekd.oracle.onnx import PROVIDERS, runtime_clash
+    from mekd.oracle.ort import PROVIDERS, runtime_clash
 
     if clash := runtime_clash():
         return False, clash

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from mekd.errors import MekdError
 
 
-class WriteError(RuntimeError):
+class WriteError(MekdError, RuntimeError):
     """A file could not be written; what stood there before still stands."""
 
 

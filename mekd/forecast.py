@@ -21,7 +21,7 @@ from mekd.losses import DeprivatizationLoss, MEKDLoss
 from mekd.nets import Discriminator, Generator, build
 from mekd.nets.frozen import freeze
 from mekd.oracle.export import Classifier
-from mekd.oracle.onnx import OnnxOracle
+from mekd.oracle.ort import OnnxOracle
 
 SMALL, LARGE, REPEATS = 2, 4, 3
 IMAGENET = 1000

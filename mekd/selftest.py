@@ -19,7 +19,7 @@ import torch
 
 from mekd import __version__, extension
 from mekd.ops import IMPLS
-from mekd.problems import IMAGE_KINDS, Problem, compare, make, result
+from mekd.testing import IMAGE_KINDS, Problem, compare, make, result
 
 #: The kinds of problems that exercise each op; the first one is timed.
 OPS = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mekd.oracle.ledger import Ledger
 from mekd.oracle.response import Response
-from mekd.oracle.torch import TorchOracle
+from mekd.oracle.module import TorchOracle
 
 IMAGE = (1, 2, 3)
 CLASSES = 4

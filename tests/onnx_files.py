@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from mekd.oracle.onnx import OnnxOracle
+from mekd.oracle.ort import OnnxOracle
 from mekd.oracle.response import Response
 
 IMAGE = (3, 8, 8)

@@ -1,10 +1,10 @@
-"""The grid that the tests of the ops share: backends and dtypes; the problems and their truth are in mekd.problems."""
+"""The grid that the tests of the ops share: backends and dtypes; the problems and their truth are in mekd.testing."""
 
 import pytest
 import torch
 
 from mekd import extension
-from mekd.problems import (
+from mekd.testing import (
     BETAS,
     GAN_KINDS,
     IGNORED,

@@ -21,7 +21,7 @@ from mekd.oracle.response import AnswerError, Response
 from test_resume import DRIVER, assert_equal_runs
 
 CPU = torch.device("cpu")
-AHEAD = "from mekd.oracle.onnx import OnnxOracle\nOnnxOracle.ahead = True\n"
+AHEAD = "from mekd.oracle.ort import OnnxOracle\nOnnxOracle.ahead = True\n"
 
 
 def asked(step: int) -> Asked:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from jpeg_tree import grey_tree, photographs, write_records, write_tars
-from mekd.data import dali, folder, listing
+from mekd.data import dali_loader, listing, torchvision_loader
 from mekd.data.arrays import DataError
 from mekd.data.listing import Listing
 
@@ -65,8 +65,8 @@ def write_pictures(root: Path) -> Listing:
 )
 def test_evaluation_agrees_with_torchvision(tmp_path: Path, size: int, resize: int | None) -> None:
     listed = write_pictures(tmp_path)
-    ours = torch.cat([images for images, _ in dali.evaluation(listed, 4, size, resize=resize, threads=1)])
-    theirs = torch.cat([images for images, _ in folder.evaluation(listed, 4, size, resize=resize, threads=0)])
+    ours = torch.cat([images for images, _ in dali_loader.evaluation(listed, 4, size, resize=resize, threads=1)])
+    theirs = torch.cat([images for images, _ in torchvision_loader.evaluation(listed, 4, size, resize=resize, threads=0)])
     apart = (ours.int() - theirs.int()).abs()
     for name, difference in zip(listed.files, apart, strict=True):
         assert difference.max() <= 3, name
@@ -78,20 +78,20 @@ def test_shards_give_the_images_of_the_folder(tmp_path: Path, kind: str) -> None
     listed = listing.read(grey_tree(tmp_path, {"val": {"a": 4, "b": 7}}), "folder", "val")
     {"webdataset": write_tars, "tfrecord": write_records}[kind](listed, tmp_path / kind / "val", 3)
     shards = listing.read(tmp_path / kind, kind, "val")
-    for one, other in zip(dali.evaluation(listed, 4, 16), dali.evaluation(shards, 4, 16), strict=True):
+    for one, other in zip(dali_loader.evaluation(listed, 4, 16), dali_loader.evaluation(shards, 4, 16), strict=True):
         assert all(map(torch.equal, one, other))
-    stream = dali.training(shards, 2, 16, seed=1)
+    stream = dali_loader.training(shards, 2, 16, seed=1)
     epochs = [[next(stream) for _ in range(stream.epoch_batches)] for _ in range(2)]
     levels = [{float(image.float().mean()) for images, _ in epoch for image in images} for epoch in epochs]
     assert all(len(found) == 10 for found in levels)
-    other = dali.training(shards, 2, 16, seed=1)
+    other = dali_loader.training(shards, 2, 16, seed=1)
     next(other)
-    again = dali.training(shards, 2, 16, seed=1)
+    again = dali_loader.training(shards, 2, 16, seed=1)
     again.load_state_dict(other.state_dict())
     assert torch.equal(next(again)[0], epochs[0][1][0])
     # A bad sample of a shard is named with its place.
     with pytest.raises(DataError, match=r"use --data\.loader dali"):
-        folder.evaluation(shards, 4, 16)
+        torchvision_loader.evaluation(shards, 4, 16)
     file = Path(shards.files[1])
     _, offset, length, _, _ = shards.spans[4]  # type: ignore[index]
     raw = bytearray(file.read_bytes())
@@ -100,8 +100,8 @@ def test_shards_give_the_images_of_the_folder(tmp_path: Path, kind: str) -> None
     if kind == "webdataset":
         file.write_bytes(raw)
         with pytest.raises(DataError, match=r"shard-001\.tar, sample 1 cannot be decoded"):
-            list(dali.evaluation(shards, 4, 16))
-        stream = dali.evaluation(shards, 4, 16, on_error="skip")
+            list(dali_loader.evaluation(shards, 4, 16))
+        stream = dali_loader.evaluation(shards, 4, 16, on_error="skip")
         assert sum(len(images) for images, _ in stream) == 10 and stream.skipped == 1
 
 
@@ -154,15 +154,15 @@ def test_a_loader_that_is_missing_is_said_to_be(tmp_path: Path, monkeypatch: pyt
     listed = listing.read(grey_tree(tmp_path, {"val": {"a": 2}}), "folder", "val")
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(ImportError, match=r"pip install 'mekd\[dali\]'.*--data\.loader torchvision"):
-        dali.evaluation(listed, 1, 16)
+        dali_loader.evaluation(listed, 1, 16)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError, match=r"pip install 'mekd\[vision\]'"):
-        folder.evaluation(listed, 1, 16)
+        torchvision_loader.evaluation(listed, 1, 16)
 
 
 def test_importing_the_loaders_imports_no_library() -> None:
     code = (
-        "import sys, mekd.data.dali, mekd.data.folder, mekd.data.listing;"
+        "import sys, mekd.data.dali_loader, mekd.data.torchvision_loader, mekd.data.listing;"
         "print([m for m in ('nvidia.dali', 'torchvision', 'PIL') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -172,7 +172,7 @@ def test_importing_the_loaders_imports_no_library() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_gpu_gives_the_same_images(tmp_path: Path) -> None:
     listed = write_pictures(tmp_path)
-    on_cpu = torch.cat([images for images, _ in dali.evaluation(listed, 4, 64)])
-    batches = [images for images, _ in dali.evaluation(listed, 4, 64, device="cuda")]
+    on_cpu = torch.cat([images for images, _ in dali_loader.evaluation(listed, 4, 64)])
+    batches = [images for images, _ in dali_loader.evaluation(listed, 4, 64, device="cuda")]
     assert all(images.is_cuda for images in batches)
     assert (torch.cat(batches).cpu().int() - on_cpu.int()).abs().float().mean() < 1.0

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mekd.oracle.export import Classifier, ExportError, export
-from mekd.oracle.onnx import OnnxOracle, open_session
+from mekd.oracle.ort import OnnxOracle, open_session
 from mekd.pixels import to_float
 
 IMAGE = (3, 8, 8)

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from mekd.oracle import onnx as onnx_oracle
 from mekd.oracle.half import agreement, require_agreement, to_float16
-from mekd.oracle.onnx import ModelError, OnnxOracle
+from mekd.oracle.ort import ModelError, OnnxOracle
 from mekd.oracle.session import open_session
 from onnx_files import UINT8, echo, pixels
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mekd.oracle.binding import bound, in_pieces, on_stream, out_of_memory, replayed
-from mekd.oracle.onnx import OnnxOracle, open_session
+from mekd.oracle.ort import OnnxOracle, open_session
 from mekd.oracle.response import AnswerError
 from mekd.pixels import to_float
 from onnx_files import FLOAT, INT64, SMALL, TensorProto, argmax, asked, echo, pixels, values

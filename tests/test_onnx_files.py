@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from mekd.oracle.ledger import Ledger
-from mekd.oracle.onnx import ModelError
+from mekd.oracle.ort import ModelError
 from mekd.oracle.response import AnswerError
 from mekd.pixels import to_float
 from onnx_files import (

@@ -12,7 +12,7 @@ from onnx import helper
 from torch import Tensor
 
 from mekd.oracle.ledger import Ledger
-from mekd.oracle.onnx import ModelError
+from mekd.oracle.ort import ModelError
 from mekd.oracle.response import AnswerError
 from onnx_files import FLOAT, INT64, NAMES, SMALL, UINT8, asked, echo, expected_small, named, pixels, save, values
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from mekd.functional import kd_loss
 from mekd.oracle.base import Oracle
 from mekd.oracle.ledger import BudgetSpent, Ledger
-from mekd.oracle.onnx import OnnxOracle
+from mekd.oracle.ort import OnnxOracle
 from mekd.oracle.response import KINDS, AnswerError
-from mekd.oracle.torch import TorchOracle
+from mekd.oracle.module import TorchOracle
 from mekd.pixels import to_float, to_uint8
 from onnx_files import FLOAT, IMAGE, UINT8, asked, pixels, save, values
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mekd.config import OracleConfig
-from mekd.oracle.onnx import OnnxOracle, ProviderError, open_session
+from mekd.oracle.ort import OnnxOracle, ProviderError, open_session
 from onnx_files import asked, echo
 
 

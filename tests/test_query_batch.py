@@ -12,7 +12,7 @@ from mekd.config import Config, DataConfig, EngineConfig, OracleConfig, TeacherC
 from mekd.engine.run import Run
 from mekd.oracle import batch as query_batch
 from mekd.oracle.batch import find_batch, stored_batch
-from mekd.oracle.onnx import ModelError, OnnxOracle, ProviderError
+from mekd.oracle.ort import ModelError, OnnxOracle, ProviderError
 from onnx_files import FLOAT, SMALL, asked, echo, expected_small, pixels, values
 
 IMAGE = (3, 224, 224)

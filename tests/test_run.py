@@ -16,7 +16,7 @@ from mekd.engine.run import Run
 from mekd.engine.stages import STAGES
 from mekd.nets import Generator, build
 from mekd.oracle.base import Oracle
-from mekd.oracle.onnx import OnnxOracle
+from mekd.oracle.ort import OnnxOracle
 from mekd.oracle.response import Response
 
 

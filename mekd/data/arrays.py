@@ -15,9 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from mekd.errors import MekdError
 
 
-class DataError(ValueError):
+class DataError(MekdError, ValueError):
     """A data file is missing, damaged, or holds what it must not."""
 
 

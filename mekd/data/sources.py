@@ -136,7 +136,7 @@ class TreeSource:
         self._config, self._settings, self._device, self._rank, self._world = config, settings, device, rank, world
         # Both are imported by name alone: a loader that is missing is an error and not another loader.
         self._loader = importlib.import_module(
-            {"dali": "mekd.data.dali", "torchvision": "mekd.data.folder"}[settings.loader]
+            {"dali": "mekd.data.dali_loader", "torchvision": "mekd.data.torchvision_loader"}[settings.loader]
         )
         self._training = listing.read(settings.path, settings.name, "train")
         self._test = listing.read(settings.path, settings.name, "val")

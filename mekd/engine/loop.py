@@ -16,10 +16,13 @@ from mekd import files
 from mekd.engine import parallel
 from mekd.engine.run import Run, StageError, is_terminal
 from mekd.oracle.ledger import BudgetSpent, Ledger
+from mekd.errors import MekdError
 
 
-class Interrupted(RuntimeError):
+class Interrupted(MekdError, RuntimeError):
     """Somebody asked the run to stop; it is saved."""
+
+    status = 130
 
 
 class Loop:

@@ -21,14 +21,15 @@ from mekd.nets import Generator
 from mekd.oracle.base import Oracle
 from mekd.oracle.batch import find_batch, stored_batch
 from mekd.oracle.ledger import Ledger
-from mekd.oracle.onnx import OnnxOracle
+from mekd.oracle.ort import OnnxOracle
 from mekd.oracle.session import provider_names
 from mekd.seeds import generator_at
+from mekd.errors import MekdError
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 
-class StageError(RuntimeError):
+class StageError(MekdError, RuntimeError):
     """A stage cannot begin: something that it needs is not there, or belongs to another run."""
 
 

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mekd.oracle.onnx import open_session
+from mekd.oracle.ort import open_session
+from mekd.errors import MekdError
 
 
-class ExportError(RuntimeError):
+class ExportError(MekdError, RuntimeError):
     """The exported graph does not compute what torch computes."""
 
 

@@ -19,16 +19,19 @@ from torch import Tensor
 
 from mekd import files
 from mekd.oracle.response import Response
+from mekd.errors import MekdError
 
 _HEADER = struct.Struct("<cII")  # kind of record (T, I or A), length of the payload, CRC-32 of kind and payload
 _COUNTS = ("requests", "queries", "bytes_up", "bytes_down", "uncertain")
 
 
-class BudgetSpent(RuntimeError):
+class BudgetSpent(MekdError, RuntimeError):
     """The next request would exceed the stage's budget; it was not sent."""
 
+    status = 3
 
-class LedgerError(RuntimeError):
+
+class LedgerError(MekdError, RuntimeError):
     """The ledger and the run do not belong together."""
 
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from mekd.codes import FLOAT32_FLOOR
+from mekd.errors import MekdError
 
 KINDS = ("logits", "probs", "topk", "label")
 
 
-class AnswerError(RuntimeError):
+class AnswerError(MekdError, RuntimeError):
     """The teacher's answer cannot be used: NaN, wrong shape, no distribution, an unknown class."""
 
 

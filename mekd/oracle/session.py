@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch  # before ONNX Runtime, so that both work with torch's CUDA libraries
+from mekd.errors import MekdError
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -15,11 +16,11 @@ PROVIDERS = {
 PRECISIONS = ("float32", "float16")
 
 
-class ModelError(ValueError):
+class ModelError(MekdError, ValueError):
     """The .onnx file is no classifier that can be asked, or not one for these images."""
 
 
-class ProviderError(RuntimeError):
+class ProviderError(MekdError, RuntimeError):
     """The execution provider that was asked for does not run here, or cannot do what was asked of it."""
 
 

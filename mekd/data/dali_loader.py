@@ -131,9 +131,9 @@ def faults(listing: Listing, rows: list[int]) -> dict[int, str]:
 
 def _reason(listing: Listing, row: int) -> str:
     try:
-        from mekd.data import folder
+        from mekd.data import torchvision_loader
 
-        return folder.faults(listing, [row]).get(row, "a format that DALI does not decode")
+        return torchvision_loader.faults(listing, [row]).get(row, "a format that DALI does not decode")
     except ImportError:
         return "DALI does not decode it"
 
