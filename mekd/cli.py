@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from mekd.config import Config, dump_yaml, flatten, known_keys, nearest, read_yaml
+from mekd.config import Config, dump_yaml, flatten, known_keys, nearest, read_yaml, resolve
 from mekd.errors import MekdError, UsageError
 
 USAGE = """usage: mekd STAGE [--config FILE] [--out DIR] [--key.sub value ...] [--profile] [--print_config]
@@ -72,14 +72,18 @@ def _dispatch(command: str, words: list[str]) -> int:
         return 0
     config, out = parsed
     from mekd.engine import parallel
+    from mekd.engine.checkpoint import stopped_by_signals
+    from mekd.engine.preflight import preflight
     from mekd.engine.run import Run
 
     if command == "report" and not out.is_dir():
         raise UsageError(f"--out is {str(out)!r}; there is no run there")
     parallel.join(config.engine.device)
-    run = Run(config, out)
-    for stage in STAGES if command == "run" else [command]:
-        STAGES[stage](run)
+    run, stages = Run(resolve(config), out), list(STAGES) if command == "run" else [command]
+    preflight(run, stages)
+    with stopped_by_signals():
+        for stage in stages:
+            STAGES[stage](run)
     parallel.leave()
     return 0
 

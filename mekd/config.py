@@ -9,7 +9,16 @@ from typing import Any
 
 from mekd.checks import SCALES, check_choice
 from mekd.codes import CODES
-from mekd.losses import PRESETS
+from mekd.errors import UsageError
+
+#: Sides of an image in pixels that there is a generator and a discriminator for.
+SIZES = (16, 32, 64, 128, 224)
+#: Hyper-parameters by name: ours, the paper's (Ma et al., 2024) and those of the authors' public code.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "default": {"tau": 5.0, "kl_tau": 1.0, "beta": 1.0, "scale": "tau2", "reduction": "mean"},
+    "paper": {"tau": 5.0, "kl_tau": 1.0, "beta": 0.5, "scale": "one", "reduction": "batchmean"},
+    "authors": {"tau": 5.0, "kl_tau": 5.0, "beta": 1.0, "scale": "tau", "reduction": "mean"},
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,8 @@ class DataConfig:
     on_error: str = "raise"
 
     def __post_init__(self) -> None:
+        if self.size not in SIZES:
+            raise ValueError(f"data.size is {self.size}; it must be one of {', '.join(map(str, SIZES))}")
         check_choice("data.loader", self.loader, ("dali", "torchvision"))
         check_choice("data.on_error", self.on_error, ("raise", "skip"))
         _between("data.local_fraction", self.local_fraction, 0, 1)
@@ -95,6 +106,8 @@ class OracleConfig:
         precision: the teacher computes in float32, or in float16 (cuda, tensorrt), which is then held against float32
         cuda_graph: the teacher's work is recorded once and replayed, each piece filled up to batch (cuda, tensorrt)
         output: what the ONNX file puts out: logits, probs or auto
+        output_name: the output of the ONNX file that is read, where it has several; null: the one that can be meant
+        num_classes: the teacher's classes, where its file does not say; null: what it says
         classes: a file of class names, one a line, for a teacher that answers names
         mean: subtracted from pixels in [0, 1] if the ONNX input is floating
         std: divides them
@@ -110,6 +123,8 @@ class OracleConfig:
     precision: str = "float32"
     cuda_graph: bool = False
     output: str = "auto"
+    output_name: str | None = None
+    num_classes: int | None = None
     classes: str | None = None
     mean: list[float] = field(default_factory=lambda: [0.0])
     std: list[float] = field(default_factory=lambda: [1.0])
@@ -121,6 +136,8 @@ class OracleConfig:
         check_choice("oracle.precision", self.precision, ("float32", "float16"))
         if self.batch is not None and self.batch < 1:
             raise ValueError(f"oracle.batch is {self.batch}; it must be at least 1, or null")
+        if self.num_classes is not None and self.num_classes < 2:
+            raise ValueError(f"oracle.num_classes is {self.num_classes}; it must be at least 2, or null")
 
 
 @dataclass(frozen=True)
@@ -261,7 +278,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the work runs; nothing here changes a result, but for the rounding and the dropout of what is compiled.
+    """How the work runs: device, batch_norm and compile change a result by rounding and by what dropout draws.
 
     Args:
         device: auto, cpu, cuda or cuda:N
@@ -313,28 +330,59 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
-#: Settings that may change between an interrupted run and its resumption.
+#: Settings that an interrupted run may be resumed with: where things are, what they cost, how long it shall take, and
+#: what runs the teacher, which changes its answers by rounding alone.
 FREE = {
-    "data.path",
-    "data.workers",
-    "oracle.price",
-    "oracle.provider",
-    "deprivatize.steps",
-    "deprivatize.budget",
-    "distill.budget",
+    "data.path", "data.workers", "data.on_error",
+    "oracle.price", "oracle.provider", "oracle.batch", "oracle.precision", "oracle.cuda_graph",
+    "deprivatize.steps", "deprivatize.budget", "distill.budget",
+}  # fmt: skip
+_ANSWERS = (
+    "oracle.response", "oracle.k", "oracle.decimals", "oracle.transport", "oracle.output", "oracle.output_name",
+    "oracle.num_classes", "oracle.classes", "oracle.mean", "oracle.std",
+)  # fmt: skip
+_COMPUTED = ("engine.device", "engine.batch_norm")
+#: What changes the result of a stage, sections or settings; run.depends() adds the digests of what it begins with.
+_DEPENDS = {
+    "teacher": ("seed", "data", "teacher", *_COMPUTED),
+    "deprivatize": ("seed", "data", "deprivatize", "engine.compile", *_COMPUTED),
+    "holdout": ("seed", "distill.holdout", *_ANSWERS),
+    "replay": ("seed", "distill.replay", *_ANSWERS),
+    "distill": ("seed", "distill", *_ANSWERS, *_COMPUTED),
+    "baseline": ("seed", "data", "distill", "evaluate.baseline_steps", *_ANSWERS, *_COMPUTED),
 }
-_SECTIONS = {
-    "teacher": ("seed", "data", "teacher"),
-    "deprivatize": ("seed", "data", "teacher", "oracle", "deprivatize"),
-    "distill": ("seed", "data", "teacher", "oracle", "deprivatize", "distill"),
-    "baseline": ("seed", "data", "teacher", "oracle", "distill", "evaluate"),
-}
+
+
+def asks(config: Config) -> bool:
+    """Whether step 1 asks the teacher: a label says nothing about confidence, so y = 1 for every image."""
+    return config.deprivatize.alpha > 0 and config.oracle.response != "label"
 
 
 def fingerprint(config: Config, stage: str) -> dict[str, Any]:
-    """The settings that a stage's checkpoint depends on, by dotted name."""
+    """The settings that change a stage's result, by dotted name."""
+    depends = _DEPENDS[stage]
+    if stage == "deprivatize" and asks(config):
+        depends = (*depends, *_ANSWERS)
     flat = dict(flatten(dataclasses.asdict(config)))
-    return {key: value for key, value in flat.items() if key.split(".")[0] in _SECTIONS[stage] and key not in FREE}
+    chosen = {key: value for key, value in flat.items() if key in depends or key.split(".")[0] in depends}
+    found = {key: value for key, value in chosen.items() if key not in FREE}
+    if "engine.device" in found:
+        found["engine.device"] = found["engine.device"].split(":")[0]  # one card rounds as another
+    return found
+
+
+def resolve(config: Config) -> Config:
+    """The configuration with what its defaults mean on this machine decided, once for the whole run."""
+    import torch
+
+    engine = config.engine
+    device = engine.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    mode = engine.compile
+    if mode == "auto":
+        mode = "default" if device.startswith("cuda") else "off"
+    return dataclasses.replace(config, engine=dataclasses.replace(engine, device=device, compile=mode))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -351,15 +399,15 @@ def known_keys() -> list[str]:
 
 
 def check_keys(tree: Mapping[str, Any], source: str) -> None:
-    """Raise ValueError for a key that no setting has, with the nearest one that does."""
+    """Raise UsageError for a key that no setting has, with the nearest one that does."""
     known = known_keys()
     sections = {key.split(".")[0] for key in known}
     for key, value in tree.items():
         if key in sections and key not in known and not isinstance(value, Mapping):
-            raise ValueError(f"{source}: {key} must be a section of settings, not {value!r}")
+            raise UsageError(f"{source}: {key} must be a section of settings, not {value!r}")
     for key, _ in flatten(tree):
         if key not in known:
-            raise ValueError(f"{source}: there is no setting {key!r}; {nearest(key)}")
+            raise UsageError(f"{source}: there is no setting {key!r}; {nearest(key)}")
 
 
 def nearest(key: str) -> str:
@@ -371,18 +419,18 @@ def nearest(key: str) -> str:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file of settings; ValueError for one that is no mapping or has unknown keys."""
+    """A YAML file of settings; UsageError for one that is no mapping or has unknown keys."""
     import yaml
 
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"--config is {str(path)!r}; no such file")
+        raise UsageError(f"--config is {str(path)!r}; no such file")
     try:
-        tree = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+        tree = yaml.safe_load(file.read_text("utf-8-sig")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no YAML in UTF-8: {error}") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold settings by name, it holds a {type(tree).__name__}")
+        raise UsageError(f"{path} must hold settings by name, it holds a {type(tree).__name__}")
     check_keys(tree, str(path))
     return tree
 

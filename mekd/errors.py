@@ -9,3 +9,7 @@ class MekdError(Exception):
 
 class UsageError(MekdError, ValueError):
     """A setting or an argument is not what it may be."""
+
+
+class Diverged(MekdError, RuntimeError):
+    """A loss, a weight or a generated image is NaN or infinite; the last good checkpoint is kept."""

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
 from mekd.errors import MekdError
 
 
 class WriteError(MekdError, RuntimeError):
     """A file could not be written; what stood there before still stands."""
+
+
+class DamagedError(MekdError, ValueError):
+    """A file of ours does not hold what was written."""
 
 
 def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
@@ -27,7 +32,7 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except OSError as error:
         stays = "; the earlier one stays as it was" if path.exists() else ""
         raise WriteError(
             f"{path} could not be written ({error}){stays}. Free some space, or check the folder's permissions, "
@@ -45,18 +50,28 @@ def write_text(path: Path, text: str) -> None:
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """torch.save, whole or not at all."""
-    write(path, lambda file: torch.save(state, file))
+
+    def fill(file: BinaryIO) -> None:
+        try:
+            torch.save(state, file)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # that is what it makes of a full disk
+            raise OSError(*error.args) from error
+
+    write(path, fill)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """torch.load of tensors and plain values only; ValueError says so where the file is damaged or none of ours."""
+    """A checkpoint of ours, tensors and plain values only; DamagedError where it is damaged or none."""
     with open(path, "rb") as file:  # what cannot be opened says so itself
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise ValueError(
-                f"{path} is damaged or no checkpoint ({type(error).__name__}); delete it to start anew"
+            raise DamagedError(
+                f"{path} is damaged or no checkpoint ({type(error).__name__}); put a copy back, or delete it to begin "
+                "that stage anew"
             ) from error
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not a dict; it is no checkpoint")
+        raise DamagedError(f"{path} holds a {type(state).__name__}, not a dict; it is no checkpoint")
     return state

@@ -4,7 +4,7 @@ A temperature is held as a 0-d tensor, so that another one does not make torch.c
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,13 +16,6 @@ from mekd.nets.frozen import FrozenGenerator, freeze
 from mekd.nets.generator import Generator
 
 log = logging.getLogger("mekd")
-
-#: Hyper-parameters by name: ours, the paper's (Ma et al., 2024) and those of the authors' public code.
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "default": {"tau": 5.0, "kl_tau": 1.0, "beta": 1.0, "scale": "tau2", "reduction": "mean"},
-    "paper": {"tau": 5.0, "kl_tau": 1.0, "beta": 0.5, "scale": "one", "reduction": "batchmean"},
-    "authors": {"tau": 5.0, "kl_tau": 5.0, "beta": 1.0, "scale": "tau", "reduction": "mean"},
-}
 
 
 class _TemperedLoss(nn.Module):

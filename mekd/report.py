@@ -12,7 +12,7 @@ import torch
 
 from mekd import files
 from mekd.engine import parallel
-from mekd.engine.run import Run, StageError, read_names
+from mekd.engine.run import Run, StageError
 from mekd.engine.train import predict
 from mekd.metrics import confusion
 from mekd.nets import build
@@ -20,7 +20,6 @@ from mekd.oracle.replay import Replay
 from mekd.pixels import as_float
 
 STAGES = ("teacher", "deprivatize", "holdout", "replay", "distill", "baseline")
-ACCOUNTS = ("deprivatize", "distill")
 
 
 def report(run: Run) -> None:
@@ -43,17 +42,17 @@ def report(run: Run) -> None:
 def summarize(run: Run) -> dict[str, Any]:
     """What the run measured, flat."""
     evaluated = run.read_json("evaluate.json") or {}
-    accounts = {name: _account(run, name) for name in ACCOUNTS}
+    accounts = {name: run.asked(name) for name in ("deprivatize", "distill")}
     best = files.load(run.checkpoint("distill"))["state"]["best"]
     summary: dict[str, Any] = {
         name: evaluated.get(name) for name in ("teacher_accuracy", "student_accuracy", "baseline_accuracy", "agreement")
     }
     summary["holdout_agreement"] = best["agreement"]
     summary["best_step"] = best["step"]
-    for key in ("queries", "requests", "bytes_up", "bytes_down", "uncertain"):
-        summary[key] = sum(account.get(key, 0) for account in accounts.values())
+    for key in ("queries", "calls", "bytes_up", "bytes_down", "uncertain"):
+        summary[key] = sum(account[key] for account in accounts.values())
     for name, account in accounts.items():
-        summary[f"queries_{name}"] = account.get("queries", 0)
+        summary[f"queries_{name}"] = account["queries"]
     if run.config.oracle.price is not None:
         summary["cost"] = round((summary["queries"] + summary["uncertain"]) * run.config.oracle.price, 6)
     summary["simulation_queries"] = evaluated.get("simulation_queries", 0)
@@ -63,15 +62,6 @@ def summarize(run: Run) -> dict[str, Any]:
     summary["seed"] = run.config.seed
     summary["response"] = run.config.oracle.response
     return summary
-
-
-def _account(run: Run, stage: str) -> dict[str, int]:
-    """The counts of a stage, over the accounts of all processes."""
-    total: dict[str, int] = {}
-    for path in [run.out / "ledger" / f"{stage}.json", *(run.out / "ledger").glob(f"{stage}.rank*.json")]:
-        for key, count in (json.loads(path.read_text()) if path.exists() else {}).items():
-            total[key] = total.get(key, 0) + count
-    return total
 
 
 def table(summary: dict[str, Any]) -> list[str]:
@@ -141,9 +131,9 @@ def draw(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 def class_names(run: Run) -> tuple[str, ...]:
     """The names of the classes: the teacher's list if it has one, else the data set's, else numbers."""
-    if run.config.oracle.classes:
-        return tuple(read_names(run.config.oracle.classes))
-    return run.open_data().classes
+    if run.class_names is not None:
+        return tuple(run.class_names)
+    return run.data.classes
 
 
 def _save(picture: Callable[[Path], Any], path: Path) -> None:
@@ -159,7 +149,7 @@ def _save(picture: Callable[[Path], Any], path: Path) -> None:
 def _curves(run: Run, path: Path) -> Any:
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text("utf-8").splitlines()]
     panels = [
         ("deprivatize", ("loss_d", "loss_g"), "step 1: GAN losses"),
         ("distill", ("image", "kl"), "step 2: loss terms"),
@@ -226,7 +216,7 @@ def _confusion(run: Run, classes: tuple[str, ...], path: Path) -> Any:
         images, answer = Replay(run.out / "holdout", run.config.distill.holdout).read(slice(None))
         student = build(run.config.distill.student, len(classes), images.shape[1])
         student.load_state_dict(files.load(run.out / "student.pt"))
-        counts = confusion(answer.labels, predict(student, as_float(images)), len(classes)).numpy()
+        counts = confusion(answer.labels, predict(student, images, convert=as_float), len(classes)).numpy()
         title = "on held-out synthetic queries"
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     figure, axis = plt.subplots(figsize=(5.5, 5))

@@ -1,20 +1,24 @@
 """Step 1: a GAN whose generator learns the inverse of the teacher, so that private images can stay at home."""
 
-import copy
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mekd.config import fingerprint
+from mekd.config import asks
 from mekd.engine import parallel
-from mekd.engine.loop import Loop
+from mekd.engine.checkpoint import Checkpoint, steps
+from mekd.engine.feeds import Fresh, Images, Unasked, fresh
 from mekd.engine.run import Run
+from mekd.engine.runlog import RunLog
 from mekd.engine.train import adam
 from mekd.losses import DeprivatizationLoss
 from mekd.nets import Discriminator, Generator
+from mekd.oracle.ledger import describe
 from mekd.pixels import to_float
 
 
@@ -55,20 +59,20 @@ def passes(generator: nn.Module, discriminator: nn.Module, loss: Deprivatization
 
 
 def take_step(
-    ways: Passes, discriminator: nn.Module, adam_g: torch.optim.Optimizer, adam_d: torch.optim.Optimizer,
+    compute: Passes, discriminator: nn.Module, adam_g: torch.optim.Optimizer, adam_d: torch.optim.Optimizer,
     real: Tensor, fake: Tensor, confidence: Tensor | None, other: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One step of D and one of G, which learns from fake, its graph attached; returns the losses.
 
     D learns from the same images, or from other ones where they are given.
     """
-    loss_d = ways.loss_d(real, fake.detach() if other is None else other)
+    loss_d = compute.loss_d(real, fake.detach() if other is None else other)
     adam_d.zero_grad()
     loss_d.backward()
     adam_d.step()
 
     discriminator.requires_grad_(False)
-    loss_g = ways.loss_g(fake, confidence)
+    loss_g = compute.loss_g(fake, confidence)
     adam_g.zero_grad()
     loss_g.backward()
     adam_g.step()
@@ -79,74 +83,57 @@ def take_step(
 def deprivatize(run: Run) -> None:
     """Train G and D on the private images and on the teacher's answers to generated ones (Ma et al., section 3.2)."""
     config = run.config.deprivatize
-    mine = parallel.share("deprivatize.batch", config.batch)
-    data = run.open_data()
-    private = data.local(config.batch)
-    oracle = run.open_oracle("deprivatize", data.image, config.budget)
-    classes = oracle.num_classes
-    # A label says nothing about confidence: y = 1 for every image, and there is nothing to ask for.
-    asks = config.alpha > 0 and run.config.oracle.response != "label"
-
+    private = Images(run.data.local(config.batch))
     torch.manual_seed(run.config.seed + 1)
-    generator = run.place(Generator(classes, run.config.data.size, data.image[0], config.width))
-    discriminator = run.place(Discriminator(run.config.data.size, data.image[0], config.dropout))
-    average = copy.deepcopy(generator)
-    mode = run.config.engine.compile
-    mode = ("default" if run.device.type == "cuda" else "off") if mode == "auto" else mode
-    ways = passes(generator, discriminator, DeprivatizationLoss(config.alpha, config.minimax), mode)
-    adam_g = adam(generator, config.lr)
-    adam_d = adam(discriminator, config.lr)
-    state = {
-        "generator": generator,
-        "discriminator": discriminator,
-        "average": average,
-        "adam_g": adam_g,
-        "adam_d": adam_d,
-    }
-    depends = fingerprint(run.config, "deprivatize") | {"teacher": run.teacher_digest()}
+    generator = run.place(Generator(run.num_classes, run.config.data.size, run.image[0], config.width))
+    discriminator = run.place(Discriminator(run.config.data.size, run.image[0], config.dropout))
+    loss = DeprivatizationLoss(config.alpha, config.minimax)
+    compute = passes(generator, discriminator, loss, run.config.engine.compile)
+    adam_g, adam_d = adam(generator, config.lr), adam(discriminator, config.lr)
+    state = {"generator": generator, "discriminator": discriminator, "adam_g": adam_g, "adam_d": adam_d}
+    if config.ema:
+        average = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        state["average"] = average
     parallel.dropout_apart(run.config.seed)
-    with Loop(
-        run,
-        "deprivatize",
-        config.steps,
-        state,
-        depends,
-        batch=config.batch,
-        own={"data": private},
-        ledger=oracle.ledger,
-        queries=(lambda step: mine) if asks else None,
-    ) as loop:
-        for step in loop:
+
+    def drawn(step: int) -> Tensor:
+        return compute.draw(run.latents("generator", step, config.batch))
+
+    with answers(run, drawn) as feed:
+        feeds = {"data": private, "answers": feed}
+        log = RunLog(run, "deprivatize", config.steps, config.batch, feeds, lr="deprivatize.lr")
+        checkpoint = Checkpoint(run, "deprivatize", state, feeds, run.depends("deprivatize"))
+        checkpoint.restore(log)
+        for step in steps(checkpoint, log):
             torch.compiler.cudagraph_mark_step_begin()
-            with loop.clock("data"):
-                real = to_float(private.take(step)[0])
+            real = to_float(private.take(step)[0])
             other: Tensor | None = None
             if config.latents == "fresh":
                 with torch.no_grad():
-                    other = ways.draw(run.latents("discriminator", step, config.batch, classes)).clone()
-            fake = ways.draw(run.latents("generator", step, config.batch, classes))
-            confidence: Tensor | None = None
-            if asks:
-                with loop.clock("teacher"):
-                    confidence = oracle.query(fake).confidence
-            losses = take_step(ways, discriminator, adam_g, adam_d, real, fake, confidence, other)
+                    other = compute.draw(run.latents("discriminator", step, config.batch)).clone()
+            asked = feed.take(step)
+            losses = take_step(compute, discriminator, adam_g, adam_d, real, asked.images, asked.confidence, other)
 
             if config.ema:
-                update_average(average, generator, config.ema)
-            loop.log(**losses, **({} if confidence is None else {"confidence": confidence.mean()}))
-    oracle.ledger.close()
+                average.update_parameters(generator)
+            log.add(**losses, **({} if asked.confidence is None else {"confidence": asked.confidence.mean()}))
     run.log(
-        f"deprivatize: {config.steps} steps, {data.count('local')} private images, {loop.seconds:.0f} s, "
-        f"{parallel.account(oracle.ledger)}"
+        f"deprivatize: {config.steps} steps, {run.data.count('local')} private images, {log.seconds:.0f} s, "
+        f"{describe(run.asked('deprivatize'))}"
     )
-    run.log_skipped(data)
+    run.log_skipped()
 
 
-@torch.no_grad()
-def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * module, running statistics too; counters are copied."""
-    for mean, new in zip(average.state_dict().values(), module.state_dict().values(), strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(new, 1 - decay)
-        else:
-            mean.copy_(new)
+@contextlib.contextmanager
+def answers(run: Run, draw: Callable[[int], Tensor]) -> Iterator[Fresh | Unasked]:
+    """The images that G learns from, and what the teacher says of them where that says more than a label."""
+    config = run.config.deprivatize
+    mine = parallel.share("deprivatize.batch", config.batch)
+    if not asks(run.config):
+        yield Unasked(draw)
+        return
+    budget = config.budget
+    with fresh(
+        run, "deprivatize", config.steps, draw, lambda step: mine, setting="deprivatize.budget", budget=budget
+    ) as feed:
+        yield feed

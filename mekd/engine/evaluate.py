@@ -4,6 +4,8 @@ Nothing of it flows back into the student. It measures what a user of MEKD canno
 and the plain baseline, which sends its private images to the teacher.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from mekd import files, functional
-from mekd.config import fingerprint
 from mekd.data import Source
 from mekd.engine import parallel
-from mekd.engine.loop import Loop
+from mekd.engine.checkpoint import Checkpoint, steps
+from mekd.engine.feeds import open_account
 from mekd.engine.run import Run, StageError
+from mekd.engine.runlog import RunLog
 from mekd.engine.train import predict, set_cosine_lr, sgd
 from mekd.metrics import accuracy, confusion
 from mekd.nets import build
@@ -33,22 +36,15 @@ def evaluate(run: Run) -> None:
     if not config.evaluate.enabled:
         run.log("evaluate: off (it needs labels and sends real images; --evaluate.enabled true for an experiment)")
         return
-    data = run.open_data()
-    path = run.out / "student.pt"
+    data, path = run.data, run.out / "student.pt"
     if not path.exists():
         raise StageError(f"{path} is missing: run `mekd distill` first")
-    oracle = run.open_oracle("evaluate", data.image)
-    classes = oracle.num_classes
-    if classes != len(data.classes):
-        raise StageError(f"the teacher has {classes} classes, the data {len(data.classes)}; they cannot be compared")
-    student = run.place(build(config.distill.student, classes, data.image[0]))
+    student = run.place(build(config.distill.student, run.num_classes, data.image[0]))
     student.load_state_dict(files.load(path))
-    labels, answers, asked = ask_test(run, data, oracle)
+    labels, answers = ask_test(run)
     mine = [labels, answers, predictions(student, data)]
     if config.evaluate.baseline:
-        mine.append(predictions(train_baseline(run, data, oracle, asked), data))
-    sent = parallel.totals(oracle.ledger)
-    oracle.ledger.close()
+        mine.append(predictions(train_baseline(run), data))
     columns = [torch.cat(parts) for parts in zip(*parallel.gather(mine), strict=True)]
     if columns:
         labels, answers, predicted, *baseline = columns
@@ -61,76 +57,83 @@ def evaluate(run: Run) -> None:
         shown = ", ".join(
             f"{name.split('_')[0]} {100 * v:.2f}%" for name, v in result.items() if name != "agreement" and v
         )
-        counts = {"test_images": len(labels), "confusion": confusion(answers, predicted, classes).tolist()}
-        run.write_json("evaluate.json", {**result, **counts, **{f"simulation_{key}": n for key, n in sent.items()}})
+        counts = {"test_images": len(labels), "confusion": confusion(answers, predicted, run.num_classes).tolist()}
+        sent = {f"simulation_{key}": n for key, n in run.asked("evaluate").items()}
+        run.write_json("evaluate.json", {**result, **counts, **sent})
         run.log(f"evaluate: {shown}; student = teacher on {100 * result['agreement']:.2f}% of the test images")
-    run.log_skipped(data)
+    run.log_skipped()
 
 
 def predictions(model: nn.Module, data: Source) -> Tensor:
     """The classes (n,) that a network gives this process's test images."""
-    return torch.cat([predict(model, to_float(images)).cpu() for images, _ in data.once("test", BATCH)])
+    return torch.cat([predict(model, images, convert=to_float).cpu() for images, _ in data.once("test", BATCH)])
 
 
-def ask_test(run: Run, data: Source, oracle: Oracle) -> tuple[Tensor, Tensor, int]:
-    """Labels (n,) of this process's test images, the teacher's, asked once, and the ledger's next request."""
+def ask_test(run: Run) -> tuple[Tensor, Tensor]:
+    """Labels (n,) of this process's test images and the teacher's, asked once."""
     path = _kept(run, "evaluate-test")
-    if path.exists():
-        saved = files.load(path)
-        if saved["requests"] >= oracle.ledger.settled:
-            oracle.ledger.rewind(saved["requests"])
-        return saved["labels"], saved["answers"], saved["requests"]
-    oracle.ledger.rewind(0)
-    pairs = [(labels.cpu(), oracle.query(images).labels.cpu()) for images, labels in data.once("test", BATCH)]
-    labels, answers = (torch.cat(column) for column in zip(*pairs, strict=True))
-    files.save(path, {"labels": labels, "answers": answers, "requests": oracle.ledger.next})
-    oracle.ledger.settle()
-    return labels, answers, oracle.ledger.next
+    with asking(run, "evaluate-test") as oracle:
+        if not path.exists():
+            pairs = [(labels.cpu(), oracle.query(x).labels.cpu()) for x, labels in run.data.once("test", BATCH)]
+            labels, answers = (torch.cat(column) for column in zip(*pairs, strict=True))
+            files.save(path, {"labels": labels, "answers": answers})
+        oracle.ledger.settle()
+    saved = files.load(path)
+    return saved["labels"], saved["answers"]
 
 
-def ask_private(run: Run, data: Source, oracle: Oracle, begin_at: int) -> tuple[Replay, int]:
+def ask_private(run: Run) -> tuple[Replay, int]:
     """This process's private images and the teacher's answers to them, asked once; and how many there are."""
     path = _kept(run, "evaluate-private")
-    store = Replay(run.out / "private" / path.stem, -(-data.count("local") // parallel.world()))
-    if path.exists():
-        return store, files.load(path)["count"]
-    oracle.ledger.rewind(begin_at)
-    count = 0
-    for images, _ in data.once("local", BATCH):
-        store.write(count, images, oracle.query(images))
-        count += len(images)
-    store.state_dict()
-    files.save(path, {"count": count})
-    oracle.ledger.settle()
-    return store, count
+    store = Replay(run.out / "private" / path.stem, -(-run.data.count("local") // parallel.world()))
+    with asking(run, "evaluate-private") as oracle:
+        if not path.exists():
+            count = 0
+            for images, _ in run.data.once("local", BATCH):
+                store.write(count, images, oracle.query(images))
+                count += len(images)
+            store.flush()
+            files.save(path, {"count": count})
+        oracle.ledger.settle()
+    return store, files.load(path)["count"]
 
 
-def train_baseline(run: Run, data: Source, oracle: Oracle, begin_at: int) -> nn.Module:
+@contextlib.contextmanager
+def asking(run: Run, name: str) -> Iterator[Oracle]:
+    """The oracle with the account NAME, which has no budget: what was answered before is found there."""
+    account = open_account(run, name, name, None)
+    try:
+        with parallel.first_alone():
+            oracle = run.open_oracle(account)
+        yield oracle
+    finally:
+        account.close()
+
+
+def train_baseline(run: Run) -> nn.Module:
     """The plain baseline: the student trained by KL on the teacher's answers to the private images."""
     config = run.config.distill
-    steps = run.config.evaluate.baseline_steps or config.steps
-    store, count = ask_private(run, data, oracle, begin_at)
+    count_steps = run.config.evaluate.baseline_steps or config.steps
+    store, count = ask_private(run)
     torch.manual_seed(run.config.seed + 4)
-    student = run.place(build(config.student, len(data.classes), data.image[0]))
+    student = run.place(build(config.student, run.num_classes, run.image[0]))
     optimizer = sgd(student, config.lr, config.weight_decay)
-    state = {"student": student, "optimizer": optimizer}
-    depends = fingerprint(run.config, "baseline") | {"teacher": run.teacher_digest()}
     batch = min(config.batch // parallel.world(), count)
     learner = parallel.data_parallel(student)
     parallel.dropout_apart(run.config.seed)
-    with Loop(run, "baseline", steps, state, depends, batch=batch * parallel.world()) as loop:
-        for step in loop:
-            set_cosine_lr(optimizer, config.lr, step, steps)
-            rows = torch.randint(
-                count, (batch,), generator=generator_at(run.config.seed, "baseline", step, parallel.rank())
-            )
-            images, answers = store.read(rows)
-            target = answers.to(run.device).target
-            loss = functional.kd_loss(learner(to_float(images.to(run.device))), **target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loop.log(loss=loss)
+    log = RunLog(run, "baseline", count_steps, batch * parallel.world(), {}, lr="distill.lr")
+    checkpoint = Checkpoint(run, "baseline", {"student": student, "optimizer": optimizer}, {}, run.depends("baseline"))
+    checkpoint.restore(log)
+    for step in steps(checkpoint, log):
+        set_cosine_lr(optimizer, config.lr, step, count_steps)
+        generator = generator_at(run.config.seed, "baseline", step, parallel.rank())
+        images, answers = store.read(torch.randint(count, (batch,), generator=generator))
+        target = answers.to(run.device).target
+        loss = functional.kd_loss(learner(to_float(images.to(run.device))), **target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        log.add(loss=loss)
     return student
 
 

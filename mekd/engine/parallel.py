@@ -7,7 +7,6 @@ pay the same queries. Process 0 writes; --out lies where all can read it. Alone,
 import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mekd.oracle.ledger import Ledger, describe
+from mekd.errors import UsageError
 from mekd.seeds import generator_at
 
 Value = TypeVar("Value")
@@ -61,9 +60,9 @@ def part(count: int) -> slice:
 
 
 def share(name: str, batch: int) -> int:
-    """This process's images of a batch; ValueError names a batch that cannot be dealt out evenly."""
+    """This process's images of a batch; UsageError names a batch that cannot be dealt out evenly."""
     if batch % world():
-        raise ValueError(
+        raise UsageError(
             f"{name} is {batch} images over all processes together; with {world()} of them it must be a multiple of "
             f"{world()}"
         )
@@ -86,7 +85,11 @@ def data_parallel(module: nn.Module) -> nn.Module:
     Buffers are not synchronised: batch norm in training reads none of them, process 0 saves its own, and writing them
     in the second of two forwards would change what the first one saved for backward.
     """
-    return module if world() == 1 else DistributedDataParallel(module, forward_sync_buffers=False)
+    if world() == 1:
+        return module
+    wrapped = DistributedDataParallel(module)
+    wrapped.broadcast_buffers = False  # the name that every torch from 2.9 on knows
+    return wrapped
 
 
 def dropout_apart(seed: int) -> None:
@@ -126,28 +129,3 @@ def barrier() -> None:
     """Wait for all processes."""
     if world() > 1:
         any_of(False)
-
-
-def deal(ledger: Ledger, folder: Path) -> Ledger:
-    """Give this process its slice of a budget that is one for all, those of an earlier number of processes included."""
-    spent = float(ledger.spent)
-    for path in folder.glob(f"{ledger.stage}.rank*.journal"):
-        number = int(path.name.split(".rank")[1].split(".")[0])
-        if rank() == 0 and number >= world():
-            gone = Ledger(ledger.stage, folder, rank=number)
-            gone.close()
-            spent += gone.spent
-    (total,) = sum_of(spent)
-    if ledger.budget is not None:
-        ledger.reserved = ledger.budget - ledger.spent - max(0, ledger.budget - int(total)) // world()
-    return ledger
-
-
-def totals(ledger: Ledger) -> dict[str, int]:
-    """The counts of a stage over all processes, which all must ask for."""
-    return dict(zip(ledger.counts, map(int, sum_of(*ledger.counts.values())), strict=True))
-
-
-def account(ledger: Ledger) -> str:
-    """The counts of a stage over all processes, as a line of the log says them; all must ask."""
-    return describe(totals(ledger))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mekd import files
 from mekd.losses import MEKDLoss
-from mekd.oracle.replay import Replay, will_need
+from mekd.oracle.replay import Replay, StoreError, will_need
 from mekd.pixels import to_float, to_uint8
 
 #: How a picture is kept, and numpy's type of the same width.
@@ -29,9 +29,9 @@ class Pictures:
         try:
             self._array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); delete it, and it is drawn again") from error
+            raise StoreError(f"{path} cannot be read ({error}); delete it, and it is drawn again") from error
         if len(self._array) != len(store) or self._array.dtype != DTYPES[keep]:
-            raise ValueError(
+            raise StoreError(
                 f"{path} holds {len(self._array)} pictures, {store.folder} {len(store)} answers; delete it"
             )
 

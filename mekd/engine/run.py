@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,19 +13,26 @@ import torch
 from torch import Tensor
 
 from mekd import files
-from mekd.config import Config, dump_yaml
+from mekd.config import Config, dump_yaml, fingerprint
 from mekd.data import TREES, Source, open_source
 from mekd.engine import parallel
+from mekd.errors import MekdError
 from mekd.nets import Generator
+from mekd.oracle import ledger
 from mekd.oracle.base import Oracle
 from mekd.oracle.batch import find_batch, stored_batch
 from mekd.oracle.ledger import Ledger
 from mekd.oracle.ort import OnnxOracle
 from mekd.oracle.session import provider_names
 from mekd.seeds import generator_at
-from mekd.errors import MekdError
 
 Module = TypeVar("Module", bound=torch.nn.Module)
+#: The accounts whose queries are spent by a stage.
+ACCOUNTS = {
+    "deprivatize": ("deprivatize",),
+    "distill": ("holdout", "replay", "distill"),
+    "evaluate": ("evaluate-test", "evaluate-private"),
+}
 
 
 class StageError(MekdError, RuntimeError):
@@ -41,41 +47,39 @@ class Run:
     out: Path
     wrap_oracle: Callable[[Oracle], Oracle] = lambda oracle: oracle
 
-    @property
+    # -- what there is -------------------------------------------------------------------------------------
+
+    @functools.cached_property
     def device(self) -> torch.device:
-        """The device of the networks."""
+        """The device of the networks and of the teacher."""
         name = self.config.engine.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda" and parallel.world() > 1:
-            name = f"cuda:{torch.cuda.current_device()}"
         try:
             device = torch.device(name)
         except RuntimeError as error:
             raise StageError(f"engine.device is {name!r}; it must be auto, cpu, cuda or cuda:N") from error
-        if device.type == "cuda" and not torch.cuda.is_available():
+        if device.type not in ("cpu", "cuda"):
+            raise StageError(f"engine.device is {name!r}; it must be auto, cpu, cuda or cuda:N")
+        if device.type == "cpu":
+            return device
+        if not torch.cuda.is_available():
             raise StageError(f"engine.device is {name!r}, but torch finds no CUDA device; `mekd doctor` says more")
-        return device
+        count = torch.cuda.device_count()
+        if device.index is not None and device.index >= count:
+            raise StageError(f"engine.device is {name!r}; there are {count} CUDA devices, from cuda:0")
+        return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
-    def place(self, module: Module) -> Module:
-        """A network on the run's device, its weights laid out for channels_last convolutions.
+    @functools.cached_property
+    def data(self) -> Source:
+        """The data set: its images come on the run's device, and this process gets its part of them."""
+        return open_source(self.config, self.device, parallel.rank(), parallel.world())
 
-        With several processes and engine.batch_norm synchronised, its batch norms see the whole batch.
-        """
-        placed = module.to(self.device).to(memory_format=torch.channels_last)
-        if self.config.engine.batch_norm == "local" or parallel.world() == 1:
-            return placed
-        if self.device.type != "cuda":
-            raise StageError(
-                "engine.batch_norm is 'synchronised', which PyTorch does on CUDA alone; on the CPU it must be 'local'"
-            )
-        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(placed)
-
-    def latents(self, purpose: str, step: int, count: int, num_classes: int) -> Tensor:
-        """This process's part of a step's count latent codes, each drawn from N(0, I): (m, num_classes)."""
-        generator = generator_at(self.config.seed, purpose, step, device=self.device)
-        codes = torch.randn(count, num_classes, generator=generator, device=self.device)
-        return codes[parallel.part(count)]
+    @functools.cached_property
+    def image(self) -> tuple[int, int, int]:
+        """(ch, H, W) of the images; a tree is not looked through for it."""
+        size = self.config.data.size
+        return (3, size, size) if self.config.data.name in TREES else self.data.image
 
     @property
     def teacher_onnx(self) -> Path:
@@ -83,87 +87,70 @@ class Run:
         own = self.config.teacher.onnx
         return Path(own) if own else self.out / "teacher.onnx"
 
-    def checkpoint(self, name: str) -> Path:
-        """Where a stage's checkpoint lies."""
-        return self.out / "checkpoints" / f"{name}.pt"
+    @functools.cached_property
+    def class_names(self) -> list[str] | None:
+        """The teacher's classes, where oracle.classes lists them."""
+        path = self.config.oracle.classes
+        return None if path is None else read_names(path)
 
-    def log(self, line: str) -> None:
-        """A line for the screen and for log.txt, of the first process."""
-        if parallel.rank():
-            return
-        print(line, flush=True)
-        self.out.mkdir(parents=True, exist_ok=True)
-        with open(self.out / "log.txt", "a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+    @functools.cached_property
+    def num_classes(self) -> int:
+        """The teacher's classes, as its file or the configuration says: nothing is asked."""
+        oracle = self.open_oracle(Ledger("nothing", budget=0), batch=None, provider="cpu")
+        return oracle.num_classes
 
-    def log_skipped(self, data: Source) -> None:
-        """Say how many files data.on_error=skip left out, if any."""
-        (skipped,) = parallel.sum_of(data.skipped())
-        if skipped:
-            self.log(f"data: {skipped:.0f} files could not be read and were left out (data.on_error is skip)")
+    @functools.cached_property
+    def teacher_digest(self) -> str:
+        """A hash of the black box, by which a checkpoint knows its teacher."""
+        return hashlib.sha256(self.teacher_onnx.read_bytes()).hexdigest()[:16]
 
-    def save_config(self) -> None:
-        """Write the resolved configuration into the run's folder."""
-        if parallel.rank() == 0:
-            files.write_text(self.out / "config.yaml", dump_yaml(self.config))
+    # -- what a stage opens --------------------------------------------------------------------------------
 
-    @property
-    def image(self) -> tuple[int, int, int]:
-        """(ch, H, W) of the images; a tree is not looked through for it."""
-        size = self.config.data.size
-        return (3, size, size) if self.config.data.name in TREES else self.open_data().image
-
-    def open_data(self) -> Source:
-        """The data set: its images come on the run's device, and this process gets its part of them."""
-        return open_source(self.config, self.device, parallel.rank(), parallel.world())
-
-    def open_oracle(self, stage: str, image: tuple[int, int, int], budget: int | None = None) -> Oracle:
-        """The black box with the account of a stage."""
+    def open_oracle(
+        self, account: Ledger, batch: int | str | None = "as configured", provider: str | None = None
+    ) -> Oracle:
+        """The black box with an account; batch and provider in place of those of the configuration."""
         settings = self.config.oracle
         path = self.teacher_onnx
         if not path.is_file():
             raise StageError(
                 f"{path} is missing: run `mekd export` first, or give your classifier with --teacher.onnx FILE"
             )
-        names = None if settings.classes is None else read_names(settings.classes)
-        folder = self.out / "ledger"
-        ledger = parallel.deal(Ledger(stage, folder, budget, settings.price, parallel.rank()), folder)
+        measured = functools.partial(self._query_batch, self.image)
+        plain = provider is not None
         oracle = OnnxOracle(
             path,
             settings.response,
-            providers=settings.provider,
-            image=image,
-            classes=names,
-            num_classes=None if names is None else len(names),
+            providers=provider or settings.provider,
+            image=self.image,
+            classes=self.class_names,
+            num_classes=settings.num_classes if self.class_names is None else len(self.class_names),
             output=settings.output,
             mean=settings.mean,
             std=settings.std,
             k=settings.k,
             decimals=settings.decimals,
             transport=settings.transport,
-            batch=settings.batch or functools.partial(self._query_batch, image),
-            precision=settings.precision,
-            cuda_graph=settings.cuda_graph,
-            cache=self.out / "tensorrt",
-            ledger=ledger,
+            batch=batch if not isinstance(batch, str) else settings.batch or measured,
+            precision="float32" if plain else settings.precision,
+            cuda_graph=settings.cuda_graph and not plain,
+            cache=self.out / "tensorrt" / f"rank{parallel.rank()}",
+            ledger=account,
         )
-        return self.wrap_oracle(oracle)
+        return oracle if plain else self.wrap_oracle(oracle)
 
     def _query_batch(self, image: tuple[int, int, int], run_blank: Callable[[int], object]) -> int:
-        """The images that the teacher gets at once: measured by the first process when the run first asks, then kept.
+        """The images that the teacher gets at once: measured when the run first asks, then kept.
 
-        The images that measure are blank and stay here: the ledger does not count them.
+        The images that measure are blank and stay here: the ledger does not count them. The first process comes first.
         """
         settings = self.config.oracle
-        belongs = {"teacher": self.teacher_digest(), "provider": provider_names(settings.provider)[0]}
+        belongs = {"teacher": self.teacher_digest, "provider": provider_names(settings.provider)[0]}
         belongs |= {"transport": settings.transport, "precision": settings.precision}
-        asked = any(journal.stat().st_size for journal in (self.out / "ledger").glob("*.journal"))
-        size = 0
-        if parallel.rank() == 0:
-            size = stored_batch(self.out / "oracle.json", belongs, asked, lambda: find_batch(run_blank, image))
-        return int(parallel.sum_of(size)[0])
+        asked = self.asked("deprivatize", "distill", "evaluate")["calls"] > 0
+        return stored_batch(self.out / "oracle.json", belongs, asked, lambda: find_batch(run_blank, image))
 
-    def load_generator(self, num_classes: int, channels: int) -> Generator:
+    def load_generator(self) -> Generator:
         """The trained generator, frozen: its averaged weights where deprivatize.ema asks for them."""
         path = self.checkpoint("deprivatize")
         if not path.exists():
@@ -174,14 +161,13 @@ class Run:
                 f"deprivatize stands at step {saved['step']} of {self.config.deprivatize.steps}: run "
                 f"`mekd deprivatize` to finish it, or accept it as it is with --deprivatize.steps {saved['step']}"
             )
-        settings = self.config.deprivatize
-        generator = Generator(num_classes, self.config.data.size, channels, settings.width)
-        generator.load_state_dict(saved["state"]["average" if settings.ema else "generator"])
+        settings, weights = self.config.deprivatize, saved["state"]["generator"]
+        if settings.ema:
+            averaged = saved["state"]["average"]
+            weights = {name: averaged[f"module.{name}"] for name in weights}
+        generator = Generator(self.num_classes, self.config.data.size, self.image[0], settings.width)
+        generator.load_state_dict(weights)
         return generator.to(self.device).eval().requires_grad_(False)
-
-    def teacher_digest(self) -> str:
-        """A hash of the black box's file, by which a checkpoint knows its teacher."""
-        return hashlib.sha256(self.teacher_onnx.read_bytes()).hexdigest()[:16]
 
     def load_weights(self, module: torch.nn.Module, name: str, path: str) -> None:
         """Load a state_dict that the user gave as the setting called name; StageError if it is none or does not fit."""
@@ -192,16 +178,84 @@ class Run:
         except RuntimeError as error:
             raise StageError(f"{name} {path!r} does not fit the network: {error}") from error
 
+    def place(self, module: Module) -> Module:
+        """A network on the run's device, its weights laid out for channels_last convolutions.
+
+        With several processes and engine.batch_norm synchronised, its batch norms see the whole batch.
+        """
+        placed = module.to(self.device).to(memory_format=torch.channels_last)
+        if self.config.engine.batch_norm == "local" or parallel.world() == 1:
+            return placed
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(placed)
+
+    def latents(self, purpose: str, step: int, count: int) -> Tensor:
+        """This process's part of a step's count latent codes, each drawn from N(0, I): (m, num_classes)."""
+        generator = generator_at(self.config.seed, purpose, step, device=self.device)
+        codes = torch.randn(count, self.num_classes, generator=generator, device=self.device)
+        return codes[parallel.part(count)]
+
+    # -- where a stage stands ------------------------------------------------------------------------------
+
+    def checkpoint(self, name: str) -> Path:
+        """Where a stage's checkpoint lies."""
+        return self.out / "checkpoints" / f"{name}.pt"
+
+    def depends(self, name: str) -> dict[str, Any]:
+        """What changes the result of a stage, by name: settings, the teacher, the generator, and no more."""
+        found = fingerprint(self.config, name)
+        if any(key.startswith("oracle.") for key in found):
+            found["teacher"] = self.teacher_digest
+        if self.class_names is not None and "oracle.classes" in found:  # the names, wherever their file lies
+            found["oracle.classes"] = hashlib.sha256(repr(self.class_names).encode()).hexdigest()[:16]
+        if name in ("holdout", "replay", "distill"):
+            found["generator"] = self.generator_digest
+        return found
+
+    @functools.cached_property
+    def generator_digest(self) -> str:
+        """A hash of the trained generator's weights."""
+        hashed = hashlib.sha256()
+        for name, value in self.load_generator().state_dict().items():
+            hashed.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        return hashed.hexdigest()[:16]
+
+    def asked(self, *stages: str) -> dict[str, int]:
+        """The counts of what stages asked so far, over all processes."""
+        return ledger.totals(self.out / "ledger", *(name for stage in stages for name in ACCOUNTS[stage]))
+
+    # -- what is written -----------------------------------------------------------------------------------
+
+    def log(self, line: str, screen: bool = True) -> None:
+        """A line for the screen and for log.txt, of the first process."""
+        if parallel.rank():
+            return
+        if screen:
+            print(line, flush=True)
+        self.out.mkdir(parents=True, exist_ok=True)
+        with open(self.out / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def log_skipped(self) -> None:
+        """Say how many files data.on_error=skip left out, if any."""
+        (skipped,) = parallel.sum_of(self.data.skipped())
+        if skipped:
+            self.log(f"data: {skipped:.0f} files could not be read and were left out (data.on_error is skip)")
+
+    def save_config(self) -> None:
+        """Write the resolved configuration into the run's folder."""
+        if parallel.rank() == 0:
+            files.write_text(self.out / "config.yaml", dump_yaml(self.config))
+
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """A small result, whole or not at all, of the first process."""
         if parallel.rank():
             return
-        files.write_text(self.out / name, json.dumps(content, indent=1) + "\n")
+        files.write_text(self.out / name, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A small result, if it is there."""
         path = self.out / name
-        return json.loads(path.read_text()) if path.exists() else None
+        return json.loads(path.read_text("utf-8")) if path.exists() else None
 
 
 def read_names(path: str) -> list[str]:
@@ -209,9 +263,4 @@ def read_names(path: str) -> list[str]:
     file = Path(path)
     if not file.is_file():
         raise StageError(f"oracle.classes is {path!r}; no such file. It lists the teacher's class names, one a line")
-    return [line.strip() for line in file.read_text().splitlines() if line.strip()]
-
-
-def is_terminal() -> bool:
-    """Whether somebody watches: a progress bar in a file helps nobody."""
-    return sys.stderr.isatty()
+    return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]

@@ -4,10 +4,12 @@ import torch
 import torch.nn.functional as F
 
 from mekd import files
-from mekd.config import TeacherConfig, fingerprint
+from mekd.config import TeacherConfig
 from mekd.engine import parallel
-from mekd.engine.loop import Loop
+from mekd.engine.checkpoint import Checkpoint, steps
+from mekd.engine.feeds import Images
 from mekd.engine.run import Run, StageError
+from mekd.engine.runlog import RunLog
 from mekd.engine.train import predict, set_cosine_lr, sgd
 from mekd.nets import build
 from mekd.oracle.export import Classifier, export
@@ -18,31 +20,30 @@ def train_teacher(run: Run) -> None:
     config = run.config.teacher
     if config.onnx or config.checkpoint:
         return
-    parallel.share("teacher.batch", config.batch)
-    data = run.open_data()
+    data = run.data
     torch.manual_seed(run.config.seed)
     teacher = run.place(_classifier(config, len(data.classes), data.image))
     optimizer = sgd(teacher, config.lr, config.weight_decay)
-    learner, batches = parallel.data_parallel(teacher), data.training(config.batch)
+    learner, batches = parallel.data_parallel(teacher), Images(data.training(config.batch))
+    log = RunLog(run, "teacher", config.steps, config.batch, {"data": batches}, lr="teacher.lr")
     state = {"teacher": teacher.net, "optimizer": optimizer}
-    depends = fingerprint(run.config, "teacher")
-    with Loop(run, "teacher", config.steps, state, depends, batch=config.batch, own={"data": batches}) as loop:
-        for step in loop:
-            set_cosine_lr(optimizer, config.lr, step, config.steps)
-            with loop.clock("data"):
-                images, labels = batches.take(step)
-            loss = F.cross_entropy(learner(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loop.log(loss=loss)
+    checkpoint = Checkpoint(run, "teacher", state, {"data": batches}, run.depends("teacher"))
+    checkpoint.restore(log)
+    for step in steps(checkpoint, log):
+        set_cosine_lr(optimizer, config.lr, step, config.steps)
+        images, labels = batches.take(step)
+        loss = F.cross_entropy(learner(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        log.add(loss=loss)
     right = seen = 0
     for images, labels in data.once("test", 256):
         right += int((predict(teacher, images) == labels).sum())
         seen += len(labels)
     right, seen = map(int, parallel.sum_of(right, seen))
-    run.log(f"teacher: {config.arch}, {100 * right / seen:.2f}% of {seen} test images, {loop.seconds:.0f} s")
-    run.log_skipped(data)
+    run.log(f"teacher: {config.arch}, {100 * right / seen:.2f}% of {seen} test images, {log.seconds:.0f} s")
+    run.log_skipped()
 
 
 def export_teacher(run: Run) -> None:
@@ -54,7 +55,7 @@ def export_teacher(run: Run) -> None:
 
 
 def _export_teacher(run: Run, config: TeacherConfig) -> None:
-    data = run.open_data()
+    data = run.data
     teacher = _classifier(config, len(data.classes), data.image)
     if config.checkpoint:
         run.load_weights(teacher.net, "teacher.checkpoint", config.checkpoint)

@@ -1,6 +1,7 @@
 """What the training stages share: optimisers, the learning rate, predictions."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +30,13 @@ def set_cosine_lr(optimizer: torch.optim.Optimizer, peak: float, step: int, step
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, images: Tensor, batch: int = 512) -> Tensor:
-    """Classes (n,) of images as the model takes them, in eval mode; the mode is put back afterwards."""
+def predict(
+    model: nn.Module, images: Tensor, *, device: torch.device | str | None = None,
+    convert: Callable[[Tensor], Tensor] = lambda images: images, batch: int = 512,
+) -> Tensor:  # fmt: skip
+    """Classes (n,) of images, moved to device and converted in parts, in eval mode; the mode is put back afterwards."""
     training = model.training
     model.eval()
-    classes = torch.cat([model(part).argmax(1) for part in images.split(batch)])
+    classes = torch.cat([model(convert(part.to(device or part.device))).argmax(1) for part in images.split(batch)])
     model.train(training)
     return classes.clone()

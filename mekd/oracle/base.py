@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mekd.checks import check_choice
+from mekd.errors import UsageError
 from mekd.oracle.ledger import Ledger
 from mekd.oracle.response import KINDS, AnswerError, Response
 from mekd.pixels import to_uint8
@@ -18,11 +19,8 @@ class Oracle(ABC):
 
     response: "logits", "probs", "topk" (with k) or "label"; decimals: what the API rounds values to. budget:
     queries at most; ledger: an account that is kept elsewhere, instead of one in memory with that budget.
-    transport: "uint8" sends pixels as an API gets them, "float" sends them unrounded. ahead: whether asking from a
-    second thread, a batch ahead, saves time: where the teacher does not work on the processor that trains.
+    transport: "uint8" sends pixels as an API gets them, "float" sends them unrounded. One query is one call.
     """
-
-    ahead = False
 
     def __init__(
         self,
@@ -39,9 +37,9 @@ class Oracle(ABC):
         check_choice("response", response, KINDS)
         check_choice("transport", transport, TRANSPORTS)
         if response == "topk" and not 1 <= k <= num_classes:
-            raise ValueError(f"k is {k}; it must lie between 1 and the teacher's {num_classes} classes")
+            raise UsageError(f"k is {k} (oracle.k); it must lie between 1 and the teacher's {num_classes} classes")
         if decimals is not None and not 0 <= decimals <= 7:
-            raise ValueError(f"decimals is {decimals}; it must lie between 0 and 7")
+            raise UsageError(f"decimals is {decimals} (oracle.decimals); it must lie between 0 and 7")
         self.image, self.num_classes = image, num_classes
         self.response, self.k, self.decimals, self.transport = response, k, decimals, transport
         self.ledger = ledger or Ledger("query", budget=budget)
@@ -79,6 +77,10 @@ class Oracle(ABC):
             raise AnswerError(f"the teacher answered {len(answered)} of {len(images)} images")
         self.ledger.record(sent, answered)
         return answered.to(images.device)
+
+    def close(self) -> None:
+        """Write the ledger out; nothing is asked afterwards."""
+        self.ledger.close()
 
     @abstractmethod
     def _send(self, images: Tensor) -> Response:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mekd.oracle.ort import open_session
 from mekd.errors import MekdError
+from mekd.oracle.ort import open_session
 
 
 class ExportError(MekdError, RuntimeError):

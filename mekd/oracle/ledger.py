@@ -1,71 +1,109 @@
-"""What was asked, what it cost, and a journal of answers, so that nothing is paid for twice.
+"""What was asked and what it cost, in an SQLite file that anyone can query, so that nothing is paid for twice.
 
-Every request is journalled twice: the intent before it is sent, the answer when it is there. A resumed stage
-asks the same questions again and is answered from the journal, up to the one request that was in flight.
+A call to the teacher is booked before it is sent and again with its answer, by one thread. A resumed stage asks the
+same questions again and is answered from the ledger, up to the one call that was in flight or not yet written. That
+holds for a process that is killed; a power cut can take what was booked since the last checkpoint.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import io
-import json
+import shutil
+import sqlite3
 import struct
+import tempfile
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mekd import files
+from mekd.errors import MekdError, UsageError
 from mekd.oracle.response import Response
-from mekd.errors import MekdError
 
-_HEADER = struct.Struct("<cII")  # kind of record (T, I or A), length of the payload, CRC-32 of kind and payload
-_COUNTS = ("requests", "queries", "bytes_up", "bytes_down", "uncertain")
+Result = TypeVar("Result")
+
+LOG = 2000  # transactions that the write-ahead log grows by at most
+COUNTS = ("calls", "queries", "bytes_up", "bytes_down", "uncertain")
+_APPLICATION, _VERSION = 0x6D656B64, 1  # "mekd"
+_SCHEMA = f"""
+PRAGMA application_id = {_APPLICATION};
+PRAGMA user_version = {_VERSION};
+CREATE TABLE calls (
+    attempt INTEGER PRIMARY KEY,  -- in the order in which they were sent
+    call INTEGER NOT NULL,        -- the run's question: one whose answer was lost is asked again under its number
+    queries INTEGER NOT NULL,     -- images
+    bytes_up INTEGER NOT NULL,
+    bytes_down INTEGER,           -- NULL without an answer: the provider may have billed it
+    sent REAL NOT NULL,           -- seconds since 1970
+    answered REAL,
+    crc INTEGER NOT NULL
+);
+CREATE TABLE answers (            -- those that no checkpoint holds yet
+    call INTEGER PRIMARY KEY, digest BLOB, kind TEXT, decimals INTEGER, "values" BLOB, indices BLOB, crc INTEGER
+);
+CREATE TABLE settled (calls INTEGER NOT NULL, crc INTEGER NOT NULL);
+CREATE VIEW totals AS SELECT
+    count(answered) AS calls,
+    coalesce(sum(queries) FILTER (WHERE answered IS NOT NULL), 0) AS queries,
+    coalesce(sum(bytes_up) FILTER (WHERE answered IS NOT NULL), 0) AS bytes_up,
+    coalesce(sum(bytes_down), 0) AS bytes_down,
+    coalesce(sum(queries) FILTER (WHERE answered IS NULL), 0) AS uncertain
+FROM calls;
+"""
+#: Where several machines see one file, SQLite's write-ahead log does not work: it shares memory.
+_NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "afs", "9p", "fuse.", "ocfs", "gfs")
 
 
 class BudgetSpent(MekdError, RuntimeError):
-    """The next request would exceed the stage's budget; it was not sent."""
+    """The next call would exceed the stage's budget; it was not sent."""
 
     status = 3
 
 
 class LedgerError(MekdError, RuntimeError):
-    """The ledger and the run do not belong together."""
+    """The ledger and the run do not belong together, or the ledger's file is damaged."""
 
 
 class Ledger:
-    """The account of one stage: requests, queries (one image is one query), bytes, and a hard budget.
+    """One account: calls, queries (one image is one query), bytes, and a hard budget.
 
-    stage names the account. folder holds STAGE.journal (the totals at the last checkpoint, and every request
-    since) and STAGE.json (those totals, for others to read); without a folder the account lives in memory.
-    budget: queries at most, the uncertain ones included; price: what one query costs. uncertain counts queries
-    that were sent and whose answer was lost or unusable: the provider may have billed them. rank: the process that
-    keeps the account, of several; those after the first have STAGE.rankN.journal. reserved: queries of the budget
-    that are spent by other processes, or theirs to spend.
+    name: of the account. folder holds NAME.sqlite, of the processes after the first NAME.rankN.sqlite; without a
+    folder the account lives in memory. setting: the budget's, for messages. budget: queries at most, the uncertain ones
+    included; elsewhere: queries of it that other accounts have spent; reserved: those and what is theirs to spend.
+    uncertain counts queries that were sent and whose answer was lost or unusable: the provider may have billed them.
     """
 
     def __init__(
         self,
-        stage: str,
+        name: str,
         folder: Path | None = None,
         budget: int | None = None,
-        price: float | None = None,
+        *,
+        setting: str | None = None,
         rank: int = 0,
     ) -> None:
+        self.name, self.setting = name, setting or f"{name}.budget"
         if budget is not None and budget < 0:
-            raise ValueError(f"{stage}.budget is {budget}; it must be at least 0, or null for no limit")
-        self.stage, self.budget, self.price, self.reserved = stage, budget, price, 0
-        self.counts = dict.fromkeys(_COUNTS, 0)
+            raise UsageError(f"{self.setting} is {budget}; it must be at least 0, or null for no limit")
+        self.budget, self.reserved, self.elsewhere = budget, 0, 0
+        self.counts = dict.fromkeys(COUNTS, 0)
         self.settled = 0
         self.next = 0
-        self._answers: dict[int, tuple[str, Response]] = {}
-        self._journal: BinaryIO | None = None
+        self._answers: dict[int, tuple[bytes, Response]] = {}
+        self._attempt = 0
+        self._writer: ThreadPoolExecutor | None = None
+        self._booked: Future[Any] | None = None
+        self._written = 0
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._path = folder / (f"{stage}.rank{rank}.journal" if rank else f"{stage}.journal")
-            self._read()
+            self._open(folder, rank)
 
     @property
     def spent(self) -> int:
@@ -78,132 +116,221 @@ class Ledger:
         return None if self.budget is None else max(0, self.budget - self.spent - self.reserved)
 
     def affords(self, queries: int) -> bool:
-        """Whether the next request may be sent, or needs not be because its answer is in the journal."""
+        """Whether the next call may be sent, or needs not be because its answer is known."""
         return self.next in self._answers or self.left is None or queries <= self.left
-
-    def totals(self) -> dict[str, Any]:
-        """The counts, and the cost where a price is known."""
-        cost = {} if self.price is None else {"cost": round(self.spent * self.price, 6)}
-        return {**self.counts, **cost}
 
     def __str__(self) -> str:
         return describe(self.counts)
 
-    def rewind(self, request: int) -> None:
-        """Stand at a checkpoint's request again, so that the requests since then are answered from the journal."""
-        if request < self.settled:
+    def rewind(self, call: int) -> None:
+        """Stand at a checkpoint's call again, so that the calls since then are answered from the ledger."""
+        if call < self.settled:
             raise LedgerError(
-                f"the ledger of {self.stage} has settled {self.settled} requests, but the checkpoint knows of "
-                f"{request}: its checkpoint is missing or older. Put it back, or start anew with another --out"
+                f"the ledger of {self.name} has settled {self.settled} calls, but the checkpoint knows of {call}: its "
+                "checkpoint is missing or older. Put it back, or start anew with another --out"
             )
-        if request > self.next_unanswered():
+        if call > self.next_unanswered():
             raise LedgerError(
-                f"the checkpoint of {self.stage} knows of {request} requests, the ledger of "
-                f"{self.next_unanswered()}: the ledger folder is missing or older. Put it back, or start anew with "
-                "another --out"
+                f"the checkpoint of {self.name} knows of {call} calls, the ledger of {self.next_unanswered()}: the "
+                "ledger folder is missing or older. Put it back, or start anew with another --out"
             )
-        self.next = request
+        self.next = call
 
     def next_unanswered(self) -> int:
-        """The first request that no answer is known for."""
+        """The first call that no answer is known for."""
         return max(self._answers, default=self.settled - 1) + 1
 
     def recall(self, images: Tensor) -> Response | None:
-        """The journalled answer if this request was answered before; LedgerError if it asked something else."""
+        """The booked answer if this call was answered before; LedgerError if it asked something else."""
         if self.next not in self._answers:
             return None
         digest, response = self._answers[self.next]
         if digest != _digest(images):
             raise LedgerError(
-                f"request {self.next} of {self.stage} differs from the journalled one: the run is not the one that "
-                "was interrupted (other code, device or thread count?). Start anew with another --out"
+                f"call {self.next} of {self.name} differs from the booked one: the run is not the one that was "
+                "interrupted (other code, device or thread count?). Start anew with another --out"
             )
         self.next += 1
         return response
 
     def intend(self, images: Tensor) -> None:
-        """Journal a request before it is sent; BudgetSpent, and nothing journalled, if it would not fit."""
+        """Book a call before it is sent; BudgetSpent, and nothing booked, if it would not fit."""
         if self.left is not None and len(images) > self.left:
             raise BudgetSpent(
-                f"{self.stage}.budget is {self.budget} queries, {self.spent} are spent"
-                + (f", {self.reserved} belong to other processes" if self.reserved else "")
-                + f" and the next request has {len(images)}; it was not sent"
+                f"{self.setting} is {self.budget} queries, {self.spent} are spent"
+                + (f", {self.reserved} belong to others" if self.reserved else "")
+                + f" and the next call has {len(images)}; it was not sent"
             )
-        self._append(b"I", json.dumps({"request": self.next, "queries": len(images)}).encode())
+        self._attempt += 1
+        row = (self._attempt, self.next, len(images), images.nbytes, None, time.time(), None)
+        try:
+            self._book(lambda database: _insert(database, "calls", row)).result()
+        except MekdError:
+            self._attempt -= 1
+            raise
         self.counts["uncertain"] += len(images)
+        self._sent = row
 
     def record(self, images: Tensor, response: Response) -> None:
-        """Journal the answer to the request that was intended last."""
-        if self._journal is not None:
-            self._append(b"A", _pack(self.next, images, response))
-        self._count(images.nbytes, response)
+        """Book the answer to the call that was intended last, while the caller goes on."""
+        self.counts["uncertain"] -= len(response)
+        self.counts["queries"] += len(response)
+        self.counts["calls"] += 1
+        self.counts["bytes_up"] += images.nbytes
+        self.counts["bytes_down"] += response.nbytes
+        if self._writer is not None:
+            attempt, call, queries, up, _, sent, _ = self._sent
+            row = (attempt, call, queries, up, response.nbytes, sent, time.time())
+            ready = torch.cuda.Event() if images.is_cuda else None
+            if ready is not None:
+                ready.record()
+
+            def write(database: sqlite3.Connection) -> None:
+                if ready is not None:  # the writer's stream does not wait for the caller's by itself
+                    ready.synchronize()
+                _insert(database, "answers", (call, _digest(images), *_packed(response)))
+                _insert(database, "calls", row)
+
+            self._book(write)
         self.next += 1
 
     def settle(self) -> None:
-        """Forget the answers up to here: a checkpoint that holds their effect is safely on the disk."""
-        self.settled = self.next
+        """Let the answers up to here go: a checkpoint that holds their effect is safely on the disk."""
+        self.settled = settled = self.next
         self._answers = {n: a for n, a in self._answers.items() if n >= self.settled}
-        if self._journal is None:
+        if self._writer is None:
             return
-        if self._answers:  # still replaying: the journal's tail is needed, and totals already count it
-            return
-        totals = json.dumps({**self.counts, "settled": self.settled}, indent=1)
-        # One file, replaced in one step: no kill can leave totals beside the records that they contain.
-        files.write(self._path, lambda file: file.write(_record(b"T", totals.encode())))
-        self._journal.close()
-        self._journal = open(self._path, "r+b", buffering=0)  # noqa: SIM115
-        self._journal.seek(0, io.SEEK_END)
-        files.write_text(self._path.with_suffix(".json"), totals + "\n")
+
+        def write(database: sqlite3.Connection) -> None:
+            database.execute("DELETE FROM answers WHERE call < ?", (settled,))
+            database.execute("DELETE FROM settled")
+            _insert(database, "settled", (settled,))
+
+        self._book(write)
+        self._cut_log()
 
     def pass_over(self) -> None:
         """Leave the answers since the checkpoint unused, though counted: other processes ask in other batches."""
         self.next = self.next_unanswered()
 
     def close(self) -> None:
-        """Close the journal."""
-        if self._journal is not None:
-            self._journal.close()
-
-    def _count(self, bytes_up: int, response: Response) -> None:
-        self.counts["uncertain"] -= len(response)
-        self.counts["queries"] += len(response)
-        self.counts["requests"] += 1
-        self.counts["bytes_up"] += bytes_up
-        self.counts["bytes_down"] += response.nbytes
-
-    def _append(self, kind: bytes, payload: bytes) -> None:
-        if self._journal is None:
+        """Wait until all is written, and leave one plain file."""
+        if self._writer is None:
             return
-        record = _record(kind, payload)
-        start = self._journal.tell()
+        writer, self._writer = self._writer, None
         try:
-            if self._journal.write(record) < len(record):
-                raise OSError("the disk is full")
-        except OSError as error:
-            self._journal.truncate(start)
-            self._journal.seek(start)
+            if self._booked is not None:
+                self._booked.result()
+        finally:
+            writer.shutdown()
+            with contextlib.suppress(sqlite3.OperationalError):  # somebody reads it
+                self._database.execute("PRAGMA busy_timeout = 1000")
+                self._database.execute("PRAGMA journal_mode = DELETE")
+            self._database.close()
+            self._lock.close()
+
+    def _book(self, write: Callable[[sqlite3.Connection], None]) -> "Future[Any]":
+        """Let the writer do a transaction. An earlier one that failed is an error here, before anything follows it."""
+        if self._writer is None:
+            done: Future[Any] = Future()
+            done.set_result(None)
+            return done
+        booked, self._booked = self._booked, None
+        if booked is not None:
+            booked.result()
+
+        def transaction() -> None:
+            with self._database:
+                write(self._database)
+
+        self._written += 1
+        if self._written % LOG == 0:
+            self._cut_log()
+        self._booked = self._writer.submit(self._attempted, transaction)
+        return self._booked
+
+    def _cut_log(self) -> None:
+        """Move what is booked into the file itself; from then on it survives a power cut too."""
+        assert self._writer is not None
+        self._written = 0
+        cut = "PRAGMA wal_checkpoint(TRUNCATE)"
+        self._booked = self._writer.submit(self._attempted, lambda: self._database.execute(cut).fetchall())
+
+    def _attempted(self, work: Callable[[], Result]) -> Result:
+        try:
+            return work()
+        except sqlite3.OperationalError as error:
             raise files.WriteError(
-                f"the journal of {self.stage} could not be written ({error}). Free some space and run the same "
-                "command again: it goes on from the last checkpoint"
+                f"the ledger of {self.name} could not be written ({error}). Free some space and run the same command "
+                "again: it goes on from the last checkpoint"
             ) from error
 
+    def _open(self, folder: Path, rank: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{_file_name(self.name, rank)}.sqlite"
+        if (old := path.with_suffix(".journal")).exists():
+            raise LedgerError(
+                f"{old} is a ledger of mekd 0.1's first format, which this version does not read: finish that run with "
+                "the version that began it, or start anew with another --out"
+            )
+        self._lock = open(path.with_suffix(".lock"), "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise LedgerError(f"{path} is in use: another run works in this folder; wait for it, or stop it") from error
+        self._database = sqlite3.connect(path, check_same_thread=False, isolation_level="IMMEDIATE", timeout=60)
+        try:
+            _check_log(path)
+            self._database.execute(f"PRAGMA journal_mode = {'TRUNCATE' if _on_network(folder) else 'WAL'}")
+            self._database.execute("PRAGMA synchronous = NORMAL")
+            self._database.execute("PRAGMA wal_autocheckpoint = 0")  # it is cut in settle()
+            if not self._database.execute("SELECT 1 FROM sqlite_master").fetchone():
+                self._database.executescript(_SCHEMA)
+            self._read()
+        except sqlite3.OperationalError as error:
+            self._database.close()
+            raise files.WriteError(f"{path} cannot be opened ({error}); check the folder's permissions") from error
+        except sqlite3.DatabaseError as error:
+            self._database.close()
+            raise LedgerError(
+                f"{path} is damaged ({error}): put a copy back, or start anew with another --out"
+            ) from error
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix=f"ledger {self.name}")
+
     def _read(self) -> None:
-        # Unbuffered: what a killed process wrote is in the kernel's hands.
-        self._journal = open(self._path, "r+b" if self._path.exists() else "w+b", buffering=0)  # noqa: SIM115
-        good = 0
-        for kind, payload, good in _records(self._journal, self._path):  # noqa: B007
-            if kind == b"T":
-                self.counts = json.loads(payload)
-                self.settled = self.next = self.counts.pop("settled")
-                files.write_text(self._path.with_suffix(".json"), payload.decode() + "\n")
-            elif kind == b"I":
-                self.counts["uncertain"] += json.loads(payload)["queries"]
-            else:
-                head, response = _unpack(payload)
-                self._answers[head["request"]] = (head["digest"], response)
-                self._count(head["up"], response)
-        self._journal.truncate(good)  # a record that the kill cut short
-        self._journal.seek(good)
+        query = self._database.execute
+        if query("PRAGMA application_id").fetchone() != (_APPLICATION,):
+            raise sqlite3.DatabaseError("it is no ledger of mekd")
+        ((said,), *_) = query("PRAGMA quick_check").fetchall()
+        if said != "ok":
+            raise sqlite3.DatabaseError(said)
+        for table in ("calls", "answers", "settled"):
+            for *row, crc in query(f"SELECT * FROM {table}"):
+                if crc != _crc(row):
+                    raise sqlite3.DatabaseError(f"a row of {table} is not what was written")
+        self._attempt, rows = query("SELECT coalesce(max(attempt), 0), count(*) FROM calls").fetchone()
+        if self._attempt != rows:
+            raise sqlite3.DatabaseError(f"{self._attempt - rows} calls are missing")
+        self.counts = dict(zip(COUNTS, query("SELECT * FROM totals").fetchone(), strict=True))
+        self.settled = self.next = (query("SELECT calls FROM settled").fetchone() or (0,))[0]
+        for call, digest, *packed, _ in query("SELECT * FROM answers WHERE call >= ?", (self.settled,)):
+            self._answers[call] = (digest, _unpacked(*packed))
+
+
+def totals(folder: Path, *names: str) -> dict[str, int]:
+    """The counts of some accounts of a folder together, over all processes; they may be in use."""
+    counts = dict.fromkeys(COUNTS, 0)
+    for path in (path for name in names for path in _files(folder, name)):
+        database = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        try:
+            row = database.execute("SELECT * FROM totals").fetchone()
+        except sqlite3.DatabaseError as error:
+            raise LedgerError(f"{path} cannot be read ({error})") from error
+        finally:
+            database.close()
+        counts = {key: counts[key] + more for key, more in zip(COUNTS, row, strict=True)}
+    return counts
 
 
 def describe(counts: dict[str, int]) -> str:
@@ -213,42 +340,87 @@ def describe(counts: dict[str, int]) -> str:
     return sent + (f", {counts['uncertain']} uncertain" if counts["uncertain"] else "")
 
 
-def _digest(images: Tensor) -> str:
-    return hashlib.blake2b(images.cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
+def _file_name(name: str, rank: int) -> str:
+    return f"{name}.rank{rank}" if rank else name
 
 
-def _record(kind: bytes, payload: bytes) -> bytes:
-    return _HEADER.pack(kind, len(payload), zlib.crc32(kind + payload)) + payload
+def _files(folder: Path, name: str) -> list[Path]:
+    return [path for path in (folder / f"{name}.sqlite", *sorted(folder.glob(f"{name}.rank*.sqlite"))) if path.exists()]
 
 
-def _records(journal: BinaryIO, path: Path) -> Iterator[tuple[bytes, bytes, int]]:
-    """The whole records of a journal, each with the offset behind it; the one that a kill cut short is left out."""
-    size = path.stat().st_size
-    while len(header := journal.read(_HEADER.size)) == _HEADER.size:
-        kind, length, crc = _HEADER.unpack(header)
-        payload = journal.read(length)
-        if len(payload) < length or zlib.crc32(kind + payload) != crc:
-            if journal.tell() < size:
-                raise LedgerError(
-                    f"{path} is damaged before its end; put a copy back, or start anew with another --out"
-                )
-            return
-        yield kind, payload, journal.tell()
+def _insert(database: sqlite3.Connection, table: str, row: tuple[Any, ...]) -> None:
+    marks = ", ".join("?" * (len(row) + 1))
+    database.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", (*row, _crc(row)))
 
 
-def _pack(request: int, images: Tensor, response: Response) -> bytes:
-    head = {"request": request, "digest": _digest(images), "up": images.nbytes}
-    head |= {"kind": response.kind, "decimals": response.decimals}
-    head["parts"] = [name for name in ("values", "indices") if getattr(response, name) is not None]
-    buffer = io.BytesIO()
-    buffer.write(json.dumps(head).encode() + b"\n")
-    for tensor in response.tensors():
-        np.save(buffer, tensor.cpu().numpy(), allow_pickle=False)
-    return buffer.getvalue()
+def _crc(row: tuple[Any, ...] | list[Any]) -> int:
+    """SQLite keeps no checksum of its pages."""
+    crc = 0
+    for value in row:
+        crc = zlib.crc32(value if isinstance(value, bytes) else repr(value).encode(), crc)
+    return crc
 
 
-def _unpack(payload: bytes) -> tuple[dict[str, Any], Response]:
-    buffer = io.BytesIO(payload)
-    head = json.loads(buffer.readline())
-    parts = {name: torch.from_numpy(np.load(buffer, allow_pickle=False)) for name in head["parts"]}
-    return head, Response(head["kind"], parts.get("values"), parts.get("indices"), head["decimals"])
+def _digest(images: Tensor) -> bytes:
+    content = images.cpu().contiguous().numpy()
+    return hashlib.blake2b(content.reshape(-1).view(np.uint8).data, digest_size=16).digest()
+
+
+def _packed(response: Response) -> tuple[Any, ...]:
+    """Kind, decimals, values and indices, the last two as NumPy's files."""
+    blobs = []
+    for tensor in (response.values, response.indices):
+        buffer = io.BytesIO()
+        if tensor is not None:
+            np.save(buffer, tensor.cpu().numpy(), allow_pickle=False)
+        blobs.append(None if tensor is None else buffer.getvalue())
+    return response.kind, response.decimals, *blobs
+
+
+def _unpacked(kind: str, decimals: int | None, values: bytes | None, indices: bytes | None) -> Response:
+    def tensor(blob: bytes | None) -> Tensor | None:
+        return None if blob is None else torch.from_numpy(np.load(io.BytesIO(blob), allow_pickle=False))
+
+    return Response(kind, tensor(values), tensor(indices), decimals)
+
+
+def _on_network(folder: Path) -> bool:
+    """Whether the folder lies on a filesystem of several machines, as far as the system tells."""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text("utf-8", "replace").splitlines()]
+    except OSError:
+        return False
+    place = str(folder.resolve())
+    holding = [(point, kind) for point, kind in mounts if (place + "/").startswith(point.rstrip("/") + "/")]
+    return bool(holding) and max(holding, key=lambda mount: len(mount[0]))[1].startswith(_NETWORK)
+
+
+def _check_log(path: Path) -> None:
+    """Raise where whole transactions behind a damaged place of the write-ahead log would be lost.
+
+    SQLite stops reading at the first frame that is not what was written, and says nothing. What a killed process leaves
+    unfinished is one transaction at the end whose last frame is missing; anything else is calls that were paid for.
+    """
+    log = path.with_name(path.name + "-wal")
+    content = memoryview(log.read_bytes() if log.exists() else b"")
+    if len(content) < 56:
+        return
+    words = struct.unpack((">" if content[3] & 1 else "<") + "6I", content[:24])
+    sums = [0, 0]
+    for i in range(0, 6, 2):
+        sums[0] = (sums[0] + words[i] + sums[1]) & 0xFFFFFFFF
+        sums[1] = (sums[1] + words[i + 1] + sums[0]) & 0xFFFFFFFF
+    whole = struct.pack(">2I", *sums) == content[24:32]
+    size = 24 + (struct.unpack_from(">I", content, 8)[0] if whole else 4096)
+    salt = content[16:24] if whole else content[40:48]  # the log begins anew with another salt
+    frames = [content[at : at + 24] for at in range(32, len(content) - size + 1, size)]
+    ends = [i for i, head in enumerate(frames, 1) if head[8:16] == salt and head[4:8] != bytes(4)]
+    begun_anew = any(head[8:16] != salt for head in frames)  # over old frames, where a last one may look whole
+    with tempfile.TemporaryDirectory() as folder:  # a connection that ends would tidy the evidence away
+        for file in (path, log):
+            shutil.copy(file, Path(folder) / file.name)
+        database = sqlite3.connect(Path(folder) / path.name)
+        _, read, _ = database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        database.close()
+    if len([end for end in ends if end > read]) > begun_anew:
+        raise sqlite3.DatabaseError("its write-ahead log is damaged, and calls behind that place would be lost")

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from mekd import files
+from mekd.errors import MekdError
 from mekd.oracle.response import Response
+
+
+class StoreError(MekdError, ValueError):
+    """A store of answers is missing, damaged, or another run's."""
 
 
 class Replay:
@@ -26,19 +31,19 @@ class Replay:
         self._arrays: dict[str, np.ndarray] = {}
         self._kind: dict[str, Any] = {}
         if (folder / "replay.json").exists():
-            self._kind = json.loads((folder / "replay.json").read_text())
+            self._kind = json.loads((folder / "replay.json").read_text("utf-8"))
             for name in self._kind["arrays"]:
                 path = folder / f"{name}.npy"
                 try:
                     np.load(path, mmap_mode="r", allow_pickle=False)  # "r+" would fill a file that is cut short with 0
                     array = np.load(path, mmap_mode="r+", allow_pickle=False)
                 except (OSError, ValueError, EOFError) as error:
-                    raise ValueError(
+                    raise StoreError(
                         f"{path} cannot be read ({error}); it is missing or cut short. Put a copy of {folder} back, or "
                         "start anew with another --out"
                     ) from error
                 if len(array) != count:
-                    raise ValueError(f"{folder} holds {len(array)} queries, the configuration says {count}")
+                    raise StoreError(f"{folder} holds {len(array)} queries, the configuration says {count}")
                 self._arrays[name] = array
 
     def __len__(self) -> int:
@@ -51,7 +56,7 @@ class Replay:
         if not self._arrays:
             self._allocate(rows, response)
         elif (response.kind, response.decimals) != (self._kind["kind"], self._kind["decimals"]):
-            raise ValueError(
+            raise StoreError(
                 f"{self.folder} holds answers of kind {self._kind['kind']} with decimals {self._kind['decimals']}, the "
                 f"teacher gave {response.kind} with {response.decimals}; start anew with another --out"
             )
@@ -70,17 +75,23 @@ class Replay:
         for array in self._arrays.values():
             will_need(array, rows)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Flush the maps to the disk; the rows themselves are the state."""
+    def flush(self) -> None:
+        """Write the maps to the disk."""
         for array in self._arrays.values():
             if isinstance(array, np.memmap):
                 array.flush()
-        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether there are rows yet; they themselves are on the disk then."""
+        self.flush()
+        return {"begun": bool(self._arrays)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to load: rows that a checkpoint does not know of are written again."""
-        if not self._arrays:
-            raise ValueError(f"{self.folder} is missing, but its checkpoint is there; put it back or start anew")
+        if state["begun"] and not self._arrays:
+            raise StoreError(
+                f"{self.folder} is missing, but its checkpoint is there: put it back, or start anew with another --out"
+            )
 
     def _allocate(self, rows: dict[str, np.ndarray], response: Response) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch  # before ONNX Runtime, so that both work with torch's CUDA libraries
+
 from mekd.errors import MekdError
 
 PROVIDERS = {

@@ -1,0 +1,192 @@
+"""Where a stage stands: checkpoints, exact resume, and the steps that are left."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mekd import files
+from mekd.engine import parallel
+from mekd.engine.feeds import Feed
+from mekd.engine.run import Run, StageError
+from mekd.engine.runlog import RunLog, diverged
+from mekd.errors import MekdError
+from mekd.oracle.ledger import BudgetSpent
+
+
+class Interrupted(MekdError, RuntimeError):
+    """Somebody asked the run to stop; it is saved."""
+
+    status = 130
+
+
+class Checkpoint:
+    """What the steps of a stage change, as a file from which a resumed stage takes exactly the steps that are left.
+
+    state: modules, optimisers and dicts by name, the same in every process; a dict is updated in place. feeds: what the
+    steps consume, by name, of which each process has its own. depends: what the state is a result of, by name.
+    """
+
+    def __init__(
+        self, run: Run, name: str, state: dict[str, Any], feeds: Mapping[str, Feed], depends: dict[str, Any]
+    ) -> None:
+        self.run, self.name, self.state, self.feeds, self.depends = run, name, state, feeds, depends
+        self.path = run.checkpoint(name)
+        self.step = 0
+
+    def restore(self, log: RunLog) -> int:
+        """Go on from the file if it is there; returns the steps that are done. StageError for another run's file."""
+        seconds = 0.0
+        if self.path.exists():
+            saved = files.load(self.path)
+            check_depends(self.path, saved["depends"], self.depends)
+            for name, part in self.state.items():
+                if isinstance(part, dict):
+                    part.update(saved["state"][name])
+                else:
+                    part.load_state_dict(saved["state"][name])
+            self.step, seconds = saved["step"], saved["seconds"]
+            parallel.barrier()  # nobody writes while another reads
+            processes = saved["processes"]
+            if len(processes) == parallel.world():
+                self._restore_own(processes[parallel.rank()], log)
+            else:
+                self.run.log(
+                    f"{self.name}: {parallel.world()} processes go on from the checkpoint of {len(processes)}; the "
+                    "data's epoch begins anew"
+                )
+                for feed in self.feeds.values():
+                    feed.load_state_dict(None)
+        log.begin(self.step, seconds)
+        log.forget(self.step)
+        return self.step
+
+    def _restore_own(self, saved: dict[str, Any], log: RunLog) -> None:
+        for name, feed in self.feeds.items():
+            feed.load_state_dict(saved["feeds"][name])
+        log.load_state_dict(saved["log"])
+        torch.set_rng_state(saved["rng"])
+        if saved["cuda_rng"] is not None and self.run.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"], self.run.device)
+
+    def save(self, log: RunLog) -> None:
+        """Write the file, then let the feeds forget what it holds. Raises Diverged, and keeps the earlier file."""
+        log.check()
+        for name, part in self.state.items():
+            if isinstance(part, nn.Module) and not all_finite(part.state_dict()):
+                raise diverged(self.name, f"the {name} holds NaN or infinity", self.step, log.lr)
+        cuda = self.run.device.type == "cuda"
+        mine = {
+            "feeds": {name: feed.state_dict() for name, feed in self.feeds.items()},
+            "log": log.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.run.device) if cuda else None,
+        }
+        state = {n: dict(p) if isinstance(p, dict) else p.state_dict() for n, p in self.state.items()}
+        processes = parallel.gather(mine)
+        if parallel.rank() == 0:
+            place = {"step": self.step, "seconds": log.seconds, "processes": processes}
+            files.save(self.path, {"depends": self.depends, "state": state, **place})
+        parallel.barrier()
+        for feed in self.feeds.values():
+            feed.settle()
+
+
+def finished(run: Run, name: str, steps: int) -> bool:
+    """Whether a stage is done and nothing that it depends on has changed since. StageError where something has."""
+    path = run.checkpoint(name)
+    if not path.exists():
+        return False
+    saved = files.load(path)
+    check_depends(path, saved["depends"], run.depends(name))
+    return saved["step"] == steps
+
+
+def check_depends(path: object, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """StageError where a checkpoint is the result of something else, naming what differs."""
+    differing = [
+        f"{key} was {saved.get(key)!r} and is {wanted.get(key)!r}"
+        for key in sorted(saved.keys() | wanted.keys())
+        if saved.get(key) != wanted.get(key)
+    ]
+    if differing:
+        raise StageError(
+            f"{path} is of another configuration: {'; '.join(differing)}. Set that back, or start anew with another "
+            "--out; or delete the file, if what was made of those settings is to be made again: answers that were "
+            "asked once and kept (holdout, replay) stay, as long as nothing that they depend on has changed"
+        )
+
+
+def all_finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether every floating number of a state_dict is one."""
+    return all(bool(x.isfinite().all()) for x in tensors.values() if isinstance(x, Tensor) and x.is_floating_point())
+
+
+def steps(checkpoint: Checkpoint, log: RunLog) -> Iterator[int]:
+    """The steps that are left, from restore() on; each is begun only where every process can pay what it owes.
+
+    Saved every engine.checkpoint_every steps and at the end; and before it raises Interrupted or BudgetSpent.
+    """
+    every = checkpoint.run.config.engine.checkpoint_every
+    with log.shown():
+        while checkpoint.step < log.steps:
+            _check_stop(checkpoint, log)
+            yield checkpoint.step
+            checkpoint.step += 1
+            log.end_of_step(checkpoint.step)
+            if checkpoint.step % every == 0 or checkpoint.step == log.steps:
+                checkpoint.save(log)
+    if any(parallel.any_of(_asked_to_stop.is_set())):
+        raise Interrupted(f"{checkpoint.name} is finished and saved; the same command goes on with the next stage")
+
+
+def _check_stop(checkpoint: Checkpoint, log: RunLog) -> None:
+    paying = next((feed for feed in checkpoint.feeds.values() if feed.ledger is not None), None)
+    owed = paying.owes(checkpoint.step) if paying is not None else 0
+    spent = owed > 0 and paying is not None and paying.ledger is not None and not paying.ledger.affords(owed)
+    spent, stop = parallel.any_of(spent, _asked_to_stop.is_set())
+    if not spent and not stop:
+        return
+    checkpoint.save(log)
+    place = f"step {checkpoint.step} of {log.steps}, saved"
+    if stop:
+        raise Interrupted(f"{checkpoint.name} stopped at {place}; the same command goes on")
+    assert paying is not None and paying.ledger is not None
+    ledger = paying.ledger
+    total, needed = map(int, parallel.sum_of(ledger.spent, owed))
+    raise BudgetSpent(
+        f"{ledger.setting} is {ledger.budget} queries and {total + ledger.elsewhere} are spent; the next step of "
+        f"{checkpoint.name} needs {needed}. It stands at {place}. To go on, run the same command with a larger "
+        f"--{ledger.setting}"
+        + (
+            f", or accept the generator as it is with --deprivatize.steps {checkpoint.step}"
+            if checkpoint.name == "deprivatize" and checkpoint.step
+            else ""
+        )
+    )
+
+
+_asked_to_stop = threading.Event()
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM stop after the step in hand, saved; asked twice, at once."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if _asked_to_stop.is_set():  # at the price of the steps since the last checkpoint
+            raise KeyboardInterrupt
+        _asked_to_stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        _asked_to_stop.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)

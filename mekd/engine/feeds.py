@@ -1,0 +1,298 @@
+"""What a step consumes, and what it owes for it: images, fresh queries, the same asked ahead, replayed answers."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mekd.data import Batches
+from mekd.engine import parallel
+from mekd.engine.pictures import Pictures
+from mekd.engine.run import Run
+from mekd.engine.worker import Worker
+from mekd.errors import Diverged
+from mekd.oracle import ledger
+from mekd.oracle.base import Oracle
+from mekd.oracle.ledger import Ledger
+from mekd.oracle.replay import Replay
+from mekd.oracle.response import Response
+from mekd.oracle.session import provider_names, runs_on_cuda
+from mekd.pixels import to_uint8
+from mekd.seeds import generator_at
+
+#: The accounts that share a budget, by its setting.
+ACCOUNTS = {"deprivatize.budget": ("deprivatize",), "distill.budget": ("holdout", "replay", "distill")}
+
+
+class Asked(NamedTuple):
+    """Images (m, ch, S, S), the teacher's answer to them, and what G drew from it before, if that was kept."""
+
+    images: Tensor
+    answer: Response | None
+    kept: Tensor | None = None
+
+    @property
+    def confidence(self) -> Tensor | None:
+        """The teacher's top probability (m,), where it was asked."""
+        return None if self.answer is None else self.answer.confidence
+
+    @property
+    def target(self) -> dict[str, Any]:
+        """The arguments of MEKDLoss.terms."""
+        assert self.answer is not None
+        return self.answer.target | ({} if self.kept is None else {"kept": self.kept})
+
+
+class Feed(Protocol):
+    """What one process consumes in the steps of a stage. take(step) gives it; steps are taken in order.
+
+    ledger: what is paid is booked there; waits_for: "data" or "teacher"; waited: seconds that take() waited for it.
+    """
+
+    ledger: Ledger | None
+    waits_for: str
+    waited: float
+
+    def owes(self, step: int) -> int:
+        """The queries that this process will pay for a step."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place behind the last step that was taken."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Go on from a place; None: from that of another number of processes, which is nobody's."""
+        ...
+
+    def settle(self) -> None:
+        """A checkpoint holds what was taken."""
+        ...
+
+
+class Free:
+    """What costs nothing and has no place: what it gives is a function of the step."""
+
+    ledger: Ledger | None = None
+    waits_for, waited = "data", 0.0
+
+    def owes(self, step: int) -> int:
+        return 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
+
+
+class Images(Free):
+    """Batches of a data set."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+
+    def take(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images (m, ch, S, S) and labels (m,)."""
+        with _waiting(self):
+            return self._batches.take(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._batches.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        if state is not None:
+            self._batches.load_state_dict(state)
+
+
+class Unasked(Free):
+    """Images that draw(step) makes, about which the teacher is asked nothing."""
+
+    def __init__(self, draw: Callable[[int], Tensor]) -> None:
+        self._draw = draw
+
+    def take(self, step: int) -> Asked:
+        """The images alone."""
+        return Asked(self._draw(step), None)
+
+
+class Fresh:
+    """Images that draw(step) makes, and the teacher's answers to them, paid for as the step comes.
+
+    queries(step): how many of them are this process's. name: of the stage, for messages.
+    """
+
+    waits_for, waited = "teacher", 0.0
+
+    def __init__(self, name: str, draw: Callable[[int], Tensor], queries: Callable[[int], int], oracle: Oracle) -> None:
+        self.name, self.oracle = name, oracle
+        self.ledger: Ledger | None = oracle.ledger
+        self._draw, self._queries = draw, queries
+
+    def take(self, step: int) -> Asked:
+        """The images, uint8 if they are sent so, but for those that G learns from, and the answer to them."""
+        images = self._images(step)
+        with _waiting(self):
+            return Asked(images, self.oracle.query(images))
+
+    def owes(self, step: int) -> int:
+        return self._queries(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calls": self.oracle.ledger.next}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        if state is None:
+            self.oracle.ledger.pass_over()  # other processes ask in other batches
+        else:
+            self.oracle.ledger.rewind(state["calls"])
+
+    def settle(self) -> None:
+        self.oracle.ledger.settle()
+
+    def _images(self, step: int) -> Tensor:
+        images = self._draw(step)
+        if not bool(images.detach().isfinite().all()):  # before NaN becomes a black pixel, and is paid for
+            raise Diverged(
+                f"{self.name}: the generator draws NaN at step {step}, nothing was sent. It diverged: start anew with "
+                "another --out and a smaller --deprivatize.lr"
+            )
+        if self.oracle.transport == "uint8" and not images.requires_grad:
+            images = to_uint8(images)  # the student sees what the teacher sees
+        return images
+
+
+class Ahead(Fresh):
+    """The same, asked by a thread: while a step is taken, it asks for the next one, but never past a checkpoint."""
+
+    def __init__(self, *arguments: Any, worker: Worker, every: int, steps: int, device: torch.device) -> None:
+        super().__init__(*arguments)
+        self._worker, self._every, self._steps = worker, every, steps
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # the weights that it draws with
+        self._asked: tuple[int, Future[Asked]] | None = None
+
+    def take(self, step: int) -> Asked:
+        if self._asked is None:
+            self._begin(step)
+        assert self._asked is not None
+        with _waiting(self):
+            asked = self._asked[1].result()
+        self._asked = None
+        if self._stream is not None:
+            here = torch.cuda.current_stream(self._stream.device)
+            here.wait_stream(self._stream)  # the thread is idle: all that the stream holds is this answer
+            for tensor in (asked.images, *(asked.answer.tensors() if asked.answer else ())):
+                tensor.record_stream(here)
+        following = step + 1
+        if following < self._steps and following % self._every and self.oracle.ledger.affords(self._queries(following)):
+            self._begin(following)
+        return asked
+
+    def owes(self, step: int) -> int:
+        return 0 if self._asked is not None and self._asked[0] == step else self._queries(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calls": self.oracle.ledger.next - self._answered()}
+
+    def settle(self) -> None:
+        if not self._answered():  # an answer ahead is found in the ledger again
+            self.oracle.ledger.settle()
+
+    def _begin(self, step: int) -> None:
+        def ask() -> Asked:
+            with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+                images = self._images(step)
+                return Asked(images, self.oracle.query(images))
+
+        self._asked = step, self._worker.submit(ask)
+
+    def _answered(self) -> int:
+        """The answers that lie ready, 0 or 1, once the thread is idle."""
+        return int(self._asked is not None and self._asked[1].exception() is None)
+
+
+class Replayed(Free):
+    """Rows of a store, drawn anew for each step, with kept pictures where they are given."""
+
+    def __init__(self, run: Run, store: Replay, batch: int, pictures: Pictures | None) -> None:
+        self._seed, self._device, self._batch = run.config.seed, run.device, batch
+        self._store, self._pictures = store, pictures
+
+    def take(self, step: int) -> Asked:
+        """The images as they were sent, and the answer to them."""
+        now, then = self._rows(step), self._rows(step + 1)
+        with _waiting(self):
+            images, answer = self._store.read(now)
+            self._store.will_need(then)
+            kept = None
+            if self._pictures is not None:
+                kept = self._pictures.read(now).to(self._device)
+                self._pictures.will_need(then)
+            return Asked(images.to(self._device), answer.to(self._device), kept)
+
+    def _rows(self, step: int) -> Tensor:
+        # Of the step alone, so that those of the next one are known.
+        generator = generator_at(self._seed, "replayed", step)
+        return torch.randint(len(self._store), (self._batch,), generator=generator)[parallel.part(self._batch)]
+
+
+@contextlib.contextmanager
+def _waiting(feed: Feed) -> Iterator[None]:
+    begun = time.perf_counter()
+    yield
+    feed.waited += time.perf_counter() - begun
+
+
+@contextlib.contextmanager
+def fresh(
+    run: Run, name: str, steps: int, draw: Callable[[int], Tensor], queries: Callable[[int], int], *,
+    setting: str, budget: int | None, ahead: bool = False,
+) -> Iterator[Fresh]:  # fmt: skip
+    """A feed of fresh queries with the account NAME and what is left of a budget; on CUDA asked ahead if it may be.
+
+    Every process must come here: the budget is one for all. An ONNX Runtime session lives on the thread that asks.
+    """
+    account = open_account(run, name, setting, budget)
+    worker = Worker("oracle") if ahead and asks_ahead(run) else None
+    try:
+        with parallel.first_alone():  # it measures the teacher's batch, and writes TensorRT's engine
+            if worker is None:
+                feed = Fresh(name, draw, queries, run.open_oracle(account))
+            else:
+                oracle = worker.submit(lambda: run.open_oracle(account)).result()
+                every, device = run.config.engine.checkpoint_every, run.device
+                feed = Ahead(name, draw, queries, oracle, worker=worker, every=every, steps=steps, device=device)
+                del oracle
+        yield feed
+    finally:
+        if worker is not None:
+            worker.close()
+        account.close()
+
+
+def asks_ahead(run: Run) -> bool:
+    """Whether the teacher works on another processor than the one that trains, so that asking ahead saves time."""
+    return runs_on_cuda(provider_names(run.config.oracle.provider))
+
+
+def open_account(run: Run, name: str, setting: str, budget: int | None) -> Ledger:
+    """This process's account NAME, with its share of what all accounts of the budget, in all processes, have left."""
+    folder, rank, world = run.out / "ledger", parallel.rank(), parallel.world()
+    account = Ledger(name, folder, budget, setting=setting, rank=rank)
+    (own,) = map(int, parallel.sum_of(account.spent))  # all are open now, and nobody has asked
+    counts = ledger.totals(folder, *ACCOUNTS.get(setting, (name,)))
+    parallel.barrier()
+    everywhere = counts["queries"] + counts["uncertain"]
+    account.elsewhere = everywhere - own
+    if budget is not None:
+        account.reserved = budget - account.spent - max(0, budget - everywhere) // world
+    return account

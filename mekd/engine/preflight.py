@@ -1,0 +1,118 @@
+"""What can be known before the first step, and before the first paid query: whether a run can come to its end."""
+
+from collections.abc import Sequence
+
+import torch
+
+from mekd import files
+from mekd.codes import resolve_code
+from mekd.config import asks
+from mekd.engine import parallel
+from mekd.engine.checkpoint import check_depends
+from mekd.engine.run import Run, StageError
+from mekd.errors import UsageError
+from mekd.nets import build
+
+
+def preflight(run: Run, stages: Sequence[str]) -> None:
+    """Raise a MekdError for what would stop one of the stages later; then write the configuration. Nothing is asked."""
+    config = run.config
+    own_teacher = config.teacher.onnx is not None
+    trains = "teacher" in stages and not (own_teacher or config.teacher.checkpoint)
+    simulates = "evaluate" in stages and config.evaluate.enabled
+    if config.engine.batch_norm == "synchronised" and parallel.world() > 1 and run.device.type != "cuda":
+        raise StageError(
+            "engine.batch_norm is 'synchronised', which PyTorch does on CUDA alone; on the CPU it must be 'local'"
+        )
+    for stage in ("teacher",) * trains + tuple(name for name in ("deprivatize", "distill") if name in stages):
+        parallel.share(f"{stage}.batch", getattr(config, stage).batch)
+    if trains or simulates or "deprivatize" in stages:
+        _ = run.data
+    if run.class_names is not None and config.oracle.num_classes not in (None, len(run.class_names)):
+        raise UsageError(
+            f"oracle.num_classes is {config.oracle.num_classes}, but oracle.classes lists {len(run.class_names)}"
+        )
+    if not own_teacher and {"teacher", "export"} & set(stages) and not run.teacher_onnx.exists():
+        _built("teacher.arch", config.teacher.arch, len(run.data.classes), run.image[0])
+        classes = len(run.data.classes)
+        if config.teacher.checkpoint is not None:
+            files.load_weights(config.teacher.checkpoint, "teacher.checkpoint")
+    elif {"deprivatize", "distill", "evaluate"} & set(stages):
+        classes = run.num_classes
+        if simulates and classes != len(run.data.classes):
+            raise StageError(
+                f"the teacher has {classes} classes, the data {len(run.data.classes)}: evaluate cannot compare them. "
+                "Set evaluate.enabled false, or give the data of the teacher's classes"
+            )
+    else:
+        classes = 0
+    if "distill" in stages:
+        _check_distill(run, classes)
+    _check_budgets(run, stages)
+    for stage in stages:
+        _check_checkpoints(run, stage)
+    if stages and tuple(stages) != ("report",):
+        run.save_config()
+
+
+def _check_distill(run: Run, classes: int) -> None:
+    config = run.config.distill
+    student = _built("distill.student", config.student, classes, run.image[0])
+    if config.checkpoint is not None:
+        run.load_weights(student, "distill.checkpoint", config.checkpoint)
+    if config.image > 0:
+        response = run.config.oracle.response
+        try:
+            resolve_code(config.code, {"label": "labels"}.get(response, response), classes)
+        except ValueError as error:
+            raise UsageError(f"distill.code: {error}") from error
+
+
+def _built(setting: str, name: str, classes: int, channels: int) -> torch.nn.Module:
+    try:
+        with torch.device("meta"):
+            return build(name, classes, channels)
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"{setting} is {name!r}: {error}") from error
+
+
+def _check_budgets(run: Run, stages: Sequence[str]) -> None:
+    step1, step2 = run.config.deprivatize, run.config.distill
+    if "deprivatize" in stages and asks(run.config) and step1.budget is not None and step1.budget < step1.batch:
+        raise UsageError(
+            f"deprivatize.budget is {step1.budget}, less than the {step1.batch} queries of one step: raise it, or ask "
+            "nothing in step 1 with --deprivatize.alpha 0"
+        )
+    least = step2.holdout + (step2.replay or step2.batch)
+    if "distill" in stages and step2.budget is not None and step2.budget < least:
+        raise UsageError(
+            f"distill.budget is {step2.budget}, but {step2.holdout} queries are held out (distill.holdout) and "
+            f"{least - step2.holdout} asked {'for replay (distill.replay)' if step2.replay else 'in the first step'}: "
+            f"it must be at least {least}"
+        )
+
+
+def _check_checkpoints(run: Run, stage: str) -> None:
+    """Hold the checkpoints that a stage would go on from against what they depend on now."""
+    for name in {"distill": ("holdout", "replay", "distill"), "evaluate": ("baseline",)}.get(stage, (stage,)):
+        path = run.checkpoint(name)
+        if not path.exists():
+            continue
+        if name == "teacher" and (run.config.teacher.onnx or run.config.teacher.checkpoint):
+            continue
+        if name == "replay" and not run.config.distill.replay:
+            continue
+        if stage != "teacher" and not run.teacher_onnx.exists():
+            continue
+        if stage == "distill" and (stands := _generator_steps(run)) != run.config.deprivatize.steps:
+            raise StageError(
+                f"{path} is of the generator at step {stands}; with deprivatize.steps {run.config.deprivatize.steps} "
+                "it becomes another one, whose answers are paid for anew. Say --deprivatize.steps "
+                f"{stands}, or start anew with another --out"
+            )
+        check_depends(path, files.load(path)["depends"], run.depends(name))
+
+
+def _generator_steps(run: Run) -> int:
+    path = run.checkpoint("deprivatize")
+    return files.load(path)["step"] if path.exists() else 0
