@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from mekd.config import Config, dump_yaml, flatten, known_keys, nearest, read_yaml, resolve
+from mekd.config import Config, dump_yaml, flatten, known_keys, nearest, read_yaml
 from mekd.errors import MekdError, UsageError
 
 USAGE = """usage: mekd STAGE [--config FILE] [--out DIR] [--key.sub value ...] [--profile] [--print_config]
@@ -79,7 +79,7 @@ def _dispatch(command: str, words: list[str]) -> int:
     if command == "report" and not out.is_dir():
         raise UsageError(f"--out is {str(out)!r}; there is no run there")
     parallel.join(config.engine.device)
-    run, stages = Run(resolve(config), out), list(STAGES) if command == "run" else [command]
+    run, stages = Run(config, out), list(STAGES) if command == "run" else [command]
     preflight(run, stages)
     with stopped_by_signals():
         for stage in stages:

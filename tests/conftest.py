@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forked import processes as processes
 from mekd.nets import build
 from mekd.oracle.export import Classifier, export
 

@@ -1,6 +1,7 @@
 """A teacher that counts what it is sent, and short ways to ask it and to look into its account."""
 
-import struct
+import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mekd.oracle import ledger_file
 from mekd.oracle.ledger import Ledger
-from mekd.oracle.response import Response
 from mekd.oracle.module import TorchOracle
+from mekd.oracle.response import Response
 
 IMAGE = (1, 2, 3)
 CLASSES = 4
 BYTES_UP = 6  # an image as uint8
 BYTES_DOWN = 16  # a row of probabilities
-HEADER = 9  # kind, length, CRC
 
 
 class Teacher(nn.Module):
@@ -34,7 +35,7 @@ class Teacher(nn.Module):
 
 
 class Cut(RuntimeError):
-    """The connection broke while a request was in flight."""
+    """The connection broke while a call was in flight."""
 
 
 class Unplugged(Teacher):
@@ -60,7 +61,7 @@ def ask(folder: Path, *seeds: int, teacher: Teacher | None = None, m: int = 2) -
 
 
 def lose(folder: Path, seed: int, m: int = 2) -> None:
-    """Open the account, replay what is known, and lose the connection in the middle of one more request."""
+    """Open the account, replay what is known, and lose the connection in the middle of one more call."""
     ledger = Ledger("s", folder)
     ledger.rewind(ledger.next_unanswered())
     with pytest.raises(Cut):
@@ -74,11 +75,11 @@ def counts(folder: Path) -> dict[str, int]:
     return ledger.counts
 
 
-def total(requests: int, m: int = 2, uncertain: int = 0) -> dict[str, int]:
-    """What an account says after so many answered requests of m images."""
-    queries = requests * m
+def total(calls: int, m: int = 2, uncertain: int = 0) -> dict[str, int]:
+    """What an account says after so many answered calls of m images."""
+    queries = calls * m
     return {
-        "requests": requests,
+        "calls": calls,
         "queries": queries,
         "bytes_up": queries * BYTES_UP,
         "bytes_down": queries * BYTES_DOWN,
@@ -94,12 +95,21 @@ def same(one: Response, other: Response) -> bool:
     return all(a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes() for a, b in pairs)
 
 
-def record_ends(journal: bytes) -> list[int]:
-    """The offset behind each record, read from the headers alone."""
-    ends, at = [], 0
-    while at < len(journal):
-        kind, length, _ = struct.unpack_from("<cII", journal, at)
-        assert kind in (b"T", b"I", b"A")
-        at += HEADER + length
-        ends.append(at)
-    return ends
+def rows(folder: Path, query: str) -> list[tuple[Any, ...]]:
+    """What anybody can ask of the file."""
+    database = sqlite3.connect(folder / "s.sqlite")
+    found = database.execute(query).fetchall()
+    database.close()
+    return found
+
+
+def accounts(out: Path) -> dict[str, dict[str, int]]:
+    """What each account of a run says, over all processes."""
+    names = {path.name.split(".")[0] for path in (out / "ledger").glob("*.sqlite")}
+    return {name: ledger_file.totals(out / "ledger", name) for name in sorted(names)}
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without what was left of a budget that only one of two runs had."""
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if key != "budget_left"} for row in found]

@@ -1,46 +1,58 @@
 """The oracle asked a batch ahead by a thread: the same run as in line, and nothing that goes wrong there is lost."""
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from forked import KILL, MAIN, Server, is_killed
+from ledger_teacher import Teacher, accounts, connect
 from mekd import cli
-from mekd.engine.ahead import Ahead, Asked
+from mekd.engine import feeds
+from mekd.engine.feeds import Ahead, Asked
 from mekd.engine.run import Run
 from mekd.engine.stages import STAGES
+from mekd.engine.worker import Worker
+from mekd.errors import Diverged
 from mekd.oracle.base import Oracle
+from mekd.oracle.ledger import Ledger
 from mekd.oracle.response import AnswerError, Response
-from test_resume import DRIVER, assert_equal_runs
+from test_resume import assert_equal_runs
+
+AHEAD = "import mekd.engine.feeds\nmekd.engine.feeds.asks_ahead = lambda run: True\n"
+
+
+def ahead(draw: Callable[[int], Tensor], teacher: Teacher | None = None, every: int = 100, steps: int = 6) -> Ahead:
+    worker, oracle = Worker("oracle"), connect(Ledger("s"), teacher)
+    return Ahead("distill", draw, lambda step: 2, oracle, worker=worker, every=every, steps=steps, device=CPU)
+
 
 CPU = torch.device("cpu")
-AHEAD = "from mekd.oracle.ort import OnnxOracle\nOnnxOracle.ahead = True\n"
 
 
-def asked(step: int) -> Asked:
-    return torch.full((1,), step), {"labels": torch.tensor([step])}
+def drawn(step: int) -> Tensor:
+    return torch.full((2, 1, 2, 3), step / 10)
 
 
 def test_answers_come_in_order_and_one_step_ahead() -> None:
     calls: list[tuple[int, str]] = []
 
-    def ask(step: int) -> Asked:
+    def draw(step: int) -> Tensor:
         calls.append((step, threading.current_thread().name))
-        return asked(step)
+        return drawn(step)
 
-    ahead = Ahead(ask, lambda step: step % 3 != 0 and step < 6, CPU)
+    feed = ahead(draw, every=3)
     for step in range(6):
-        assert ahead.has(step) == (step % 3 != 0)
-        assert int(ahead.take(step)[0]) == step
-        assert ahead.answered() == int((step + 1) % 3 != 0)
-        assert len(calls) == step + 1 + ahead.answered()
+        assert feed.owes(step) == (2 if step % 3 == 0 else 0)  # never asked past a checkpoint
+        asked: Asked = feed.take(step)
+        assert int(asked.images[0, 0, 0, 0]) == round((step / 10 + 1) * 127.5)
+        assert feed.state_dict() == {"calls": step + 1}
+        assert len(calls) == step + 1 + ((step + 1) % 3 != 0)
     assert [step for step, _ in calls] == list(range(6))
     assert {name for _, name in calls} == {"oracle"}
 
@@ -48,54 +60,77 @@ def test_answers_come_in_order_and_one_step_ahead() -> None:
 def test_a_step_and_the_next_query_overlap() -> None:
     begun = threading.Event()
 
-    def ask(step: int) -> Asked:
+    def draw(step: int) -> Tensor:
         if step == 1:
             begun.set()
-        return asked(step)
+        return drawn(step)
 
-    ahead = Ahead(ask, lambda step: True, CPU)
-    ahead.take(0)
+    feed = ahead(draw)
+    feed.take(0)
     assert begun.wait(10), "the next step is asked for while this one is taken"
 
 
 def test_an_error_surfaces_with_its_cause_and_leaves_no_answer() -> None:
-    def ask(step: int) -> Asked:
+    def draw(step: int) -> Tensor:
         if step == 1:
             raise AnswerError("the teacher answered nonsense") from OSError("the line broke")
-        return asked(step)
+        return drawn(step)
 
-    ahead = Ahead(ask, lambda step: True, CPU)
-    ahead.take(0)
-    assert ahead.answered() == 0
+    feed = ahead(draw)
+    feed.take(0)
+    assert feed.state_dict() == {"calls": 1}
     with pytest.raises(AnswerError, match="nonsense") as caught:
-        ahead.take(1)
+        feed.take(1)
     assert isinstance(caught.value.__cause__, OSError)
-    assert any(frame.name == "ask" for frame in caught.traceback)
+    assert any(frame.name == "draw" for frame in caught.traceback)
 
 
-def test_a_thread_that_is_gone_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Ahead, "_work", lambda self: None)
-    ahead = Ahead(asked, lambda step: True, CPU)
-    with pytest.raises(RuntimeError, match="ended without an answer"):
-        ahead.take(0)
+def test_nan_is_not_paid_for() -> None:
+    """Converted to pixels it would be black."""
+    teacher = Teacher()
+    feed = ahead(lambda step: drawn(step).where(torch.tensor(step != 1), torch.nan), teacher)
+    feed.take(0)
+    with pytest.raises(Diverged, match=r"distill: the generator draws NaN at step 1, nothing was sent"):
+        feed.take(1)
+    assert teacher.seen == 2 and feed.oracle.ledger.spent == 2
+
+
+def test_the_thread_ends_and_lets_go() -> None:
+    import gc
+    import weakref
+
+    worker, held = Worker("ending"), Teacher()
+    gone = weakref.ref(held)
+    assert worker.submit(lambda held=held: held.seen).result() == 0  # type: ignore[misc]
+    del held
+    worker.close()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any(t.name == "ending" for t in threading.enumerate()):
+        time.sleep(0.01)
+    gc.collect()
+    assert gone() is None and not any(t.name == "ending" for t in threading.enumerate())
 
 
 class Dying(Oracle):
-    """Passes questions on from a thread, until the third one."""
+    """Passes questions on from the thread that it was opened on, until the third one."""
 
     def __init__(self, oracle: Oracle, left: list[int]) -> None:
         self.__dict__.update(vars(oracle))
-        self._inner, self._left, self.ahead = oracle, left, True
+        self._inner, self._left, self._thread = oracle, left, threading.current_thread().name
 
     def _send(self, images: Tensor) -> Response:
-        assert threading.current_thread().name == "oracle" or len(images) == 20  # the holdout is asked in line
+        assert threading.current_thread().name == self._thread, "a session lives on one thread"
+        assert self._thread == "oracle" or self.ledger.name != "distill"
         self._left[0] -= 1
         if self._left[0] == 0:
             raise AnswerError("the teacher is gone")
         return self._inner._send(images)
 
 
-def test_a_run_whose_teacher_dies_says_so_and_goes_on_later(tiny: list[str], tmp_path: Path) -> None:
+def test_a_run_whose_teacher_dies_says_so_and_goes_on_later(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeds, "asks_ahead", lambda run: True)
     parsed = cli.parse([*tiny, "--oracle.response", "label", "--out", str(tmp_path / "run")])
     assert parsed is not None
     with pytest.raises(AnswerError, match="the teacher is gone"):
@@ -103,11 +138,12 @@ def test_a_run_whose_teacher_dies_says_so_and_goes_on_later(tiny: list[str], tmp
             stage(
                 Run(
                     *parsed,
-                    wrap_oracle=lambda oracle: Dying(oracle, [5]) if oracle.ledger.stage == "distill" else oracle,
+                    wrap_oracle=lambda oracle: Dying(oracle, [5]) if oracle.ledger.name == "distill" else oracle,
                 )
             )
     for stage in STAGES.values():
         stage(Run(*parsed, wrap_oracle=lambda oracle: Dying(oracle, [-1])))
+    monkeypatch.undo()
     expected = cli.parse([*tiny, "--oracle.response", "label", "--out", str(tmp_path / "in line")])
     assert expected is not None
     for stage in STAGES.values():
@@ -116,61 +152,48 @@ def test_a_run_whose_teacher_dies_says_so_and_goes_on_later(tiny: list[str], tmp
 
 
 @pytest.mark.parametrize(
-    ("target", "count", "when", "uncertain"),
+    ("target", "count", "when"),
     [
         # While a step is taken, the next one's question is under way: it may be lost.
-        ("mekd.engine.distill:MEKDLoss.terms", 3, "after", 8),
-        # The thread is killed with the rest after its answer is in the journal.
-        ("mekd.oracle.ledger:Ledger.record", 15, "after", 0),
+        ("mekd.engine.distill:MEKDLoss.terms", 3, "after"),
+        # The thread is killed with the rest in the middle of a question.
+        ("mekd.oracle.ledger:Ledger.record", 15, "before"),
     ],
 )
 def test_killed_and_resumed_as_if_nothing_was(
-    tiny: list[str], tmp_path: Path, target: str, count: int, when: str, uncertain: int
+    processes: Server, tiny: list[str], tmp_path: Path, target: str, count: int, when: str
 ) -> None:
-    words = ["run", *tiny, "--evaluate.enabled", "true", "--evaluate.baseline", "false"]
-    for folder, driver in (("expected", None), ("killed", AHEAD + DRIVER), ("killed", None)):
-        launch = ["-m", "mekd"] if driver is None else ["-c", driver, target, str(count), when]
-        if folder == "killed" and driver is None:
-            launch = ["-c", AHEAD + "import sys\nfrom mekd.cli import main\nraise SystemExit(main(sys.argv[1:]))"]
-        done = subprocess.run(
-            [sys.executable, *launch, *words, "--out", str(tmp_path / folder)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == (-signal.SIGKILL if driver else 0), done.stderr
-    found = sum(
-        __import__("json").loads(path.read_text())["uncertain"]
-        for path in (tmp_path / "killed" / "ledger").glob("*.json")
-    )
-    assert found <= uncertain
-    assert_equal_runs(tmp_path / "killed", tmp_path / "expected", uncertain=found)
+    words, out = ["run", *tiny], tmp_path / "killed"
+    assert processes.run(*words, "--out", str(tmp_path / "expected")).returncode == 0
+    done = processes.run(target, str(count), when, *words, "--out", str(out), code=AHEAD + KILL)
+    assert is_killed(done), done.stderr
+    assert processes.run(*words, "--out", str(out), code=AHEAD + MAIN).returncode == 0
+    uncertain = sum(account["uncertain"] for account in accounts(out).values())
+    assert uncertain <= 8
+    assert_equal_runs(out, tmp_path / "expected", uncertain=uncertain)
 
 
-def test_ctrl_c_while_a_query_is_under_way(tiny: list[str], tmp_path: Path) -> None:
+def test_ctrl_c_while_a_query_is_under_way(processes: Server, tiny: list[str], tmp_path: Path) -> None:
     """The teacher takes its time over every question of step 2; the stage stops, saved, and the answer is kept."""
     slow = AHEAD + (
         "import sys, time\nfrom mekd.cli import main\nfrom mekd.oracle.base import Oracle\nquery = Oracle.query\n"
+        "asked = sys.argv.pop(1)\n"
         "def slow(self, images):\n"
-        "    if self.ledger.stage == 'distill' and len(images) == 8:\n"
-        "        open(sys.argv[1], 'a').write('x')\n"
+        "    if self.ledger.name == 'distill':\n"
+        "        open(asked, 'a').write('x')\n"
         "        time.sleep(0.5)\n"
         "    return query(self, images)\n"
-        "Oracle.query = slow\nraise SystemExit(main(sys.argv[2:]))"
+        "Oracle.query = slow\nraise SystemExit(main(sys.argv[1:]))"
     )
-    words = ["run", *tiny, "--out", str(tmp_path / "run")]
-    asked_file = tmp_path / "asked"
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, str(asked_file), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    asked_file, words = tmp_path / "asked", ["run", *tiny, "--out"]
+    running = processes.begin(str(asked_file), *words, str(tmp_path / "run"), code=slow)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (asked_file.exists() and len(asked_file.read_text()) >= 3):
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "saved" in errors and "Traceback" not in errors
+    running.send_signal(signal.SIGINT)
+    done = running.wait()
+    assert done.returncode == 130, done.stderr
+    assert "saved" in done.stderr and "Traceback" not in done.stderr
     for folder in ("run", "expected"):
-        done = [sys.executable, "-m", "mekd", "run", *tiny, "--out", str(tmp_path / folder)]
-        assert subprocess.run(done, capture_output=True, timeout=300, env=os.environ).returncode == 0
+        assert processes.run(*words, str(tmp_path / folder)).returncode == 0
     assert_equal_runs(tmp_path / "run", tmp_path / "expected")

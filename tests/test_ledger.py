@@ -1,13 +1,13 @@
 """The account: nothing is paid for twice, and the budget is hard."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from ledger_teacher import Cut, Teacher, Unplugged, ask, batch, connect, counts, lose, record_ends, same, total
-from mekd.oracle.ledger import BudgetSpent, Ledger, LedgerError
+from ledger_teacher import Cut, Teacher, Unplugged, ask, batch, connect, counts, lose, rows, same, total
+from mekd.oracle import ledger_file
+from mekd.oracle.ledger import BudgetSpent, Ledger, LedgerError, totals
 from mekd.oracle.response import Response
 
 # -- counts, budget, price ---------------------------------------------------------------------------------
@@ -19,7 +19,8 @@ def test_counts(tmp_path: Path, kept: bool) -> None:
     oracle = connect(ledger)
     for m in (2, 5, 1):
         oracle.query(batch(m, m))
-    assert ledger.counts == total(1, 8) | {"requests": 3}
+    ledger.close()
+    assert ledger.counts == total(1, 8) | {"calls": 3}
     assert ledger.spent == 8 and ledger.left is None and ledger.affords(10**9)
     assert str(ledger) == "8 queries, 0.0 MB up, 0.0 MB down"
 
@@ -31,20 +32,20 @@ def test_a_budget_is_hard(tmp_path: Path, kept: bool) -> None:
     oracle = connect(ledger, teacher)
     oracle.query(batch(0, 4))
     assert ledger.left == 3 and ledger.affords(3) and not ledger.affords(4)
-    journal = (tmp_path / "distill.journal").read_bytes() if kept else b""
     before = dict(ledger.counts)
-    with pytest.raises(BudgetSpent, match=r"distill.budget is 7 queries, 4 are spent and the next request has 4"):
+    with pytest.raises(BudgetSpent, match=r"distill.budget is 7 queries, 4 are spent and the next call has 4"):
         oracle.query(batch(1, 4))
-    # Neither sent, nor counted, nor journalled.
+    # Neither sent, nor counted, nor booked.
     assert teacher.seen == 4 and ledger.counts == before
     if kept:
-        assert (tmp_path / "distill.journal").read_bytes() == journal
+        assert totals(tmp_path, "distill") == before
     # The request that just fits is allowed, and the next image is not.
     oracle.query(batch(1, 3))
     assert ledger.left == 0 and teacher.seen == 7
     with pytest.raises(BudgetSpent):
         oracle.query(batch(2, 1))
     assert teacher.seen == 7
+    ledger.close()
 
 
 def test_a_budget_of_zero_sends_nothing() -> None:
@@ -71,7 +72,7 @@ def test_a_lost_answer_counts_against_the_budget(tmp_path: Path) -> None:
     assert teacher.seen == 4
 
 
-def test_a_journalled_answer_needs_no_budget(tmp_path: Path) -> None:
+def test_a_booked_answer_needs_no_budget(tmp_path: Path) -> None:
     ask(tmp_path, 0, 1)
     ledger = Ledger("s", tmp_path, budget=4)
     assert ledger.left == 0 and ledger.affords(2)
@@ -83,16 +84,12 @@ def test_a_journalled_answer_needs_no_budget(tmp_path: Path) -> None:
         oracle.query(batch(2))
 
 
-def test_cost() -> None:
-    ledger = Ledger("s", price=0.0015)
-    oracle = connect(ledger)
-    oracle.query(batch(0, 3))
+def test_what_is_uncertain_is_said() -> None:
+    ledger = Ledger("s")
+    connect(ledger).query(batch(0, 3))
     with pytest.raises(Cut):
         connect(ledger, Unplugged()).query(batch(1, 2))
-    # The provider may have billed the lost request, so it costs too.
-    assert ledger.totals() == total(1, 3, uncertain=2) | {"cost": 0.0075}
-    assert "cost" not in Ledger("s").totals()
-    assert str(ledger).endswith(", 2 uncertain")
+    assert ledger.counts == total(1, 3, uncertain=2) and str(ledger).endswith(", 2 uncertain")
 
 
 # -- settle ------------------------------------------------------------------------------------------------
@@ -110,9 +107,7 @@ def settled(folder: Path, *seeds: int) -> None:
 
 def test_settled_and_reopened(tmp_path: Path) -> None:
     settled(tmp_path, 0, 1, 2)
-    assert len(record_ends((tmp_path / "s.journal").read_bytes())) == 1
-    snapshot = json.loads((tmp_path / "s.json").read_text())
-    assert snapshot == snapshot | total(3) | {"settled": 3}
+    assert rows(tmp_path, "SELECT * FROM answers") == [] and rows(tmp_path, "SELECT calls FROM settled") == [(3,)]
     ledger = Ledger("s", tmp_path)
     assert ledger.counts == total(3) and ledger.next == ledger.settled == 3
     assert ledger.recall(batch(2)) is None  # forgotten: the checkpoint holds its effect
@@ -139,41 +134,6 @@ def test_uncertain_queries_are_settled_too(tmp_path: Path) -> None:
     assert counts(tmp_path) == total(1, uncertain=2)
 
 
-@pytest.mark.parametrize("before", [0, 2])
-def test_killed_between_snapshot_and_truncation(tmp_path: Path, before: int) -> None:
-    settled(tmp_path, *range(before))
-    lose(tmp_path, before)  # an uncertain request among the others
-    ledger = Ledger("s", tmp_path)
-    oracle = connect(ledger)
-    for seed in range(before, before + 3):
-        oracle.query(batch(seed))
-    kept = (tmp_path / "s.journal").read_bytes()
-    ledger.settle()
-    ledger.close()
-    (tmp_path / "s.journal").write_bytes(kept)
-    expected = total(before + 3, uncertain=2)
-    assert counts(tmp_path) == expected
-    # The stale records stay in the file until the next settle, and are not counted then either.
-    ask_more = Ledger("s", tmp_path)
-    ask_more.rewind(before + 3)
-    connect(ask_more).query(batch(99))
-    ask_more.close()
-    assert counts(tmp_path) == total(before + 4, uncertain=2)
-
-
-def test_killed_between_snapshot_and_truncation_with_a_request_lost_last(tmp_path: Path) -> None:
-    ask(tmp_path, 0)
-    lose(tmp_path, 1)
-    # A resumed run that is stopped before it asks again saves a checkpoint, and so settles.
-    ledger = Ledger("s", tmp_path)
-    ledger.rewind(1)
-    kept = (tmp_path / "s.journal").read_bytes()
-    ledger.settle()
-    ledger.close()
-    (tmp_path / "s.journal").write_bytes(kept)
-    assert counts(tmp_path) == total(1, uncertain=2)
-
-
 def test_settling_in_the_middle_of_a_replay_keeps_the_rest(tmp_path: Path) -> None:
     given = ask(tmp_path, 0, 1, 2)
     ledger = Ledger("s", tmp_path)
@@ -189,7 +149,7 @@ def test_settling_in_the_middle_of_a_replay_keeps_the_rest(tmp_path: Path) -> No
     assert teacher.seen == 0 and all(same(*pair) for pair in zip(given[1:], again, strict=True))
     ledger.settle()
     ledger.close()
-    assert counts(tmp_path) == total(3) and len(record_ends((tmp_path / "s.journal").read_bytes())) == 1
+    assert counts(tmp_path) == total(3) and rows(tmp_path, "SELECT * FROM answers") == []
 
 
 def test_settling_without_a_folder() -> None:
@@ -205,7 +165,7 @@ def test_settling_without_a_folder() -> None:
 def test_a_checkpoint_older_than_the_ledger(tmp_path: Path) -> None:
     settled(tmp_path, 0, 1)
     ledger = Ledger("s", tmp_path)
-    with pytest.raises(LedgerError, match=r"settled 2 requests, but the checkpoint knows of 1"):
+    with pytest.raises(LedgerError, match=r"settled 2 calls, but the checkpoint knows of 1"):
         ledger.rewind(1)
     ledger.rewind(2)
 
@@ -213,10 +173,10 @@ def test_a_checkpoint_older_than_the_ledger(tmp_path: Path) -> None:
 def test_a_checkpoint_newer_than_the_ledger(tmp_path: Path) -> None:
     ask(tmp_path, 0, 1)
     ledger = Ledger("s", tmp_path)
-    with pytest.raises(LedgerError, match=r"knows of 3 requests, the ledger of 2"):
+    with pytest.raises(LedgerError, match=r"knows of 3 calls, the ledger of 2"):
         ledger.rewind(3)
     ledger.rewind(2)
-    with pytest.raises(LedgerError, match=r"knows of 1 requests, the ledger of 0"):
+    with pytest.raises(LedgerError, match=r"knows of 1 calls, the ledger of 0"):
         Ledger("empty", tmp_path).rewind(1)
 
 
@@ -232,7 +192,7 @@ def test_a_run_that_asks_something_else(tmp_path: Path, changed: str) -> None:
         other = other.flip(0)
     teacher = Teacher()
     ledger = Ledger("s", tmp_path)
-    with pytest.raises(LedgerError, match="request 0 of s differs from the journalled one"):
+    with pytest.raises(LedgerError, match="call 0 of s differs from the booked one"):
         connect(ledger, teacher).query(other)
     assert teacher.seen == 0 and ledger.counts == total(1, 3)
 
@@ -244,5 +204,52 @@ def test_images_are_compared_by_value_not_by_layout(tmp_path: Path) -> None:
     ledger.intend(images)
     ledger.record(images, Response("label", None, torch.tensor([0, 1, 2])))
     ledger.close()
-    again = Ledger("s", tmp_path).recall(images.to(memory_format=torch.channels_last))
+    ledger = Ledger("s", tmp_path)
+    again = ledger.recall(images.to(memory_format=torch.channels_last))
     assert again is not None and again.labels.tolist() == [0, 1, 2]
+    ledger.close()
+
+
+# -- what anybody can look up ------------------------------------------------------------------------------
+
+
+def test_what_was_paid_can_be_queried_while_the_run_goes_on(tmp_path: Path) -> None:
+    ledger = Ledger("s", tmp_path)
+    oracle = connect(ledger)
+    oracle.query(batch(0, 3))
+    with pytest.raises(Cut):
+        connect(ledger, Unplugged()).query(batch(1, 2))
+    assert rows(tmp_path, "SELECT queries, uncertain FROM totals") == [(3, 2)]
+    assert rows(tmp_path, "SELECT call, queries, answered IS NULL FROM calls") == [(0, 3, 0), (1, 2, 1)]
+    assert totals(tmp_path, "s", "never") == total(1, 3, uncertain=2)
+    ledger.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.lock", "s.sqlite"]
+
+
+def test_one_folder_is_one_runs(tmp_path: Path) -> None:
+    ledger = Ledger("s", tmp_path)
+    with pytest.raises(LedgerError, match="is in use: another run works in this folder"):
+        Ledger("s", tmp_path)
+    ledger.close()
+    Ledger("s", tmp_path).close()
+
+
+def test_the_old_format_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "s.journal").write_bytes(b"T")
+    with pytest.raises(LedgerError, match=r"s\.journal is a ledger of mekd's first format"):
+        Ledger("s", tmp_path)
+
+
+def test_a_network_filesystem_gets_no_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_file, "_on_network", lambda folder: True)
+    ledger = Ledger("s", tmp_path)
+    connect(ledger).query(batch(0))
+    assert not (tmp_path / "s.sqlite-wal").exists()
+    ledger.settle()
+    ledger.close()
+    assert counts(tmp_path) == total(1)
+    monkeypatch.undo()
+    mounts = "server:/x /data nfs4 rw 0 0\n/dev/a / ext4 rw 0 0\nother /data/local ext4 rw 0 0\n"
+    monkeypatch.setattr(Path, "read_text", lambda self, *_: mounts)
+    found = [ledger_file._on_network(Path(folder)) for folder in ("/data/run", "/data/local/run", "/datax", "/")]
+    assert found == [True, False, False, False]

@@ -10,10 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from forked import Server
+from ledger_teacher import accounts, metrics
 from mekd import files
-from mekd.engine import parallel
+from mekd.config import Config
+from mekd.engine import feeds, parallel
+from mekd.engine.run import Run
 from mekd.oracle.ledger import Ledger
-from test_resume import assert_equal_trees, metrics
+from mekd.oracle.response import Response
+from test_resume import assert_equal_trees
 
 # Runs the command line; process 1 of the first attempt kills itself at the nth call of a function.
 DRIVER = """
@@ -45,16 +50,6 @@ def torchrun(*words: str, processes: int = 2, restarts: int = 0) -> subprocess.C
     )  # fmt: skip
 
 
-def accounts(out: Path) -> dict[str, dict[str, int]]:
-    """What each stage asked, over all processes."""
-    found: dict[str, dict[str, int]] = {}
-    for path in (out / "ledger").glob("*.json"):
-        stage = found.setdefault(path.name.split(".")[0], {})
-        for key, count in json.loads(path.read_text()).items():
-            stage[key] = stage.get(key, 0) + count
-    return found
-
-
 @pytest.fixture(scope="module")
 def words(teacher_onnx: Path) -> list[str]:
     settings = {
@@ -68,24 +63,23 @@ def words(teacher_onnx: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(processes: Server, words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed")
-    done = torchrun("-m", "mekd", *words, "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    done = processes.together(2, *words, "--out", str(out))
+    assert [one.returncode for one in done] == [0, 0], done
     return out
 
 
-def test_two_processes_ask_what_one_asks(words: list[str], undisturbed: Path, tmp_path: Path) -> None:
-    alone = subprocess.run(
-        [sys.executable, "-m", "mekd", *words, "--out", str(tmp_path)], capture_output=True, text=True, timeout=300
-    )
+def test_two_processes_ask_what_one_asks(
+    processes: Server, words: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    alone = processes.run(*words, "--out", str(tmp_path))
     assert alone.returncode == 0, alone.stderr
     mine, theirs = accounts(undisturbed), accounts(tmp_path)
     for account in (*mine.values(), *theirs.values()):
-        for key in ("requests", "settled"):  # two processes send twice as many, of half the images
-            account.pop(key)
+        account.pop("calls")  # two processes send twice as many, of half the images
     assert mine == theirs
-    assert mine["deprivatize"]["queries"] == 72 and mine["distill"]["queries"] == 21 + 72
+    assert [mine[name]["queries"] for name in ("deprivatize", "holdout", "distill")] == [72, 21, 72]
     two, one = (json.loads((out / "evaluate.json").read_text()) for out in (undisturbed, tmp_path))
     for key in ("test_images", "teacher_accuracy", "simulation_queries"):
         assert two[key] == one[key]
@@ -94,6 +88,7 @@ def test_two_processes_ask_what_one_asks(words: list[str], undisturbed: Path, tm
     assert steps == [(row["stage"], row["step"]) for row in metrics(tmp_path)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "count"),
     [
@@ -126,22 +121,22 @@ def test_a_killed_process_costs_what_came_after_the_checkpoint(
     assert mine == theirs
 
 
-def test_one_budget_for_all_and_another_number_of_processes(words: list[str], tmp_path: Path) -> None:
+def test_one_budget_for_all_and_another_number_of_processes(
+    processes: Server, words: list[str], tmp_path: Path
+) -> None:
     """30 queries are three steps of 8, not three for each; one process then goes on, and two again."""
-    limited = [*words, "--oracle.batch", "null", "--out", str(tmp_path)]
-    done = torchrun("-m", "mekd", *limited, "--deprivatize.budget", "30")
-    assert done.returncode == 1  # torchrun's own
-    assert "deprivatize.budget is 30 queries and 24 are spent" in done.stderr and "needs 8" in done.stderr
-    assert "step 3 of 9" in done.stderr
+    limited = [*words, "--oracle.batch", "null", "--evaluate.enabled", "false", "--out", str(tmp_path)]
+    for done in processes.together(2, *limited, "--deprivatize.budget", "30"):
+        assert done.returncode == 3
+        assert "deprivatize.budget is 30 queries and 24 are spent" in done.stderr and "needs 8" in done.stderr
+        assert "step 3 of 9" in done.stderr
     assert accounts(tmp_path)["deprivatize"]["queries"] == 24
     assert json.loads((tmp_path / "oracle.json").read_text())["batch"] >= 1  # measured by one process, for both
-    alone = [sys.executable, "-m", "mekd", *limited, "--deprivatize.budget", "47"]
-    found = subprocess.run(alone, capture_output=True, text=True, timeout=300)
+    found = processes.run(*limited, "--deprivatize.budget", "47")
     assert found.returncode == 3 and "step 5 of 9" in found.stderr, found.stderr
     assert "1 processes go on from the checkpoint of 2" in found.stdout
     assert accounts(tmp_path)["deprivatize"]["queries"] == 40
-    done = torchrun("-m", "mekd", *limited, "--deprivatize.budget", "72")
-    assert done.returncode == 0, done.stderr
+    assert [done.returncode for done in processes.together(2, *limited, "--deprivatize.budget", "72")] == [0, 0]
     assert accounts(tmp_path)["deprivatize"]["queries"] == 72
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["queries"] == 72 + 21 + 72 and summary["uncertain"] == 0
@@ -155,13 +150,14 @@ def test_one_budget_for_all_and_another_number_of_processes(words: list[str], tm
     ],
 )
 def test_what_processes_cannot_share_is_refused(
-    words: list[str], tmp_path: Path, setting: str, value: str, said: str
+    processes: Server, words: list[str], tmp_path: Path, setting: str, value: str, said: str
 ) -> None:
-    done = torchrun("-m", "mekd", *words, f"--{setting}", value, "--out", str(tmp_path))
-    assert done.returncode == 1 and said in done.stderr
-    assert not (tmp_path / "checkpoints").exists() and accounts(tmp_path).get("deprivatize", {}).get("queries", 0) == 0
+    for done in processes.together(2, *words, f"--{setting}", value, "--out", str(tmp_path)):
+        assert done.returncode == 2 and said in done.stderr
+    assert not list(tmp_path.iterdir()), "something was written before it was refused"
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_all(words: list[str], tmp_path: Path) -> None:
     """The other one waits for it in a collective and must not wait for ever."""
     driver = tmp_path / "driver.py"
@@ -179,12 +175,18 @@ def test_rows_and_budgets_are_dealt_out_without_a_remainder(monkeypatch: pytest.
         for state["rank"] in range(3):
             rows += range(count)[parallel.part(count)]
         assert rows == list(range(count))
-    # An account of a process that is no more still counts: here 5 of 20 queries, so each of three may ask 5.
-    gone = Ledger("s", tmp_path, rank=4)
-    gone.counts["queries"] = 5
-    gone.settle()
-    gone.close()
+    # An account of a process that is no more still counts: here 5 of 20 queries, and 6 of the holdout's, so each of
+    # three may ask 3.
+    for name, rank, spent in (("distill", 4, 5), ("holdout", 0, 6)):
+        gone = Ledger(name, tmp_path / "ledger", rank=rank)
+        images = torch.zeros(spent, 1, 2, 2, dtype=torch.uint8)
+        gone.intend(images)
+        gone.record(images, Response("label", None, torch.zeros(spent, dtype=torch.int64)))
+        gone.close()
     state["rank"] = 0
+    monkeypatch.setattr(parallel, "rank", lambda: state["rank"])
     monkeypatch.setattr(parallel, "sum_of", lambda *numbers: list(numbers))
-    ledger = parallel.deal(Ledger("s", tmp_path, budget=20), tmp_path)
-    assert ledger.left == 5
+    monkeypatch.setattr(parallel, "barrier", lambda: None)
+    account = feeds.open_account(Run(Config(), tmp_path), "distill", "distill.budget", 20)
+    assert account.left == 3 and account.elsewhere == 11
+    account.close()

@@ -42,9 +42,12 @@ class Checkpoint:
     def restore(self, log: RunLog) -> int:
         """Go on from the file if it is there; returns the steps that are done. StageError for another run's file."""
         seconds = 0.0
-        if self.path.exists():
+        if not self.path.exists():
+            for feed in self.feeds.values():
+                feed.begin()
+        else:
             saved = files.load(self.path)
-            check_depends(self.path, saved["depends"], self.depends)
+            check_depends(self.run, self.name, saved["depends"], self.depends)
             for name, part in self.state.items():
                 if isinstance(part, dict):
                     part.update(saved["state"][name])
@@ -103,11 +106,11 @@ def finished(run: Run, name: str, steps: int) -> bool:
     if not path.exists():
         return False
     saved = files.load(path)
-    check_depends(path, saved["depends"], run.depends(name))
+    check_depends(run, name, saved["depends"], run.depends(name))
     return saved["step"] == steps
 
 
-def check_depends(path: object, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_depends(run: Run, name: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """StageError where a checkpoint is the result of something else, naming what differs."""
     differing = [
         f"{key} was {saved.get(key)!r} and is {wanted.get(key)!r}"
@@ -115,10 +118,12 @@ def check_depends(path: object, saved: Mapping[str, Any], wanted: Mapping[str, A
         if saved.get(key) != wanted.get(key)
     ]
     if differing:
+        # Where nothing was paid for the file itself, it may go.
+        kept = name in ("teacher", "baseline") or (name == "distill" and run.config.distill.replay > 0)
+        anew = "; or delete the file, to make it anew from the same answers" if kept else ""
         raise StageError(
-            f"{path} is of another configuration: {'; '.join(differing)}. Set that back, or start anew with another "
-            "--out; or delete the file, if what was made of those settings is to be made again: answers that were "
-            "asked once and kept (holdout, replay) stay, as long as nothing that they depend on has changed"
+            f"{run.checkpoint(name)} is of another configuration: {'; '.join(differing)}. Set that back, or start anew "
+            f"with another --out{anew}"
         )
 
 

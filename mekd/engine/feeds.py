@@ -61,6 +61,10 @@ class Feed(Protocol):
         """The queries that this process will pay for a step."""
         ...
 
+    def begin(self) -> None:
+        """Nothing was taken yet."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """The place behind the last step that was taken."""
         ...
@@ -82,6 +86,9 @@ class Free:
 
     def owes(self, step: int) -> int:
         return 0
+
+    def begin(self) -> None:
+        pass
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -145,6 +152,9 @@ class Fresh:
     def owes(self, step: int) -> int:
         return self._queries(step)
 
+    def begin(self) -> None:
+        self.oracle.ledger.rewind(0)
+
     def state_dict(self) -> dict[str, Any]:
         return {"calls": self.oracle.ledger.next}
 
@@ -201,7 +211,8 @@ class Ahead(Fresh):
         return 0 if self._asked is not None and self._asked[0] == step else self._queries(step)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"calls": self.oracle.ledger.next - self._answered()}
+        ahead = self._answered()  # first: it waits, and the ledger goes on meanwhile
+        return {"calls": self.oracle.ledger.next - ahead}
 
     def settle(self) -> None:
         if not self._answered():  # an answer ahead is found in the ledger again

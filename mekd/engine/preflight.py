@@ -110,7 +110,7 @@ def _check_checkpoints(run: Run, stage: str) -> None:
                 "it becomes another one, whose answers are paid for anew. Say --deprivatize.steps "
                 f"{stands}, or start anew with another --out"
             )
-        check_depends(path, files.load(path)["depends"], run.depends(name))
+        check_depends(run, name, files.load(path)["depends"], run.depends(name))
 
 
 def _generator_steps(run: Run) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mekd import files
-from mekd.config import Config, dump_yaml, fingerprint
+from mekd.config import Config, dump_yaml, fingerprint, resolve
 from mekd.data import TREES, Source, open_source
 from mekd.engine import parallel
 from mekd.errors import MekdError
@@ -41,11 +41,14 @@ class StageError(MekdError, RuntimeError):
 
 @dataclass(frozen=True)
 class Run:
-    """One configuration in one folder. wrap_oracle stands between a stage and its oracle: tests watch through it."""
+    """One configuration, resolved for this machine, in one folder. wrap_oracle stands between a stage and its oracle: tests watch through it."""
 
     config: Config
     out: Path
     wrap_oracle: Callable[[Oracle], Oracle] = lambda oracle: oracle
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", resolve(self.config))
 
     # -- what there is -------------------------------------------------------------------------------------
 
@@ -53,8 +56,6 @@ class Run:
     def device(self) -> torch.device:
         """The device of the networks and of the teacher."""
         name = self.config.engine.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             device = torch.device(name)
         except RuntimeError as error:

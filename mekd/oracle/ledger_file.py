@@ -1,0 +1,218 @@
+"""The file of an account: SQLite, which keeps what a killed process wrote, with a checksum of each row.
+
+A power cut can take what was booked since the last checkpoint; a copy of the file alone is whole once it is closed.
+"""
+
+import fcntl
+import io
+import shutil
+import sqlite3
+import struct
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mekd import files
+from mekd.errors import MekdError
+from mekd.oracle.response import Response
+
+COUNTS = ("calls", "queries", "bytes_up", "bytes_down", "uncertain")
+_APPLICATION, _VERSION = 0x6D656B64, 1  # "mekd"
+_SCHEMA = f"""
+BEGIN;
+PRAGMA application_id = {_APPLICATION};
+PRAGMA user_version = {_VERSION};
+CREATE TABLE calls (
+    attempt INTEGER PRIMARY KEY,  -- in the order in which they were sent
+    call INTEGER NOT NULL,        -- the run's question: one whose answer was lost is asked again under its number
+    queries INTEGER NOT NULL,     -- images
+    bytes_up INTEGER NOT NULL,
+    bytes_down INTEGER,           -- NULL without an answer: the provider may have billed it
+    sent REAL NOT NULL,           -- seconds since 1970
+    answered REAL,
+    crc INTEGER NOT NULL
+);
+CREATE TABLE answers (            -- those that no checkpoint holds yet
+    call INTEGER PRIMARY KEY, digest BLOB, kind TEXT, decimals INTEGER, "values" BLOB, indices BLOB, crc INTEGER
+);
+CREATE TABLE settled (calls INTEGER NOT NULL, crc INTEGER NOT NULL);
+CREATE VIEW totals AS SELECT
+    count(answered) AS calls,
+    coalesce(sum(queries) FILTER (WHERE answered IS NOT NULL), 0) AS queries,
+    coalesce(sum(bytes_up) FILTER (WHERE answered IS NOT NULL), 0) AS bytes_up,
+    coalesce(sum(bytes_down), 0) AS bytes_down,
+    coalesce(sum(queries) FILTER (WHERE answered IS NULL), 0) AS uncertain
+FROM calls;
+COMMIT;
+"""
+#: Where several machines see one file, SQLite's write-ahead log does not work: it shares memory.
+_NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "afs", "9p", "fuse.", "ocfs", "gfs")
+
+
+class LedgerError(MekdError, RuntimeError):
+    """The ledger and the run do not belong together, or the ledger's file is damaged."""
+
+
+class Contents(NamedTuple):
+    """What a file holds: attempts, the counts, the calls that are settled, digest and answer of each call since."""
+
+    attempts: int
+    counts: dict[str, int]
+    settled: int
+    answers: dict[int, tuple[bytes, Response]]
+
+
+def open_file(folder: Path, name: str, rank: int) -> tuple[sqlite3.Connection, Any, Contents]:
+    """The file of the account NAME, made if it is not there, the lock that keeps others out, and what it holds.
+
+    Raises LedgerError for one that is in use, of another format or damaged, WriteError where it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.rank{rank}.sqlite" if rank else folder / f"{name}.sqlite"
+    if (old := path.with_suffix(".journal")).exists():
+        raise LedgerError(
+            f"{old} is a ledger of mekd's first format, which this version does not read: finish that run with the "
+            "version that began it, or start anew with another --out"
+        )
+    lock = _locked(path)
+    database = sqlite3.connect(path, check_same_thread=False, isolation_level="IMMEDIATE", timeout=60)
+    try:
+        _check_log(path)
+        database.execute(f"PRAGMA journal_mode = {'TRUNCATE' if _on_network(folder) else 'WAL'}")
+        database.execute("PRAGMA synchronous = NORMAL")
+        database.execute("PRAGMA wal_autocheckpoint = 0")  # the ledger cuts it
+        if not database.execute("SELECT 1 FROM sqlite_master").fetchone():
+            database.executescript(_SCHEMA)
+        return database, lock, _read(database)
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        database.close()
+        lock.close()
+        if any(word in str(error) for word in ("unable to open", "readonly", "disk I/O", "disk is full", "locked")):
+            raise files.WriteError(f"{path} cannot be opened ({error}); check the folder's permissions") from error
+        raise LedgerError(f"{path} is damaged ({error}): put a copy back, or start anew with another --out") from error
+
+
+def totals(folder: Path, *names: str) -> dict[str, int]:
+    """The counts of some accounts of a folder together, over all processes; they may be in use."""
+    counts = dict.fromkeys(COUNTS, 0)
+    found = [folder / f"{name}.sqlite" for name in names]
+    found += [path for name in names for path in folder.glob(f"{name}.rank*.sqlite")]
+    for path in (path for path in found if path.exists()):
+        database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60)
+        try:
+            row = database.execute("SELECT * FROM totals").fetchone()
+        except sqlite3.DatabaseError as error:
+            raise LedgerError(f"{path} cannot be read ({error})") from error
+        finally:
+            database.close()
+        counts = {key: counts[key] + more for key, more in zip(COUNTS, row, strict=True)}
+    return counts
+
+
+def insert(database: sqlite3.Connection, table: str, row: tuple[Any, ...]) -> None:
+    marks = ", ".join("?" * (len(row) + 1))
+    database.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", (*row, _crc(row)))
+
+
+def _read(database: sqlite3.Connection) -> Contents:
+    query = database.execute
+    if query("PRAGMA application_id").fetchone() != (_APPLICATION,):
+        raise sqlite3.DatabaseError("it is no ledger of mekd")
+    ((said,), *_) = query("PRAGMA quick_check").fetchall()
+    if said != "ok":
+        raise sqlite3.DatabaseError(said)
+    for table in ("calls", "answers", "settled"):
+        for *row, crc in query(f"SELECT * FROM {table}"):
+            if crc != _crc(row):
+                raise sqlite3.DatabaseError(f"a row of {table} is not what was written")
+    attempts, rows = query("SELECT coalesce(max(attempt), 0), count(*) FROM calls").fetchone()
+    if attempts != rows:
+        raise sqlite3.DatabaseError(f"{attempts - rows} calls are missing")
+    counts = dict(zip(COUNTS, query("SELECT * FROM totals").fetchone(), strict=True))
+    (settled,) = query("SELECT calls FROM settled").fetchone() or (0,)
+    since = query("SELECT * FROM answers WHERE call >= ?", (settled,))
+    answers = {call: (digest, _unpacked(*packed)) for call, digest, *packed, _ in since}
+    return Contents(attempts, counts, settled, answers)
+
+
+def _locked(path: Path) -> BinaryIO:
+    lock = open(path.with_suffix(".lock"), "wb")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise LedgerError(f"{path} is in use: another run works in this folder; wait for it, or stop it") from error
+    return lock
+
+
+def _crc(row: tuple[Any, ...] | list[Any]) -> int:
+    """SQLite keeps no checksum of its pages."""
+    crc = 0
+    for value in row:
+        crc = zlib.crc32(value if isinstance(value, bytes) else repr(value).encode(), crc)
+    return crc
+
+
+def packed(response: Response) -> tuple[Any, ...]:
+    """Kind, decimals, values and indices, the last two as NumPy's files."""
+    blobs = []
+    for tensor in (response.values, response.indices):
+        buffer = io.BytesIO()
+        if tensor is not None:
+            np.save(buffer, tensor.cpu().numpy(), allow_pickle=False)
+        blobs.append(None if tensor is None else buffer.getvalue())
+    return response.kind, response.decimals, *blobs
+
+
+def _unpacked(kind: str, decimals: int | None, values: bytes | None, indices: bytes | None) -> Response:
+    def tensor(blob: bytes | None) -> Tensor | None:
+        return None if blob is None else torch.from_numpy(np.load(io.BytesIO(blob), allow_pickle=False))
+
+    return Response(kind, tensor(values), tensor(indices), decimals)
+
+
+def _on_network(folder: Path) -> bool:
+    """Whether the folder lies on a filesystem of several machines, as far as the system tells."""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text("utf-8", "replace").splitlines()]
+    except OSError:
+        return False
+    place = str(folder.resolve())
+    holding = [(point, kind) for point, kind in mounts if (place + "/").startswith(point.rstrip("/") + "/")]
+    return bool(holding) and max(holding, key=lambda mount: len(mount[0]))[1].startswith(_NETWORK)
+
+
+def _check_log(path: Path) -> None:
+    """Raise where whole transactions behind a damaged place of the write-ahead log would be lost.
+
+    SQLite stops reading at the first frame that is not what was written, and says nothing. What a killed process leaves
+    unfinished is one transaction at the end whose last frame is missing; anything else is calls that were paid for.
+    """
+    log = path.with_name(path.name + "-wal")
+    content = memoryview(log.read_bytes() if log.exists() else b"")
+    if len(content) < 56:
+        return
+    words = struct.unpack((">" if content[3] & 1 else "<") + "6I", content[:24])
+    sums = [0, 0]
+    for i in range(0, 6, 2):
+        sums[0] = (sums[0] + words[i] + sums[1]) & 0xFFFFFFFF
+        sums[1] = (sums[1] + words[i + 1] + sums[0]) & 0xFFFFFFFF
+    whole = struct.pack(">2I", *sums) == content[24:32]
+    size = 24 + (struct.unpack_from(">I", content, 8)[0] if whole else 4096)
+    salt = content[16:24] if whole else content[40:48]  # the log begins anew with another salt
+    frames = [content[at : at + 24] for at in range(32, len(content) - size + 1, size)]
+    ends = [i for i, head in enumerate(frames, 1) if head[8:16] == salt and head[4:8] != bytes(4)]
+    begun_anew = any(head[8:16] != salt for head in frames)  # over old frames, where a last one may look whole
+    with tempfile.TemporaryDirectory() as folder:  # a connection that ends would tidy the evidence away
+        for file in (path, log):
+            shutil.copy(file, Path(folder) / file.name)
+        database = sqlite3.connect(Path(folder) / path.name)
+        _, read, _ = database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        database.close()
+    if len([end for end in ends if end > read]) > begun_anew:
+        raise sqlite3.DatabaseError("its write-ahead log is damaged, and calls behind that place would be lost")
