@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
+from ledger_teacher import accounts
 from mekd import cli, files
-from mekd.oracle.ledger import Ledger
 
 
 def fails(words: list[str], capsys: pytest.CaptureFixture[str], status: int = 2) -> str:
@@ -142,9 +142,9 @@ def test_nan_in_the_answer(tiny: list[str], tmp_path: Path, capsys: pytest.Captu
     nan_teacher(tmp_path / "nan.onnx")
     said = fails(["deprivatize", *words], capsys)
     assert "NaN" in said and "8 of 8 images" in said
-    # The request was sent, and nothing usable came back: it counts as that, and not as an answer.
-    ledger = Ledger("deprivatize", tmp_path / "run" / "ledger")
-    assert ledger.counts["uncertain"] == 8 and ledger.counts["queries"] == 0
+    # The call was sent, and nothing usable came back: it counts as that, and not as an answer.
+    account = accounts(tmp_path / "run")["deprivatize"]
+    assert account["uncertain"] == 8 and account["queries"] == 0
 
 
 def test_disk_full_while_saving(tiny: list[str], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.tree import write
+from ledger_teacher import accounts
 from mekd import cli, data
 from mekd.oracle.export import Classifier, export
 
@@ -44,8 +45,10 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_a_few_steps_of_both_stages(words: list[str], tmp_path: Path) -> None:
     for stage in ("deprivatize", "distill"):
         assert cli.main([stage, *words, "--out", str(tmp_path)]) == 0
-    counts = [json.loads((tmp_path / "ledger" / f"{stage}.json").read_text()) for stage in ("deprivatize", "distill")]
-    assert [count["queries"] for count in counts] == [4, 8]
+    counts = list(accounts(tmp_path).values())
+    assert {name: count["queries"] for name, count in accounts(tmp_path).items()} == {
+        "deprivatize": 4, "distill": 4, "holdout": 4,
+    }  # fmt: skip
     assert sum(count["bytes_up"] for count in counts) == 12 * 3 * 224 * 224
     assert sum(count["bytes_down"] for count in counts) == 12 * 1000 * 4
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

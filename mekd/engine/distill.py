@@ -49,6 +49,21 @@ def take_step(
 
 def distill(run: Run) -> None:
     """Train distill.student on generated images and the teacher's answers to them (Ma et al., section 3.3)."""
+    student, best, news = train_student(run)
+    if parallel.rank() == 0 and (news or not (run.out / "student.onnx").exists()):
+        student.load_state_dict(best["weights"])
+        files.save(run.out / "student.pt", student.state_dict())
+        worst = export(Classifier(student), run.out / "student.onnx", run.image, run.config.oracle.transport)
+        run.log(
+            f"distill: {run.config.distill.student} at step {best['step']} of {run.config.distill.steps} agrees with the "
+            f"teacher on {100 * best['agreement']:.2f}% of the holdout, {describe(run.asked('distill'))}; student.onnx "
+            f"differs from torch by {worst:.1e}"
+        )
+    parallel.barrier()
+
+
+def train_student(run: Run) -> tuple[nn.Module, dict[str, Any], bool]:
+    """The student after its last step, the best one's agreement, step and weights, and whether a step was taken."""
     config = run.config.distill
     generator = run.load_generator()
     draw = freeze(generator)
@@ -67,7 +82,7 @@ def distill(run: Run) -> None:
     with answers(run, draw, loss) as feed:
         log = RunLog(run, "distill", config.steps, config.batch, {"answers": feed}, lr="distill.lr")
         checkpoint = Checkpoint(run, "distill", state, {"answers": feed}, run.depends("distill"))
-        finished = checkpoint.restore(log) == config.steps
+        done = checkpoint.restore(log)
         for step in steps(checkpoint, log):
             set_cosine_lr(optimizer, config.lr, step, config.steps)
             asked = feed.take(step)
@@ -81,16 +96,7 @@ def distill(run: Run) -> None:
                     weights = {name: value.clone() for name, value in student.state_dict().items()}
                     best.update(agreement=agreement, step=step + 1, weights=weights)
                 log.write(step + 1, agreement=round(agreement, 6))
-    if parallel.rank() == 0 and not (finished and (run.out / "student.onnx").exists()):
-        student.load_state_dict(best["weights"])
-        files.save(run.out / "student.pt", student.state_dict())
-        worst = export(Classifier(student), run.out / "student.onnx", run.image, run.config.oracle.transport)
-        run.log(
-            f"distill: {config.student} at step {best['step']} of {config.steps} agrees with the teacher on "
-            f"{100 * best['agreement']:.2f}% of the holdout, {log.seconds:.0f} s, "
-            f"{describe(run.asked('distill'))}; student.onnx differs from torch by {worst:.1e}"
-        )
-    parallel.barrier()
+    return student, best, done < config.steps
 
 
 def new_student(run: Run) -> nn.Module:

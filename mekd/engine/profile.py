@@ -29,9 +29,13 @@ def profiled(name: str, folder: Path, log: Callable[[str], None]) -> Iterator[Ca
         yield profile.step
 
 
-def peak_mb(work: Callable[[], object], device: torch.device | str = "cpu") -> float:
-    """Most memory that PyTorch's allocator held at once during a call, beyond what was there before, in MB."""
-    work()
+def peak_mb(work: Callable[[], object], device: torch.device | str = "cpu", again: bool = True) -> float:
+    """Most memory that PyTorch's allocator held at once during a call, beyond what was there before, in MB.
+
+    again: the call is made once before, so that what it keeps is no part of it.
+    """
+    if again:
+        work()
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

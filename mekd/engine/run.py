@@ -41,7 +41,10 @@ class StageError(MekdError, RuntimeError):
 
 @dataclass(frozen=True)
 class Run:
-    """One configuration, resolved for this machine, in one folder. wrap_oracle stands between a stage and its oracle: tests watch through it."""
+    """One configuration, resolved for this machine, in one folder.
+
+    wrap_oracle stands between a stage and its oracle: tests watch through it.
+    """
 
     config: Config
     out: Path

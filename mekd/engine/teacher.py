@@ -22,7 +22,7 @@ def train_teacher(run: Run) -> None:
         return
     data = run.data
     torch.manual_seed(run.config.seed)
-    teacher = run.place(_classifier(config, len(data.classes), data.image))
+    teacher = run.place(classifier(config, len(data.classes), data.image))
     optimizer = sgd(teacher, config.lr, config.weight_decay)
     learner, batches = parallel.data_parallel(teacher), Images(data.training(config.batch))
     log = RunLog(run, "teacher", config.steps, config.batch, {"data": batches}, lr="teacher.lr")
@@ -56,7 +56,7 @@ def export_teacher(run: Run) -> None:
 
 def _export_teacher(run: Run, config: TeacherConfig) -> None:
     data = run.data
-    teacher = _classifier(config, len(data.classes), data.image)
+    teacher = classifier(config, len(data.classes), data.image)
     if config.checkpoint:
         run.load_weights(teacher.net, "teacher.checkpoint", config.checkpoint)
     elif run.checkpoint("teacher").exists():
@@ -74,5 +74,6 @@ def _export_teacher(run: Run, config: TeacherConfig) -> None:
     run.log(f"export: {run.teacher_onnx}, largest difference from torch {worst:.1e} of the largest logit")
 
 
-def _classifier(config: TeacherConfig, num_classes: int, image: tuple[int, int, int]) -> Classifier:
+def classifier(config: TeacherConfig, num_classes: int, image: tuple[int, int, int]) -> Classifier:
+    """teacher.arch, untrained, behind its preprocessing."""
     return Classifier(build(config.arch, num_classes, image[0]), config.mean, config.std, config.resize)
