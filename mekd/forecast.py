@@ -23,7 +23,7 @@ from mekd.oracle.base import Oracle
 from mekd.oracle.ledger import Ledger
 from mekd.oracle.module import TorchOracle
 
-SMALL, LARGE, STEPS = 2, 4, 2
+SMALL, LARGE, STEPS = 4, 12, 2
 IMAGENET = 1000
 
 
@@ -62,7 +62,7 @@ class _Noise:
     local = training
 
     def once(self, part: str, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        yield _NoiseBatches(batch, self.image, self._device).take(0)
+        yield _NoiseBatches(SMALL, self.image, self._device).take(0)
 
     def count(self, part: str) -> int:
         return SMALL
@@ -152,14 +152,12 @@ def forecast(config: Config) -> int:
 def stages(run: Run, classes: int, image: tuple[int, int, int]) -> Iterator[Need]:
     """The needs of each stage of a run, measured one after the other."""
     config = run.config
-    step1, step2 = config.deprivatize, config.distill
     if not (config.teacher.onnx or config.teacher.checkpoint):
         name = f"teacher, {config.teacher.arch.removeprefix('torchvision:')}"
         yield _measured(run, classes, image, name, "teacher", ("teacher",), train_teacher)
-    yield _measured(
-        run, classes, image, "deprivatize, G and D", "deprivatize", ("generator", "discriminator"), deprivatize
-    )
-    name = f"distill, {step2.student.removeprefix('torchvision:')} and G"
+    pair = ("generator", "discriminator")
+    yield _measured(run, classes, image, "deprivatize, G and D", "deprivatize", pair, deprivatize)
+    name = f"distill, {config.distill.student.removeprefix('torchvision:')} and G"
     yield _measured(run, classes, image, name, "distill", ("student",), train_student)
     asked = sum(count for _, count in owed(config))
     with tempfile.TemporaryDirectory() as folder:
@@ -211,8 +209,9 @@ def _measured(
 
 def _trial(run: Run, out: Path, classes: int, image: tuple[int, int, int], batch: int, steps: int) -> _Trial:
     """The run with few steps of few images: everything else is as it will be."""
-    config, short = run.config, {"batch": batch, "steps": steps}
-    distilled = {"holdout": batch, "eval_every": steps, "budget": None, "checkpoint": None}
+    config = run.config
+    short: dict[str, Any] = {"batch": batch, "steps": steps}
+    distilled: dict[str, Any] = {"holdout": batch, "eval_every": steps, "budget": None, "checkpoint": None}
     distilled |= {"replay": batch if config.distill.replay else 0}
     teacher = None if config.teacher.onnx is None else str(Path(config.teacher.onnx).resolve())
     trial = _Trial(

@@ -55,9 +55,9 @@ def distill(run: Run) -> None:
         files.save(run.out / "student.pt", student.state_dict())
         worst = export(Classifier(student), run.out / "student.onnx", run.image, run.config.oracle.transport)
         run.log(
-            f"distill: {run.config.distill.student} at step {best['step']} of {run.config.distill.steps} agrees with the "
-            f"teacher on {100 * best['agreement']:.2f}% of the holdout, {describe(run.asked('distill'))}; student.onnx "
-            f"differs from torch by {worst:.1e}"
+            f"distill: {run.config.distill.student} at step {best['step']} of {run.config.distill.steps} agrees with "
+            f"the teacher on {100 * best['agreement']:.2f}% of the holdout, {describe(run.asked('distill'))}; "
+            f"student.onnx differs from torch by {worst:.1e}"
         )
     parallel.barrier()
 
