@@ -183,7 +183,7 @@ def test_a_failure_in_a_query_is_an_answer_that_cannot_be_used(tmp_path: Path) -
         helper.make_node("Less", ["sums", "limit"], ["kept"]),
         helper.make_node("Compress", ["flat", "kept"], ["scores"], axis=0),
     ]
-    path = echo(tmp_path / "x.onnx", tail, constants={"one": np.array([1]), "limit": np.float32(0.5)})
+    path = echo(tmp_path / "x.onnx", tail, constants={"one": np.array([1]), "limit": np.float32(5.99)})
     oracle = asked(path)
     with pytest.raises(AnswerError, match=r"the teacher failed on 2 images: .*shape") as caught:
         oracle.query(torch.full((2, *SMALL), 255, dtype=torch.uint8))

@@ -11,7 +11,7 @@ import torch
 from mekd.config import Config, DataConfig, EngineConfig, OracleConfig, TeacherConfig
 from mekd.engine.run import Run
 from mekd.oracle import batch as query_batch
-from mekd.oracle.batch import find_batch, stored_batch
+from mekd.oracle.batch import BatchError, find_batch, stored_batch
 from mekd.oracle.ort import ModelError, OnnxOracle, ProviderError
 from onnx_files import FLOAT, SMALL, asked, echo, expected_small, pixels, values
 
@@ -123,7 +123,7 @@ def test_another_teacher_before_and_after_the_first_query(tmp_path: Path) -> Non
     path, other = tmp_path / "oracle.json", {**BELONGS, "teacher": "xyz"}
     stored_batch(path, BELONGS, False, lambda: 8)
     with pytest.raises(
-        ValueError, match=r"oracle.json holds .* \(teacher was abc, is xyz\), .*delete the file"
+        BatchError, match=r"oracle.json holds .* \(teacher was abc, is xyz\), and the run's ledger.*delete the file"
     ) as caught:
         stored_batch(path, other, True, never)
     assert "\n" not in str(caught.value) and json.loads(path.read_text())["belongs"] == BELONGS
@@ -146,7 +146,7 @@ def test_another_teacher_before_and_after_the_first_query(tmp_path: Path) -> Non
 def test_a_damaged_file(tmp_path: Path, text: str) -> None:
     path = tmp_path / "oracle.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"oracle.json is damaged .*delete it, and it is measured again"):
+    with pytest.raises(BatchError, match=r"oracle.json is damaged .*delete it, and it is measured again"):
         stored_batch(path, BELONGS, True, never)
     assert path.read_text() == text
 
