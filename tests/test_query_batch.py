@@ -13,6 +13,7 @@ from mekd.engine.run import Run
 from mekd.oracle import batch as query_batch
 from mekd.oracle.batch import BatchError, find_batch, stored_batch
 from mekd.oracle.ort import ModelError, OnnxOracle, ProviderError
+from mekd.oracle.response import AnswerError
 from onnx_files import FLOAT, SMALL, asked, echo, expected_small, pixels, values
 
 IMAGE = (3, 224, 224)
@@ -271,9 +272,21 @@ def test_another_teacher_in_the_same_folder(run: Run, monkeypatch: pytest.Monkey
     assert searches == [2, 2, 2]
 
 
-def test_memory_that_runs_out_says_which_setting_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mekd.oracle.response import AnswerError
+@pytest.mark.parametrize(("m", "batch"), [(1, None), (5, 1)])
+def test_memory_that_one_image_exceeds_needs_no_smaller_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, m: int, batch: int | None
+) -> None:
+    oracle = asked(echo(tmp_path / "x.onnx"), batch=batch)
 
+    def full(*shape: Any, **options: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("mekd.oracle.binding.torch.empty", full)
+    with pytest.raises(AnswerError, match=rf"ran out of memory on {m} images: free some \(CUDA"):
+        oracle.query(pixels(m, SMALL))
+
+
+def test_memory_that_runs_out_says_which_setting_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     oracle = OnnxOracle(echo(tmp_path / "x.onnx"), "logits", providers="cpu")
 
     def full(*shape: Any, **options: Any) -> torch.Tensor:

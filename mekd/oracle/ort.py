@@ -160,9 +160,9 @@ class OnnxOracle(Oracle):
 
 
 def _check_batch(batch: int | Measure | None, names: Sequence[str], cuda_graph: bool) -> None:
-    """Raise for a batch that is no size (ValueError), and where one is needed and not given (ProviderError)."""
+    """Raise for a batch that is no size (ModelError), and where one is needed and not given (ProviderError)."""
     if isinstance(batch, int) and batch < 1:
-        raise ValueError(f"batch is {batch} (oracle.batch); it must be at least 1, or null")
+        raise ModelError(f"batch is {batch} (oracle.batch); it must be at least 1, or null")
     if names[0] == PROVIDERS["tensorrt"] and not isinstance(batch, int):
         raise ProviderError(
             "batch is not given (oracle.batch), but TensorRT builds an engine for one size, which takes minutes: say "

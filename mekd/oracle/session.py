@@ -134,9 +134,9 @@ def check_format(path: Path) -> None:
 
 
 def check_options(names: Sequence[str], precision: str, cuda_graph: bool) -> None:
-    """Raise for an unknown precision (ValueError) and for what the first provider cannot do (ProviderError)."""
+    """Raise for an unknown precision (ModelError) and for what the first provider cannot do (ProviderError)."""
     if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; it must be {' or '.join(PRECISIONS)}")
+        raise ModelError(f"precision is {precision!r} (oracle.precision); it must be {' or '.join(PRECISIONS)}")
     for name, asked, instead in (
         ("precision", precision if precision != "float32" else None, "float32"),
         ("cuda_graph", cuda_graph or None, "false"),
