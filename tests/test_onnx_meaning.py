@@ -35,6 +35,7 @@ def constants() -> dict[str, Any]:
         "hundred": np.float32(100), "lowest": np.float32(0), "highest": np.float32(1),
         "order": np.array([4, 2, 0, 1, 3]), "axes": np.array([2, 3]), "three": np.array([3]),
         "one": np.array([1]), "names": NAMES[:CLASSES], "boxes": np.array([-1, CLASSES, 4]), "w20": draw(16, 20),
+        "wide": draw(16, 200) * 0, "hundredth": np.float32(0.01),
     }  # fmt: skip
 
 
@@ -116,6 +117,24 @@ CASES = {
         [*LOGITS, node("MatMul", ["flat", "tiny"], ["l"]), *to("Add", "l", "half")], "logits", of="small"
     ),
     "a layer of zeros": Case([*LOGITS, *to("MatMul", "flat", "none")], "logits", of="none"),
+    "a wide layer of zeros": Case(
+        [*LOGITS, *to("MatMul", "flat", "wide")], "logits", outputs=[("out", FLOAT, ["m", 200])], of="wide"
+    ),
+    "a wide layer of hundredths": Case(
+        [*LOGITS, node("MatMul", ["flat", "wide"], ["l"]), *to("Add", "l", "hundredth")],
+        "logits",
+        outputs=[("out", FLOAT, ["m", 200])],
+        of="hundredths",
+    ),
+    "small numbers behind a ReLU": Case(
+        [*LOGITS, node("MatMul", ["flat", "tiny"], ["l"]), *to("Relu", "l")], says="between 0 and 1"
+    ),
+    "small numbers behind a ReLU, called logits": Case(
+        [*LOGITS, node("MatMul", ["flat", "tiny"], ["l"]), node("Relu", ["l"], ["logits"])],
+        "logits",
+        outputs=[("logits", FLOAT, ["m", CLASSES])],
+        of="small relu",
+    ),
     "a softmax of zeros": Case(
         [*LOGITS, node("MatMul", ["flat", "none"], ["l"]), *to("Softmax", "l", axis=1)], "probs", of="even"
     ),
@@ -285,7 +304,8 @@ def truth(of: str, reads: str) -> torch.Tensor:
     binary = torch.cat([torch.zeros(5, 1), x @ c["w1"]], 1)
     special = {
         "mean": (p + (x @ c["v"]).softmax(-1)) / 2, "turned": p[:, [4, 2, 0, 1, 3]],
-        "rounded": p.mul(100).round() / 100, "relu": z.relu(), "log": z.log_softmax(-1), "s": z.sigmoid(),
+        "rounded": p.mul(100).round() / 100, "relu": z.relu(), "wide": x @ c["wide"], "hundredths": x @ c["wide"] + 0.01,
+        "small relu": (x @ c["tiny"]).relu(), "log": z.log_softmax(-1), "s": z.sigmoid(),
         "small": x @ c["tiny"] + 0.5, "none": x @ c["none"], "even": torch.full((5, 5), 0.2),
         "binary": binary.softmax(-1) if reads == "probs" else binary,
         "masked": z + torch.tensor([1.0, 1, 0, 1, 1]).log(),
@@ -312,7 +332,7 @@ def test_the_reading_of_a_file(tmp_path: Path, name: str) -> None:
     tolerance = 2e-3 if name == "float16" else 1e-5
     torch.testing.assert_close(found, expected.float(), rtol=tolerance, atol=tolerance)
     (note,) = oracle.notes
-    used = {"out", "z"} & {output for output, _, _ in case.outputs}
+    used = {"out", "z", "logits"} & {output for output, _, _ in case.outputs}
     assert any(f"output {output} (tensor" in note for output in used)
     assert ("binary classifier" in note) == (case.of == "binary")
     if case.reads == "probs" and "logits" not in name:  # the logits that it has not are refused

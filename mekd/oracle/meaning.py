@@ -127,7 +127,7 @@ def read(
     if output not in ("auto", "logits", "probs"):
         raise ModelError(f"output is {output!r} (oracle.output); it must be 'auto', 'logits' or 'probs'")
     graph = functools.cache(lambda: load_graph(path))
-    ends = functools.cache(lambda name: ending(graph(), name))
+    ends = functools.cache(lambda name: "linear" if "logit" in name.lower() else ending(graph(), name))
     looks = [_look(o, values.get(o.name), output, functools.partial(ends, o.name)) for o in session.get_outputs()]
     if output_name is not None:
         named = [look for look in looks if look.name == output_name]
@@ -194,10 +194,10 @@ def _look(o: Any, values: np.ndarray | None, output: str, ends: Callable[[], str
     return look(values, kind, says)
 
 
+@np.errstate(invalid="ignore")  # of -inf, which masks a class
 def _scores(v: np.ndarray, output: str, ends: Callable[[], str]) -> tuple[str | None, str]:
     """The reading of floating values (m, C), and what they look like; ends(): what makes them in the graph."""
-    v = v[~(np.isnan(v) | np.isposinf(v)).any(-1)]
-    v = v[np.isfinite(v.max(-1))]  # a row that masks every class is none
+    v = v[np.isfinite(v.max(-1))]  # NaN wins a maximum; a row of -inf masks every class
     if not len(v):
         return None, "NaN or infinity for every image that was tried"
     if (np.diff(v) <= 0).all() and ends() == "top":
@@ -207,7 +207,10 @@ def _scores(v: np.ndarray, output: str, ends: Callable[[], str]) -> tuple[str | 
     width, sums = v.shape[1], v.sum(-1)
     off = np.abs(sums - 1).max()
     between = v.min() >= -ALMOST and v.max() <= 1 + ALMOST
-    distribution = v.min() >= -ALMOST and v.max() <= 1 + 1e-2 and off <= sum_limit(width, _step(v))
+    limit = sum_limit(width, _step(v))
+    if output == "auto":
+        limit = min(limit, 0.2)  # of very many rounded values any sum would do
+    distribution = v.min() >= -ALMOST and v.max() <= 1 + 1e-2 and off <= limit
     if output == "probs":
         return ("probs", "probabilities, as oracle.output says") if distribution else (
             None, f"no probabilities: numbers from {v.min():.4g} to {v.max():.4g}, rows that sum to {sums.min():.4g} "
@@ -253,7 +256,7 @@ def _column(v: np.ndarray, output: str, ends: Callable[[], str]) -> tuple[str | 
 def _step(v: np.ndarray) -> float:
     """What values (m, C) are rounded to, 0 where they are not."""
     for step in _STEPS:
-        if np.abs(v / step - (v / step).round()).max() * step < ALMOST / 10:
+        if v.max() >= step / 2 and np.abs(v / step - (v / step).round()).max() * step < ALMOST / 10:
             return step
     return 0.0
 
