@@ -120,6 +120,12 @@ CASES = {
     "a wide layer of zeros": Case(
         [*LOGITS, *to("MatMul", "flat", "wide")], "logits", outputs=[("out", FLOAT, ["m", 200])], of="wide"
     ),
+    "a wide layer of zeros, said to be probabilities": Case(
+        [*LOGITS, *to("MatMul", "flat", "wide")],
+        says="no probabilities: numbers from 0 to 0, rows that sum to 0 to 0",
+        outputs=[("out", FLOAT, ["m", 200])],
+        options={"output": "probs"},
+    ),
     "a wide layer of hundredths": Case(
         [*LOGITS, node("MatMul", ["flat", "wide"], ["l"]), *to("Add", "l", "hundredth")],
         "logits",
@@ -264,7 +270,8 @@ CASES = {
         "logits",
     ),
     "NaN for every image": Case(
-        [*LOGITS, node("Sub", ["z", "z"], ["n"]), *to("Div", "n", "n")], says="NaN or infinity for every image"
+        [*LOGITS, node("Sub", ["z", "z"], ["n"]), *to("Div", "n", "n")],
+        says="NaN or infinity for 8 of 8 images that were tried",
     ),
     "a class that is masked": Case(
         [*LOGITS, node("Log", ["mask"], ["l"]), *to("Add", "z", "l")],
@@ -304,8 +311,9 @@ def truth(of: str, reads: str) -> torch.Tensor:
     binary = torch.cat([torch.zeros(5, 1), x @ c["w1"]], 1)
     special = {
         "mean": (p + (x @ c["v"]).softmax(-1)) / 2, "turned": p[:, [4, 2, 0, 1, 3]],
-        "rounded": p.mul(100).round() / 100, "relu": z.relu(), "wide": x @ c["wide"], "hundredths": x @ c["wide"] + 0.01,
-        "small relu": (x @ c["tiny"]).relu(), "log": z.log_softmax(-1), "s": z.sigmoid(),
+        "rounded": p.mul(100).round() / 100, "relu": z.relu(), "wide": x @ c["wide"],
+        "hundredths": x @ c["wide"] + 0.01, "small relu": (x @ c["tiny"]).relu(),
+        "log": z.log_softmax(-1), "s": z.sigmoid(),
         "small": x @ c["tiny"] + 0.5, "none": x @ c["none"], "even": torch.full((5, 5), 0.2),
         "binary": binary.softmax(-1) if reads == "probs" else binary,
         "masked": z + torch.tensor([1.0, 1, 0, 1, 1]).log(),

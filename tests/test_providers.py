@@ -124,7 +124,9 @@ def test_tensorrt_wants_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_graph_wants_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known(monkeypatch)
-    with pytest.raises(ProviderError, match=r"batch is not given, but a CUDA graph .* one size: give batch=N"):
+    with pytest.raises(
+        ProviderError, match=r"batch is not given \(oracle.batch\), but a CUDA graph .* one size: say --oracle.batch N"
+    ):
         OnnxOracle(echo(tmp_path / "x.onnx"), providers="cuda", cuda_graph=True)
 
 

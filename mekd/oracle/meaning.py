@@ -197,9 +197,10 @@ def _look(o: Any, values: np.ndarray | None, output: str, ends: Callable[[], str
 @np.errstate(invalid="ignore")  # of -inf, which masks a class
 def _scores(v: np.ndarray, output: str, ends: Callable[[], str]) -> tuple[str | None, str]:
     """The reading of floating values (m, C), and what they look like; ends(): what makes them in the graph."""
-    v = v[np.isfinite(v.max(-1))]  # NaN wins a maximum; a row of -inf masks every class
-    if not len(v):
-        return None, "NaN or infinity for every image that was tried"
+    usable = np.isfinite(v.max(-1))  # NaN wins a maximum; a row of -inf masks every class
+    if 2 * usable.sum() <= len(v):
+        return None, f"NaN or infinity for {(~usable).sum()} of {len(v)} images that were tried, a blank one and noise"
+    v = v[usable]
     if (np.diff(v) <= 0).all() and ends() == "top":
         return None, "the largest scores alone (TopK or a maximum), without their classes"
     if v.shape[1] == 1:

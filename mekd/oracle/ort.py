@@ -95,8 +95,8 @@ class OnnxOracle(Oracle):
             batch = fixed or batch
             filled = fixed is not None or cuda_graph or names[0] == PROVIDERS["tensorrt"]
             feed = _feeder(dtype, mean, std, last, here)
-            piece = batch if filled and isinstance(batch, int) else 2
             plain = open_session(path, "cpu") if precision == "float16" else session
+            piece = batch if filled and isinstance(batch, int) and plain is session else fixed or 2
             seen = probe(plain, path, source.name, feed(probe_images(image)), piece)
             reading = read(
                 session, path, seen, response,
@@ -169,7 +169,10 @@ def _check_batch(batch: int | Measure | None, names: Sequence[str], cuda_graph: 
             "--oracle.batch N, for instance what distill.batch is"
         )
     if cuda_graph and batch is None:
-        raise ProviderError("batch is not given, but a CUDA graph (cuda_graph) is recorded for one size: give batch=N")
+        raise ProviderError(
+            "batch is not given (oracle.batch), but a CUDA graph (oracle.cuda_graph) is recorded for one size: say "
+            "--oracle.batch N"
+        )
 
 
 def _check_classes(classes: Sequence[str] | None) -> None:
