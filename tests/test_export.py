@@ -184,7 +184,7 @@ def test_the_right_function_is_kept_and_nothing_is_printed(
 @pytest.mark.parametrize(
     ("error", "expected", "says"),
     [
-        (ZeroDivisionError(), ZeroDivisionError, ""),  # no fault of the user's keeps its traceback
+        (ZeroDivisionError("a fault"), ZeroDivisionError, "a fault"),  # no fault of the user's keeps its traceback
         (
             torch.onnx.OnnxExporterError("no rule\nfor aten::x"),
             ExportError,
