@@ -2,13 +2,16 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from mekd.errors import MekdError
+from mekd.formats import NAMES, kind_of
 
 
 class WriteError(MekdError, RuntimeError):
@@ -17,6 +20,10 @@ class WriteError(MekdError, RuntimeError):
 
 class DamagedError(MekdError, ValueError):
     """A file of ours does not hold what was written."""
+
+
+class WeightsError(MekdError, ValueError):
+    """A file of the user's holds no weights that can be taken."""
 
 
 def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
@@ -75,3 +82,61 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise DamagedError(f"{path} holds a {type(state).__name__}, not a dict; it is no checkpoint")
     return state
+
+
+def load_weights(path: Path, setting: str) -> dict[str, Tensor]:
+    """The state_dict in a file of the user's, which the setting of that name gave; WeightsError says what it is not.
+
+    A training checkpoint that holds it as "state_dict", "model_state_dict" or "model" will do, and so will names that
+    DataParallel or torch.compile put a prefix before.
+    """
+    if not path.exists():
+        raise WeightsError(f"{setting} is {str(path)!r}; no such file")
+    state = _load_tensors(path, setting)
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        held = f"a {type(state).__name__}"
+        if isinstance(state, dict):
+            held += f" of {', '.join(map(str, list(state)[:6])) or 'nothing'}"
+        raise WeightsError(
+            f"{setting} is {str(path)!r}, which holds {held}; it must hold weights by name: "
+            "torch.save(model.state_dict(), FILE)"
+        )
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _load_tensors(path: Path, setting: str) -> Any:
+    kind = kind_of(path)
+    given = f"{setting} is {str(path)!r}"
+    if kind == "safetensors":
+        raise WeightsError(
+            f"{given}, a safetensors file; it must be one of torch.save: torch.save(safetensors.torch.load_file(FILE), "
+            "'weights.pt') writes it (pip install safetensors)"
+        )
+    if kind == "torchscript":
+        raise WeightsError(
+            f"{given}, a TorchScript module; it must hold weights by name: "
+            "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt')"
+        )
+    if kind not in (None, "torch", "pickle"):
+        raise WeightsError(f"{given}, {NAMES[kind]}; it must be a file of torch.save(model.state_dict(), FILE)")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        if other := re.search(r"GLOBAL `?([\w.]+)", str(error)):
+            raise WeightsError(
+                f"{given}, which holds more than weights ({other[1]}): a whole pickled model, or objects of the "
+                "training. Reading it would run code of the file. Where you trust it and its code is at hand: model = "
+                "torch.load(FILE, weights_only=False), then torch.save(model.state_dict(), 'weights.pt'), or of a dict "
+                "what it holds as state_dict"
+            ) from error
+        onnx = "; an ONNX file is given with --teacher.onnx" if path.suffix == ".onnx" else ""
+        raise WeightsError(
+            f"{given}, which torch cannot read ({type(error).__name__}): it is cut short or no file of torch.save{onnx}"
+        ) from error

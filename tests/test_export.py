@@ -181,12 +181,40 @@ def test_the_right_function_is_kept_and_nothing_is_printed(
     assert capfd.readouterr() == ("", "") and len(recwarn) == 0 and logger.level == logging.WARNING
 
 
-def test_an_exporter_that_breaks_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "expected", "says"),
+    [
+        (ZeroDivisionError("a fault"), ZeroDivisionError, "a fault"),  # no fault of the user's keeps its traceback
+        (
+            torch.onnx.OnnxExporterError("no rule\nfor aten::x"),
+            ExportError,
+            "does not take this network: no rule for a",
+        ),
+        (
+            ModuleNotFoundError("No module named 'onnxscript'"),
+            ExportError,
+            r"lacks a package .*onnxscript.*'mekd\[onnx\]'",
+        ),
+    ],
+    ids=["a bug", "refused", "not installed"],
+)
+def test_an_exporter_that_breaks_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: type[Exception], says: str
+) -> None:
     def half(model: nn.Module, args: Any, path: Path, **options: Any) -> None:
         Path(path).write_bytes(b"half")
-        raise ZeroDivisionError
+        raise error
 
     monkeypatch.setattr(torch.onnx, "export", half)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(expected, match=says):
         export(Classifier(Net()), tmp_path / "teacher.onnx", IMAGE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_one_file_cannot_hold_is_known_before_it_is_written(tmp_path: Path) -> None:
+    net = nn.Linear(30_000, 20_000, device="meta")  # 2.4 GB that are not there
+    with pytest.raises(
+        ExportError, match=r"teacher.onnx would hold 2.4 GB of weights, .*external_data=True.*--teacher.on"
+    ):
+        export(Classifier(net), tmp_path / "new" / "teacher.onnx", IMAGE)
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from mekd.oracle import onnx as onnx_oracle
+from mekd.oracle import ort as onnx_oracle
 from mekd.oracle.half import agreement, require_agreement, to_float16
 from mekd.oracle.ort import ModelError, OnnxOracle
 from mekd.oracle.session import open_session

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mekd.oracle.binding import bound, in_pieces, on_stream, out_of_memory, replayed
-from mekd.oracle.ort import OnnxOracle, open_session
+from mekd.oracle.ort import OnnxOracle, ProviderError, open_session
 from mekd.oracle.response import AnswerError
 from mekd.pixels import to_float
 from onnx_files import FLOAT, INT64, SMALL, TensorProto, argmax, asked, echo, pixels, values
@@ -183,11 +184,27 @@ def test_a_failure_in_a_query_is_an_answer_that_cannot_be_used(tmp_path: Path) -
         helper.make_node("Less", ["sums", "limit"], ["kept"]),
         helper.make_node("Compress", ["flat", "kept"], ["scores"], axis=0),
     ]
-    path = echo(tmp_path / "x.onnx", tail, constants={"one": np.array([1]), "limit": np.float32(0.5)})
+    path = echo(tmp_path / "x.onnx", tail, constants={"one": np.array([1]), "limit": np.float32(5.99)})
     oracle = asked(path)
     with pytest.raises(AnswerError, match=r"the teacher failed on 2 images: .*shape") as caught:
         oracle.query(torch.full((2, *SMALL), 255, dtype=torch.uint8))
     assert "\n" not in str(caught.value) and oracle.ledger.counts["uncertain"] == 2
+
+
+def test_a_recorded_teacher_is_asked_on_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The CPU replays at fixed addresses too, once it is not refused.
+    monkeypatch.setattr("mekd.oracle.ort.check_options", lambda *what: None)
+    monkeypatch.setattr("mekd.oracle.session.check_options", lambda *what: None)
+    path, images = echo(tmp_path / "x.onnx"), pixels(5, SMALL)
+    for graph in (True, False):
+        oracle = asked(path, batch=2, cuda_graph=graph)
+        assert torch.equal(values(oracle.query(images)), images.float().div(255).flatten(1))
+        with ThreadPoolExecutor(1) as other:
+            there = other.submit(oracle.query, images)
+        if graph:
+            with pytest.raises(ProviderError, match=r"another thread than the one that opened it: .*cuda_graph false"):
+                there.result()
+        assert oracle.ledger.counts["queries"] == (5 if graph else 10) and oracle.ledger.counts["uncertain"] == 0
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------
@@ -249,3 +266,18 @@ def test_float16_on_the_gpu(teacher_onnx: Path, precision: str) -> None:
     answered = values(on_cuda(teacher_onnx, "probs", precision=precision).query(images.cuda())).cpu()
     torch.testing.assert_close(answered, expected, rtol=0, atol=0.02)
     assert not torch.equal(answered, expected)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda:0", marks=gpu), pytest.param("cuda:1", marks=gpu)])
+def test_the_teacher_works_on_the_card_of_the_run(tmp_path: Path, device: str) -> None:
+    if int(device[-1]) >= torch.cuda.device_count():
+        pytest.skip(f"needs two CUDA devices: there is {torch.cuda.device_count()}")
+    current = torch.cuda.current_device()
+    oracle = on_cuda(echo(tmp_path / "x.onnx"), device=torch.device(device))
+    images = pixels(5, SMALL)
+    for where in (device, "cuda:0", "cpu"):
+        answered = values(oracle.query(images.to(where)))
+        assert str(answered.device) == where and torch.cuda.current_device() == current
+        torch.testing.assert_close(answered.cpu(), images.float().div(255).flatten(1))
+    graph = on_cuda(echo(tmp_path / "x.onnx"), device=torch.device(device), batch=4, cuda_graph=True)
+    torch.testing.assert_close(values(graph.query(images)), images.float().div(255).flatten(1))

@@ -161,8 +161,8 @@ def test_what_the_user_says_about_the_output_goes_first(tmp_path: Path) -> None:
     response = asked(path, "probs", output="probs").query(images)
     torch.testing.assert_close(values(response), expected_small(images).softmax(-1))
     plain = echo(tmp_path / "y.onnx")
-    with pytest.raises(AnswerError, match=r"if it answers logits, say --oracle.output logits"):
-        asked(plain, "probs", output="probs").query(images)
+    with pytest.raises(ModelError, match=r"no probabilities: .*if they are logits, say --oracle.output logits"):
+        asked(plain, "probs", output="probs")
 
 
 def test_log_probabilities_are_logits(tmp_path: Path) -> None:
@@ -204,27 +204,33 @@ def test_a_model_that_answers_class_indices(tmp_path: Path, dtype: int, keep: bo
 
 def test_class_indices_need_the_number_of_classes(tmp_path: Path) -> None:
     path = echo(tmp_path / "x.onnx", argmax(), output=("best", INT64, ["m"]))
-    with pytest.raises(ModelError, match="does not say how many classes it has: give num_classes"):
+    with pytest.raises(ModelError, match=r"does not say of how many classes: say --oracle.num_classes N"):
         asked(path, "label")
 
 
 def test_a_class_index_out_of_range(tmp_path: Path) -> None:
     path = echo(tmp_path / "x.onnx", argmax(), output=("best", INT64, ["m"]))
-    images = torch.zeros(2, *SMALL, dtype=torch.uint8)
-    images[1, 0, 1, 2] = 9
+    with pytest.raises(ModelError, match=r"answers class \d in best; there are 2 \(oracle.num_classes\)"):
+        asked(path, "label", num_classes=2)
+    # Class 5 for a white image alone, which is none of those that are tried when the file is opened.
+    tail = [
+        helper.make_node("ReduceMin", ["flat"], ["least"], axes=[1], keepdims=0),
+        helper.make_node("Floor", ["least"], ["white"]),
+        helper.make_node("Mul", ["white", "five"], ["class"]),
+        helper.make_node("Cast", ["class"], ["best"], to=INT64),
+    ]
+    path = echo(path, tail, output=("best", INT64, ["m"]), constants={"five": np.float32(5)})
     oracle = asked(path, "label", num_classes=5)
     with pytest.raises(AnswerError, match="class 5; there are 5"):
-        oracle.query(images)
+        oracle.query(torch.full((2, *SMALL), 255, dtype=torch.uint8))
     assert oracle.ledger.counts["uncertain"] == 2
 
 
 def test_a_negative_class_index_is_named(tmp_path: Path) -> None:
     tail = argmax(helper.make_node("Sub", ["best", "one"], ["label"]))
     path = echo(tmp_path / "x.onnx", tail, output=("label", INT64, ["m"]), constants={"one": np.array(1)})
-    images = torch.zeros(2, *SMALL, dtype=torch.uint8)
-    images[1, 0, 1, 2] = 9
-    with pytest.raises(AnswerError, match="class -1"):
-        asked(path, "label", num_classes=6).query(images)
+    with pytest.raises(ModelError, match="answers class -1 in label; there are 6"):
+        asked(path, "label", num_classes=6)
 
 
 @pytest.mark.parametrize("response", ["logits", "probs", "topk"])
@@ -259,8 +265,19 @@ def test_class_names_need_the_list_of_classes(tmp_path: Path) -> None:
     path = named(tmp_path / "x.onnx")
     with pytest.raises(ModelError, match="answers class names: give their list as classes"):
         asked(path, "label")
-    images = torch.zeros(1, *SMALL, dtype=torch.uint8)
-    oracle = asked(path, "label", classes=["yak", *NAMES[1:]])
-    with pytest.raises(AnswerError, match="'ant', which is not among the 6 class names"):
-        oracle.query(images)
+    with pytest.raises(ModelError, match=r"'ant', which is not among the 6 class names \(oracle.classes\)"):
+        asked(path, "label", classes=["yak", *NAMES[1:]])
+    with pytest.raises(ModelError, match=r"classes \(oracle.classes\) has 'bee' more than once"):
+        asked(path, "label", classes=[*NAMES, "bee"])
+    # A name that shows first in a query: the images that are tried when the file is opened have no best class 5.
+    tail = [
+        helper.make_node("ReduceMin", ["flat"], ["least"], axes=[1], keepdims=0),
+        helper.make_node("Floor", ["least"], ["white"]),
+        helper.make_node("Cast", ["white"], ["best"], to=INT64),
+        helper.make_node("Gather", ["names", "best"], ["name"]),
+    ]
+    path = echo(path, tail, output=("name", STRING, ["m"]), constants={"names": NAMES})
+    oracle = asked(path, "label", classes=["ant", "cat"])
+    with pytest.raises(AnswerError, match="'bee', which is not among the 2 class names"):
+        oracle.query(torch.full((1, *SMALL), 255, dtype=torch.uint8))
     assert oracle.ledger.counts["uncertain"] == 1 and oracle.ledger.counts["queries"] == 0

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from mekd.functional import kd_loss
 from mekd.oracle.base import Oracle
 from mekd.oracle.ledger import BudgetSpent, Ledger
+from mekd.oracle.module import TorchOracle
 from mekd.oracle.ort import OnnxOracle
 from mekd.oracle.response import KINDS, AnswerError
-from mekd.oracle.module import TorchOracle
 from mekd.pixels import to_float, to_uint8
 from onnx_files import FLOAT, IMAGE, UINT8, asked, pixels, save, values
 
@@ -117,6 +117,7 @@ def test_only_the_question_can_be_reached(connect: Callable[..., Oracle]) -> Non
     oracle.query(pixels(2))
     public = {name for name in dir(oracle) if not name.startswith("_")}
     public_names = {"query", "ledger", "image", "num_classes", "response", "k", "decimals", "transport", "ahead"}
+    public_names |= {"notes"}
     assert public == public_names
     for name, value in [*vars(oracle).items(), *vars(oracle.ledger).items()]:
         assert not isinstance(value, nn.Module | nn.Parameter | ort.InferenceSession), name

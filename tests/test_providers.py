@@ -101,7 +101,7 @@ def test_the_cpu_refuses_what_is_for_gpus(tmp_path: Path, options: dict[str, Any
 
 
 def test_a_precision_that_is_misspelt(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="precision is 'fp16'; it must be float32 or float16"):
+    with pytest.raises(ValueError, match=r"precision is 'fp16' \(oracle.precision\); it must be float32 or float16"):
         asked(echo(tmp_path / "x.onnx"), precision="fp16")
     with pytest.raises(ValueError, match=r"oracle.precision is 'fp16'; it must be one of"):
         OracleConfig(precision="fp16")
@@ -124,7 +124,9 @@ def test_tensorrt_wants_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_graph_wants_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known(monkeypatch)
-    with pytest.raises(ProviderError, match=r"batch is not given, but a CUDA graph .* one size: give batch=N"):
+    with pytest.raises(
+        ProviderError, match=r"batch is not given \(oracle.batch\), but a CUDA graph .* one size: say --oracle.batch N"
+    ):
         OnnxOracle(echo(tmp_path / "x.onnx"), providers="cuda", cuda_graph=True)
 
 
@@ -136,6 +138,47 @@ def test_no_device_is_known_before_anything_is_opened(tmp_path: Path, monkeypatc
             ProviderError, match=r"was asked for, but torch finds no CUDA device .*--oracle.provider cpu"
         ):
             OnnxOracle(echo(tmp_path / "x.onnx"), providers=name, batch=4)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked_of"),
+    [(torch.device("cuda:1"), torch.device("cuda:1")), (torch.device("cpu"), None), (None, None)],
+)
+def test_the_teacher_is_opened_on_the_card_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device | None, asked_of: torch.device | None
+) -> None:
+    known(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    entered: list[Any] = []
+
+    class Entered:
+        def __init__(self, where: torch.device) -> None:
+            self.where = where
+
+        def __enter__(self) -> None:
+            entered.append(self.where)
+
+        def __exit__(self, *error: Any) -> None:
+            entered.append("left")
+
+    def stream(where: torch.device | None) -> Any:
+        assert where == asked_of
+        return SimpleNamespace(device=where or torch.device("cuda:0"), cuda_stream=7)
+
+    class Opened(Exception):
+        pass
+
+    def open_here(path: Path, names: Any, **options: Any) -> None:
+        assert options["stream"].device == (asked_of or torch.device("cuda:0"))
+        raise Opened
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "device", Entered)
+    monkeypatch.setattr("mekd.oracle.ort.open_session", open_here)
+    with pytest.raises(Opened):
+        OnnxOracle(echo(tmp_path / "x.onnx"), providers="cuda", device=device)
+    # ONNX Runtime changes the current device: whatever it was comes back.
+    assert entered == [asked_of or torch.device("cuda:0"), "left"]
 
 
 class Session:

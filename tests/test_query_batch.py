@@ -11,8 +11,9 @@ import torch
 from mekd.config import Config, DataConfig, EngineConfig, OracleConfig, TeacherConfig
 from mekd.engine.run import Run
 from mekd.oracle import batch as query_batch
-from mekd.oracle.batch import find_batch, stored_batch
+from mekd.oracle.batch import BatchError, find_batch, stored_batch
 from mekd.oracle.ort import ModelError, OnnxOracle, ProviderError
+from mekd.oracle.response import AnswerError
 from onnx_files import FLOAT, SMALL, asked, echo, expected_small, pixels, values
 
 IMAGE = (3, 224, 224)
@@ -123,7 +124,7 @@ def test_another_teacher_before_and_after_the_first_query(tmp_path: Path) -> Non
     path, other = tmp_path / "oracle.json", {**BELONGS, "teacher": "xyz"}
     stored_batch(path, BELONGS, False, lambda: 8)
     with pytest.raises(
-        ValueError, match=r"oracle.json holds .* \(teacher was abc, is xyz\), .*delete the file"
+        BatchError, match=r"oracle.json holds .* \(teacher was abc, is xyz\), and the run's ledger.*delete the file"
     ) as caught:
         stored_batch(path, other, True, never)
     assert "\n" not in str(caught.value) and json.loads(path.read_text())["belongs"] == BELONGS
@@ -146,7 +147,7 @@ def test_another_teacher_before_and_after_the_first_query(tmp_path: Path) -> Non
 def test_a_damaged_file(tmp_path: Path, text: str) -> None:
     path = tmp_path / "oracle.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"oracle.json is damaged .*delete it, and it is measured again"):
+    with pytest.raises(BatchError, match=r"oracle.json is damaged .*delete it, and it is measured again"):
         stored_batch(path, BELONGS, True, never)
     assert path.read_text() == text
 
@@ -271,9 +272,21 @@ def test_another_teacher_in_the_same_folder(run: Run, monkeypatch: pytest.Monkey
     assert searches == [2, 2, 2]
 
 
-def test_memory_that_runs_out_says_which_setting_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mekd.oracle.response import AnswerError
+@pytest.mark.parametrize(("m", "batch"), [(1, None), (5, 1)])
+def test_memory_that_one_image_exceeds_needs_no_smaller_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, m: int, batch: int | None
+) -> None:
+    oracle = asked(echo(tmp_path / "x.onnx"), batch=batch)
 
+    def full(*shape: Any, **options: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("mekd.oracle.binding.torch.empty", full)
+    with pytest.raises(AnswerError, match=rf"ran out of memory on {m} images: free some \(CUDA"):
+        oracle.query(pixels(m, SMALL))
+
+
+def test_memory_that_runs_out_says_which_setting_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     oracle = OnnxOracle(echo(tmp_path / "x.onnx"), "logits", providers="cpu")
 
     def full(*shape: Any, **options: Any) -> torch.Tensor:

@@ -114,6 +114,7 @@ def test_a_row_that_masks_every_class_is_refused(kind: str) -> None:
         ([0.0, 0.0, 0.0], "sums to 0"),
         # Sums to 1, so only the sign gives it away.
         ([0.7, 0.5, -0.2], "run from -0.2"),
+        ([99.1, 0.5, 0.4], r"run from 0.2 to 99.1 and a row sums to 100; they must lie between 0 and 1"),
     ],
 )
 def test_what_is_no_distribution_is_refused(kind: str, row: list[float], says: str) -> None:
@@ -129,6 +130,47 @@ def test_half_precision_probabilities_are_accepted() -> None:
     probs = torch.randn(8, 1000).softmax(-1).half()
     response = answer(probs, "probs", output="probs")
     assert response.values is not None and torch.equal(response.values, probs.float())
+
+
+@pytest.mark.parametrize(
+    ("sum_of_row", "options", "taken"),
+    [
+        (1.009, {}, True),
+        (1.011, {}, False),
+        (1.019, {"decimals": 2}, True),  # 1e-2, and half of 0.01 for each of four values
+        (1.031, {"decimals": 2}, False),
+        (0.971, {"decimals": 2}, True),
+        (1.019, {"step": 0.01}, True),
+        (1.031, {"step": 0.01}, False),
+        (1.019, {"decimals": 3}, False),
+    ],
+)
+def test_how_far_from_1_a_row_may_sum(sum_of_row: float, options: dict[str, float], taken: bool) -> None:
+    scores = torch.tensor([[0.25] * 4, [sum_of_row - 0.6, 0.1, 0.2, 0.3]])
+    if taken:
+        assert len(answer(scores, "probs", output="probs", **options)) == 2  # type: ignore[arg-type]
+        return
+    with pytest.raises(
+        AnswerError, match=r"a row must sum to 1 within 0.0\d+\. If .*; if it rounds, --oracle.decimals"
+    ):
+        answer(scores, "probs", output="probs", **options)  # type: ignore[arg-type]
+
+
+def test_a_value_above_1_is_no_probability_however_coarse_the_rounding() -> None:
+    with pytest.raises(AnswerError, match="to 3 and a row"):
+        answer(torch.tensor([[3.0] + [0.0] * 9]), "probs", output="probs", decimals=0)
+
+
+def test_what_rounding_puts_below_0_is_0() -> None:
+    response = answer(torch.tensor([[1 + 5e-7, -5e-7]]), "probs", output="probs")
+    assert response.values is not None and response.values.min() == 0
+
+
+@pytest.mark.parametrize("kind", ["probs", "topk", "label"])
+def test_probabilities_of_nan_are_refused(kind: str) -> None:
+    scores = torch.tensor([[0.5, 0.5], [math.nan, 0.5]], dtype=torch.float16)
+    with pytest.raises(AnswerError, match="NaN or infinity for 1 of 2"):
+        answer(scores, kind, output="probs", k=2)
 
 
 def test_logits_cannot_be_had_of_probabilities() -> None:

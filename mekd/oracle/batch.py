@@ -9,10 +9,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mekd import files
+from mekd.errors import MekdError
 from mekd.oracle.binding import out_of_memory
 from mekd.oracle.session import ProviderError, one_line
 
 LARGEST = 256
+
+
+class BatchError(MekdError, ValueError):
+    """The file of the query batch is damaged, or belongs to other settings."""
 
 
 def find_batch(run: Callable[[int], object], image: tuple[int, int, int], largest: int = LARGEST) -> int:
@@ -34,7 +39,7 @@ def find_batch(run: Callable[[int], object], image: tuple[int, int, int], larges
             if size == 1:
                 raise ProviderError(
                     f"the teacher runs out of memory at a single image ({one_line(error)}): free some, or say "
-                    "--oracle.provider cpu"
+                    "--oracle.provider cpu if it runs on a card"
                 ) from error
             break
         took, spent = min(times), spent + sum(times) + min(times)
@@ -51,27 +56,27 @@ def find_batch(run: Callable[[int], object], image: tuple[int, int, int], larges
 def stored_batch(path: Path, belongs: Mapping[str, str], asked: bool, find: Callable[[], int]) -> int:
     """The batch that path holds, or the one that find() gives, then written to path.
 
-    belongs: what it was found for; asked: whether the run has sent queries. Raises ValueError for a damaged file, and
+    belongs: what it was found for; asked: whether the run has sent queries. Raises BatchError for a damaged file, and
     for one that was found for something else once there are queries.
     """
     if path.exists():
         try:
-            kept = json.loads(path.read_text())
+            kept = json.loads(path.read_text(encoding="utf-8"))
             batch, of = kept["batch"], kept["belongs"]
             if type(batch) is not int or batch < 1 or not isinstance(of, dict):
                 raise ValueError(f"batch is {batch!r} of {of!r}")
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise BatchError(
                 f"{path} is damaged ({error}); it must hold the query batch: delete it, and it is measured again"
             ) from error
         if of == dict(belongs):
             return batch
         if asked:
             differ = [f"{name} was {of.get(name)}, is {now}" for name, now in belongs.items() if of.get(name) != now]
-            raise ValueError(
-                f"{path} holds a query batch found for another setting ({'; '.join(differ)}), and queries were sent "
-                "with it. Go back to that setting; or delete the file to measure again: answers may then differ from "
-                "the earlier ones in their last digits"
+            raise BatchError(
+                f"{path} holds a query batch found for another setting ({'; '.join(differ)}), and the run's ledger "
+                "holds queries. Go back to that setting; or delete the file to measure again: answers may then differ "
+                "from the earlier ones in their last digits"
             )
     batch = find()
     files.write_text(path, json.dumps({"batch": batch, "belongs": dict(belongs)}, indent=1) + "\n")

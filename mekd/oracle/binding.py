@@ -1,4 +1,8 @@
-"""Running an ONNX Runtime session on the memory of torch tensors: nothing is copied, and on CUDA nobody waits."""
+"""Running an ONNX Runtime session on the memory of torch tensors; on CUDA the host does not wait for it.
+
+Images go in and answers come out where they lie. What copies: a recorded graph, at both ends, and a request in pieces,
+whose answers are put together.
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -13,11 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mekd.errors import MekdError
-from mekd.oracle.ort import open_session
+from mekd.oracle.session import one_line, open_session
+
+#: A protobuf file ends at 2 GiB; the graph takes its share.
+LARGEST = 2**31 - 2**24
 
 
 class ExportError(MekdError, RuntimeError):
-    """The exported graph does not compute what torch computes."""
+    """The network cannot be written as ONNX, or the graph does not compute what torch computes."""
 
 
 class Classifier(nn.Module):
@@ -54,8 +57,15 @@ def export(classifier: nn.Module, path: Path, image: tuple[int, int, int], trans
 
     transport: "uint8" for an input of pixels 0 to 255, "float" for [0, 1]. The file is compared with torch on
     random images at two batch sizes before it gets its name. Returns the largest difference of a logit,
-    relative to the largest logit. Raises ExportError where it is above 1e-4.
+    relative to the largest logit. Raises ExportError where it is above 1e-4, where the exporter refuses the network or
+    is not installed, and where the weights do not fit into one file.
     """
+    weights = sum(tensor.nbytes for tensor in (*classifier.parameters(), *classifier.buffers()))
+    if weights > LARGEST:
+        raise ExportError(
+            f"{path.name} would hold {weights / 1e9:.1f} GB of weights, and a file of ONNX holds 2 GB: write it with "
+            "torch.onnx.export(..., external_data=True), its pixels uint8, and give it with --teacher.onnx FILE"
+        )
     classifier = classifier.eval().cpu()
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (5, *image), dtype=torch.uint8, generator=generator)
@@ -63,18 +73,7 @@ def export(classifier: nn.Module, path: Path, image: tuple[int, int, int], trans
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.part.onnx")
     try:
-        with _quiet():
-            torch.onnx.export(
-                classifier,
-                (images[:2],),
-                beside,
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-            )
+        _write(classifier, images[:2], beside)
         session = open_session(beside, "cpu")
         worst = 0.0
         for batch in (images, images[:1]):
@@ -84,11 +83,38 @@ def export(classifier: nn.Module, path: Path, image: tuple[int, int, int], trans
             off = np.abs(found - expected).max() / max(1.0, np.abs(expected).max())
             worst = float(np.maximum(worst, off))  # unlike max(), it keeps NaN
         if not worst <= 1e-4:
-            raise ExportError(f"{path.name} differs from torch by {worst:.2g} of the largest logit; 1e-4 is allowed")
+            raise ExportError(
+                f"{path.name} differs from torch by {worst:.2g} of the largest logit; 1e-4 is allowed. nan: the "
+                "network itself answers NaN. Otherwise the exporter does not translate it rightly: take another "
+                "network, or write the ONNX file yourself"
+            )
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
     return worst
+
+
+def _write(classifier: nn.Module, images: Tensor, path: Path) -> None:
+    try:
+        with _quiet():
+            torch.onnx.export(
+                classifier,
+                (images,),
+                path,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+            )
+    except ImportError as error:
+        raise ExportError(f"the exporter lacks a package ({error}): pip install 'mekd[onnx]'") from error
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(
+            f"the exporter does not take this network: {one_line(error)[:500]}. Write its ONNX file yourself and give "
+            "it with --teacher.onnx FILE, or take another network"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -1,5 +1,8 @@
 """Any ONNX classifier as a black box, run by ONNX Runtime."""
 
+import contextlib
+import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mekd.errors import MekdError
 from mekd.oracle.base import Oracle
-from mekd.oracle.binding import DTYPES, Ask, bound, in_pieces, on_stream, out_of_memory, replayed, run_options
+from mekd.oracle.binding import DTYPES, Ask, bound, in_pieces, on_stream, out_of_memory, replayed
 from mekd.oracle.half import random_pixels, require_agreement
+from mekd.oracle.meaning import Reading, probe, probe_images, read
 from mekd.oracle.response import AnswerError, Response, answer, from_names
 from mekd.oracle.session import (
     PROVIDERS,
@@ -25,10 +30,7 @@ from mekd.oracle.session import (
 
 __all__ = ["PROVIDERS", "ModelError", "OnnxOracle", "ProviderError", "open_session", "runtime_clash"]
 
-_FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
-_IMAGES = ("tensor(uint8)", *_FLOATS)
-#: Nodes behind a softmax that leave probabilities what they are.
-_SAME = ("Cast", "Identity", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Dropout")
+_IMAGES = ("tensor(uint8)", "tensor(float)", "tensor(float16)", "tensor(double)")
 #: Measures the query batch: it is given a function that runs m blank images, and gives the size.
 Measure = Callable[[Callable[[int], object]], int]
 
@@ -37,16 +39,18 @@ class OnnxOracle(Oracle):
     """Ask an ONNX classifier, and nothing but ask it.
 
     path: the file. Its one image input, (m, ch, H, W) or (m, H, W, ch), is found and checked, and so is its
-    output: scores (m, C), class indices (m,) or class names (m,). output says what scores are: "logits", "probs"
-    or "auto" (probabilities if the graph ends in a softmax). A uint8 input gets pixels 0 to 255; a floating one
+    output: scores (m, C), class indices (m,) or class names (m,). Which output that is, and whether scores are
+    logits or probabilities, is told by their values for a few images (meaning.py); output_name names one of several,
+    and output ("logits", "probs") says what its scores are. A uint8 input gets pixels 0 to 255; a floating one
     gets (pixels / 255 - mean) / std. image=(ch, H, W) and num_classes are needed where the file leaves them open,
     and checked where it does not. classes: the names of the classes in order, for a model that answers names.
     providers: "auto", "cpu", "cuda", "tensorrt", or ONNX Runtime's own names in order; the first must run. On CUDA
-    images and answers stay in torch's memory, and the work has a stream of its own. batch: images that the teacher
-    gets at once, or a function that measures it; None for a whole request. A request remains one request to the
-    ledger. precision: "float16" is compared with float32 on the CPU first. cuda_graph: the work is recorded once
-    and replayed, every piece filled up to batch; so it is with TensorRT, which builds an engine for one size. cache:
-    a folder for that engine. The rest as in Oracle. Raises ModelError, ProviderError.
+    images and answers stay in torch's memory, on device (the current one if it is None), and the work has a stream of
+    its own. batch: images that the teacher gets at once, or a function that measures it; None for a whole request. A
+    request remains one request to the ledger. precision: "float16" is compared with float32 on the CPU first.
+    cuda_graph: the work is recorded once and replayed, every piece filled up to batch, and the oracle is asked on the
+    thread that opened it; TensorRT builds an engine for one size. cache: a folder for that engine. The rest as in
+    Oracle. notes: sentences for the log on how the file was read. Raises ModelError, ProviderError.
     """
 
     def __init__(
@@ -55,10 +59,12 @@ class OnnxOracle(Oracle):
         response: str = "probs",
         *,
         providers: str | Sequence[str] = "auto",
+        device: torch.device | None = None,
         image: tuple[int, int, int] | None = None,
         num_classes: int | None = None,
         classes: Sequence[str] | None = None,
         output: str = "auto",
+        output_name: str | None = None,
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
         batch: int | Measure | None = None,
@@ -70,84 +76,116 @@ class OnnxOracle(Oracle):
         path, names = Path(path), provider_names(providers)
         check_options(names, precision, cuda_graph)
         _check_batch(batch, names, cuda_graph)
-        stream = _stream(names)
-        session = open_session(path, names, precision=precision, cuda_graph=cuda_graph, stream=stream, cache=cache)
-        source, image, last = _find_input(session, path, image)
-        sink, output, count = _find_output(session, path, response, output, classes)
-        if num_classes is not None and count is not None and num_classes != count:
-            raise ModelError(f"{path} answers {count} classes; {num_classes} were expected")
-        num_classes = num_classes or count
-        if num_classes is None:
-            raise ModelError(f"{path} does not say how many classes it has: give num_classes")
-        super().__init__(image, num_classes, response, **options)
-        self.ahead = stream is not None
-        dtype, device = DTYPES[source.type], torch.device("cpu") if stream is None else stream.device
-        if dtype == torch.uint8 and self.transport == "float":
-            raise ModelError(f"{path} takes uint8 images; transport must be 'uint8'")
-        for name, numbers in (("mean", mean), ("std", std)):
-            if len(numbers) not in (1, image[0]) or (name == "std" and min(numbers) <= 0):
-                raise ModelError(f"{name} is {tuple(numbers)}; the teacher takes {image[0]} channels, std above 0")
-        if output == "probs" and response == "logits":
-            raise ModelError(f"{path} answers probabilities; its logits cannot be had: --oracle.response probs")
-        fixed = source.shape[0] if isinstance(source.shape[0], int) else None
-        if fixed is not None and isinstance(batch, int) and batch != fixed:
-            raise ModelError(f"batch is {batch} (oracle.batch); {path} takes {fixed} images at once: leave it null")
-        batch = fixed or batch
-        filled = fixed is not None or cuda_graph or names[0] == PROVIDERS["tensorrt"]
-        feed = _feeder(dtype, mean, std, last, device)
+        _check_classes(classes)
+        stream = _stream(names, device)
+        # ONNX Runtime makes its own device the current one and leaves it so.
+        with contextlib.nullcontext() if stream is None else torch.cuda.device(stream.device):
+            session = open_session(path, names, precision=precision, cuda_graph=cuda_graph, stream=stream, cache=cache)
+            source, image, last = _find_input(session, path, image)
+            dtype, here = DTYPES[source.type], torch.device("cpu") if stream is None else stream.device
+            for name, numbers in (("mean", mean), ("std", std)):
+                if len(numbers) not in (1, image[0]) or (name == "std" and min(numbers) <= 0):
+                    raise ModelError(
+                        f"{name} is {tuple(numbers)} (oracle.{name}); the teacher takes {image[0]} channels, and std "
+                        "is above 0"
+                    )
+            fixed = source.shape[0] if isinstance(source.shape[0], int) else None
+            if fixed is not None and isinstance(batch, int) and batch != fixed:
+                raise ModelError(f"batch is {batch} (oracle.batch); {path} takes {fixed} images at once: leave it null")
+            batch = fixed or batch
+            filled = fixed is not None or cuda_graph or names[0] == PROVIDERS["tensorrt"]
+            feed = _feeder(dtype, mean, std, last, here)
+            plain = open_session(path, "cpu") if precision == "float16" else session
+            piece = batch if filled and isinstance(batch, int) and plain is session else fixed or 2
+            seen = probe(plain, path, source.name, feed(probe_images(image)), piece)
+            reading = read(
+                session, path, seen, response,
+                output=output, output_name=output_name, num_classes=num_classes, classes=classes,
+            )  # fmt: skip
+            if reading.kind == "probs" and response == "logits":
+                raise ModelError(f"{path} answers probabilities; its logits cannot be had: --oracle.response probs")
+            super().__init__(image, reading.classes or 0, response, **options)
+            if dtype == torch.uint8 and self.transport == "float":
+                raise ModelError(f"{path} takes uint8 images; transport must be 'uint8': --oracle.transport uint8")
+            self.ahead, self.notes = stream is not None, [reading.note]
+            row, kind = reading.row, reading.dtype
+            if reading.kind == "names":
+                ask = _asking_names(session, source.name, reading.name, list(classes or []))
+            else:
+                ask = bound(session, source.name, reading.name, row, kind, here)
 
-        def blank(m: int) -> Tensor:
-            return torch.zeros(m, *image, dtype=torch.uint8, device=device)
+            def blank(m: int) -> Tensor:
+                return torch.zeros(m, *image, dtype=torch.uint8, device=here)
 
-        m = batch if filled and isinstance(batch, int) else 2
-        width = num_classes if output in ("logits", "probs") else 1
-        row, kind = _first_answer(session, path, source.name, sink, feed(blank(m)), width)
-        if output == "names":
-            ask = _asking_names(session, source.name, sink, list(classes or []))
-        else:
-            ask = bound(session, source.name, sink, row, kind, device)
+            def transported(ask: Ask) -> Ask:
+                """Ask with images as they are transported, on the session's stream if it has one."""
+                return on_stream(lambda images: ask(feed(images)), stream)
 
-        def transported(ask: Ask) -> Ask:
-            """Ask with images as they are transported, on the session's stream if it has one."""
-            return on_stream(lambda images: ask(feed(images)), stream)
+            if callable(batch):
+                batch = batch(lambda m: _wait(transported(ask)(blank(m))))
+            if cuda_graph:
+                ask = replayed(session, source.name, reading.name, feed(blank(batch or 1)), row, kind)
+            run = transported(in_pieces(ask, batch, filled))
+            if stream is not None and batch is not None:
+                # What is too large shows here, before it costs a query; algorithms are chosen, a graph is recorded.
+                try:
+                    _wait(run(blank(batch)))
+                except Exception as error:
+                    raise ProviderError(_failed(batch, batch, error)) from error
+            if precision == "float16" and reading.kind != "names":
+                pixels = random_pixels(16, image)
+                truth = bound(plain, source.name, reading.name, row, kind, torch.device("cpu"))
+                theirs = in_pieces(truth, fixed, fixed is not None)(feed(pixels).cpu())
+                ours = run(pixels).cpu()
+                if reading.kind != "index":
+                    ours, theirs = reading.scores(ours), reading.scores(theirs)
+                require_agreement(path, ours, theirs, reading.kind)
+            self._respond = _responder(run, self, reading, batch)
+            self._thread = threading.get_ident() if cuda_graph else None
 
-        if callable(batch):
-            batch = batch(lambda m: _wait(transported(ask)(blank(m))))
-        if cuda_graph:
-            ask = replayed(session, source.name, sink, feed(blank(batch or 1)), row, kind)
-        run = transported(in_pieces(ask, batch, filled))
-        if stream is not None and batch is not None:
-            # What is too large shows here, before it costs a query; algorithms are chosen, a graph is recorded.
-            try:
-                _wait(run(blank(batch)))
-            except Exception as error:
-                raise ProviderError(_failed(batch, error)) from error
-        if precision == "float16" and output != "names":
-            pixels = random_pixels(16, image)
-            truth = bound(open_session(path, "cpu"), source.name, sink, row, kind, torch.device("cpu"))
-            theirs = in_pieces(truth, fixed, fixed is not None)(feed(pixels).cpu())
-            require_agreement(path, run(pixels).cpu(), theirs, output)
-        self._respond = _responder(run, self, output)
+    def query(self, images: Tensor) -> Response:
+        """As Oracle.query; with a CUDA graph on the thread that opened the oracle, ProviderError on another.
+
+        ONNX Runtime keeps a graph for each thread, and while one is recorded no other thread may use the card.
+        """
+        if self._thread not in (None, threading.get_ident()):
+            raise ProviderError(
+                "a teacher with a CUDA graph is asked on another thread than the one that opened it: open it there, or "
+                "say --oracle.cuda_graph false"
+            )
+        return super().query(images)
 
     def _send(self, images: Tensor) -> Response:
         return self._respond(images)
 
 
 def _check_batch(batch: int | Measure | None, names: Sequence[str], cuda_graph: bool) -> None:
-    """Raise for a batch that is no size (ValueError), and where one is needed and not given (ProviderError)."""
+    """Raise for a batch that is no size (ModelError), and where one is needed and not given (ProviderError)."""
     if isinstance(batch, int) and batch < 1:
-        raise ValueError(f"batch is {batch} (oracle.batch); it must be at least 1, or null")
+        raise ModelError(f"batch is {batch} (oracle.batch); it must be at least 1, or null")
     if names[0] == PROVIDERS["tensorrt"] and not isinstance(batch, int):
         raise ProviderError(
             "batch is not given (oracle.batch), but TensorRT builds an engine for one size, which takes minutes: say "
             "--oracle.batch N, for instance what distill.batch is"
         )
     if cuda_graph and batch is None:
-        raise ProviderError("batch is not given, but a CUDA graph (cuda_graph) is recorded for one size: give batch=N")
+        raise ProviderError(
+            "batch is not given (oracle.batch), but a CUDA graph (oracle.cuda_graph) is recorded for one size: say "
+            "--oracle.batch N"
+        )
 
 
-def _stream(names: Sequence[str]) -> torch.cuda.Stream | None:
-    """A stream for the teacher's work on the current CUDA device, where that is where it works."""
+def _check_classes(classes: Sequence[str] | None) -> None:
+    """Raise ModelError for a name that stands in the list twice."""
+    for name, count in Counter(classes or ()).items():
+        if count > 1:
+            raise ModelError(
+                f"classes (oracle.classes) has {name!r} more than once; each class needs a name of its own"
+            )
+
+
+def _stream(names: Sequence[str], device: torch.device | None) -> torch.cuda.Stream | None:
+    """A stream for the teacher's work on that CUDA device, or the current one, where the provider works on CUDA."""
     if not runs_on_cuda(names):
         return None
     if not torch.cuda.is_available():
@@ -155,7 +193,7 @@ def _stream(names: Sequence[str]) -> torch.cuda.Stream | None:
             f"{names[0]} was asked for, but torch finds no CUDA device (`mekd doctor` says more). Use "
             "--oracle.provider cpu to run on the processor"
         )
-    return torch.cuda.Stream()
+    return torch.cuda.Stream(device if device is not None and device.type == "cuda" else None)
 
 
 def _feeder(dtype: torch.dtype, mean: Sequence[float], std: Sequence[float], last: bool, device: torch.device) -> Ask:
@@ -177,23 +215,6 @@ def _feeder(dtype: torch.dtype, mean: Sequence[float], std: Sequence[float], las
     return feed
 
 
-def _first_answer(
-    session: Any, path: object, source: str, sink: str, blank: Tensor, width: int
-) -> tuple[tuple[int, ...], torch.dtype]:
-    """The shape and type of one image's raw output, from blank images (m, ...): what fails here costs nothing."""
-    m, shape = len(blank), tuple(blank.shape)
-    try:
-        raw = session.run([sink], {source: blank.cpu().numpy()}, run_options(blank.device, wait=True))[0]
-    except Exception as error:
-        raise ModelError(f"{path} does not run on images {shape}: {one_line(error)}") from error
-    if len(raw) != m or raw.size != m * width:
-        raise ModelError(
-            f"{path} answers {m} images with {sink} of shape {raw.shape}: {raw.size // m} scores an image; "
-            f"{width} were expected"
-        )
-    return raw.shape[1:], torch.int64 if raw.dtype == object else torch.from_numpy(raw).dtype
-
-
 def _wait(answer: Tensor) -> None:
     if answer.is_cuda:
         torch.cuda.current_stream(answer.device).synchronize()
@@ -209,31 +230,35 @@ def _asking_names(session: Any, source: str, sink: str, classes: list[str]) -> A
     return ask
 
 
-def _responder(run: Ask, oracle: Oracle, output: str) -> Callable[[Tensor], Response]:
-    """images -> Response, by what the model puts out."""
+def _responder(run: Ask, oracle: Oracle, reading: Reading, batch: int | None) -> Callable[[Tensor], Response]:
+    """images -> Response, by how the file is read."""
     kind, k, decimals, num_classes = oracle.response, oracle.k, oracle.decimals, oracle.num_classes
 
     def respond(images: Tensor) -> Response:
         try:
             raw = run(images)
-        except AnswerError:
+        except MekdError:
             raise
         except Exception as error:
-            raise AnswerError(_failed(len(images), error)) from error
-        if output in ("logits", "probs"):
-            return answer(raw.to(torch.float32).flatten(1), kind, output=output, k=k, decimals=decimals)
+            raise AnswerError(_failed(len(images), batch, error)) from error
+        if reading.kind in ("logits", "probs"):
+            scores = reading.scores(raw)
+            return answer(scores, kind, output=reading.kind, k=k, decimals=decimals, step=reading.step)
         indices = raw.to(torch.int64).flatten()
         wrong = (indices < 0) | (indices >= num_classes)
         if wrong.any():
-            raise AnswerError(f"the teacher answered class {int(indices[wrong][0])}; there are {num_classes}")
+            raise AnswerError(
+                f"the teacher answered class {int(indices[wrong][0])}; there are {num_classes} (oracle.num_classes)"
+            )
         return Response("label", None, indices)
 
     return respond
 
 
-def _failed(m: int, error: BaseException) -> str:
+def _failed(m: int, batch: int | None, error: BaseException) -> str:
     if out_of_memory(error):
-        return f"the teacher ran out of memory on {m} images: say a smaller --oracle.batch ({one_line(error)})"
+        smaller = "free some" if 1 in (m, batch) else "say a smaller --oracle.batch"
+        return f"the teacher ran out of memory on {m} images: {smaller} ({one_line(error)})"
     return f"the teacher failed on {m} images: {one_line(error)}"
 
 
@@ -259,44 +284,3 @@ def _find_input(
             "the data's channels to fit, or export the model with its resizing inside"
         )
     return found[0], (wanted[0], wanted[1], wanted[2]), last
-
-
-def _find_output(
-    session: Any, path: object, response: str, output: str, classes: Sequence[str] | None
-) -> tuple[str, str, int | None]:
-    """The output's name, what it holds (logits, probs, index, names), and the number of classes if it says."""
-    if output not in ("auto", "logits", "probs"):
-        raise ValueError(f"output is {output!r}; it must be 'auto', 'logits' or 'probs'")
-    sinks = session.get_outputs()
-    scores = [o for o in sinks if o.type in _FLOATS and len(o.shape) in (2, 4)]
-    if scores:
-        sink = scores[0]
-        if output == "auto":
-            output = "probs" if _ends_in_softmax(path, sink.name) else "logits"
-        tail = sink.shape[1:]
-        if any(isinstance(n, int) and n != 1 for n in tail[1:]):
-            raise ModelError(f"{path} is no classifier: its output {sink.name} has shape {sink.shape}, not (m, C)")
-        return sink.name, output, tail[0] if isinstance(tail[0], int) else None
-    labels = [
-        o for o in sinks if o.type in ("tensor(int64)", "tensor(int32)", "tensor(string)") and len(o.shape) in (1, 2)
-    ]
-    if labels and response == "label":
-        if labels[0].type == "tensor(string)":
-            if not classes:
-                raise ModelError(f"{path} answers class names: give their list as classes (--oracle.classes FILE)")
-            return labels[0].name, "names", len(classes)
-        return labels[0].name, "index", None
-    shown = "; ".join(f"{o.name}: {o.type} {o.shape}" for o in sinks)
-    raise ModelError(f"{path} is no classifier that can answer {response!r}: it needs an output (m, C), it has {shown}")
-
-
-def _ends_in_softmax(path: object, sink: str) -> bool:
-    try:
-        import onnx
-    except ImportError as error:
-        raise ModelError("output='auto' needs the package onnx; or say output='logits' or 'probs'") from error
-    graph = onnx.load(str(path), load_external_data=False).graph
-    makers = {name: node for node in graph.node for name in node.output}
-    while (node := makers.get(sink)) is not None and node.op_type in _SAME:
-        sink = node.input[0]
-    return node is not None and node.op_type == "Softmax"

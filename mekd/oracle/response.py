@@ -98,31 +98,42 @@ def concatenate(responses: list[Response]) -> Response:
     return Response(first.kind, values, indices, first.decimals)
 
 
-def answer(scores: Tensor, kind: str, *, output: str, k: int = 5, decimals: int | None = None) -> Response:
+def sum_limit(classes: int, step: float) -> float:
+    """How far from 1 probabilities of so many classes may sum that come rounded to multiples of step."""
+    return 1e-2 + classes * step / 2
+
+
+def answer(
+    scores: Tensor, kind: str, *, output: str, k: int = 5, decimals: int | None = None, step: float = 0.0
+) -> Response:
     """Turn a classifier's raw output (m, C), output="logits" or "probs", into what the API gives away.
 
-    decimals rounds the values, as APIs do. Raises AnswerError for NaN, for probabilities that are none, and for
-    logits asked of a classifier that answers probabilities.
+    decimals rounds the values, as APIs do; step: what the classifier itself rounds probabilities to. Raises
+    AnswerError for NaN, for probabilities that are none, and for logits asked of a classifier that answers
+    probabilities.
     """
     scores = scores.to(torch.float32)
-    unusable = ~scores.amax(-1).isfinite()  # NaN wins a maximum; a row of -inf masks every class
+    best = scores.amax(-1)
+    unusable = ~best.isfinite()  # NaN wins a maximum; a row of -inf masks every class
     wrong = unusable
     if output == "probs":
+        limit = sum_limit(scores.shape[-1], max(step, 0.0 if decimals is None else 10.0**-decimals))
         off = (scores.sum(-1) - 1).abs()
-        wrong = unusable | (scores.amin(-1) < 0) | (off > 1e-2)
+        wrong = unusable | (scores.amin(-1) < -1e-6) | (best > 1 + 1e-2) | (off > limit)
     if wrong.any():  # the one look at the values: on a GPU each look waits for it
         if unusable.any():
             rows = int(unusable.sum())
             raise AnswerError(f"the teacher answered NaN or infinity for {rows} of {len(scores)} images")
         raise AnswerError(
-            f"the teacher's probabilities run from {scores.min():.4g} and a row sums to "
-            f"{scores.sum(-1)[off.argmax()]:.4g}; if it answers logits, say --oracle.output logits"
+            f"the teacher's probabilities run from {scores.min():.4g} to {scores.max():.4g} and a row sums to "
+            f"{scores.sum(-1)[off.argmax()]:.4g}; they must lie between 0 and 1, and a row must sum to 1 within "
+            f"{limit:.2g}. If it answers logits, say --oracle.output logits; if it rounds, --oracle.decimals"
         )
     if kind == "logits":
         if output != "logits":
             raise AnswerError("this teacher answers probabilities; its logits cannot be had: --oracle.response probs")
         return Response(kind, _rounded(scores, decimals), None, decimals)
-    probs = scores.softmax(-1) if output == "logits" else scores
+    probs = scores.softmax(-1) if output == "logits" else scores.clamp_min(0)  # 1 - p may be a rounding below 0
     if kind == "probs":
         return Response(kind, _rounded(probs, decimals), None, decimals)
     if kind == "topk":
@@ -136,9 +147,11 @@ def _rounded(values: Tensor, decimals: int | None) -> Tensor:
 
 
 def from_names(names: list[str], classes: list[str]) -> Tensor:
-    """Class names as indices (m,) into the list of classes; AnswerError names one that is not in it."""
+    """Class names as indices (m,) into the list of classes, each of them once; AnswerError names one not in it."""
     index = {name: i for i, name in enumerate(classes)}
     unknown = [name for name in names if name not in index]
     if unknown:
-        raise AnswerError(f"the teacher answered {unknown[0]!r}, which is not among the {len(classes)} class names")
+        raise AnswerError(
+            f"the teacher answered {unknown[0]!r}, which is not among the {len(classes)} class names (oracle.classes)"
+        )
     return torch.from_numpy(np.array([index[name] for name in names], dtype=np.int64))

@@ -8,6 +8,7 @@ from typing import Any
 import torch  # before ONNX Runtime, so that both work with torch's CUDA libraries
 
 from mekd.errors import MekdError
+from mekd.formats import AS_ONNX, NAMES, kind_of
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -72,14 +73,13 @@ def open_session(
 
     precision: "float16" computes so, with inputs and outputs as they are in the file; cuda_graph: kernels are
     recorded once and replayed; stream: the CUDA stream that the session works on; cache: a folder for TensorRT's
-    engines. Raises FileNotFoundError, ModelError, ProviderError.
+    engines. Raises ModelError, ProviderError.
     """
     names = provider_names(providers)
     import onnxruntime as ort
 
     check_options(names, precision, cuda_graph)
-    if not path.is_file():
-        raise FileNotFoundError(f"teacher.onnx is {str(path)!r}; no such file")
+    check_format(path)
     model: str | bytes = str(path)
     if precision == "float16" and names[0] == PROVIDERS["cuda"]:
         from mekd.oracle.half import to_float16
@@ -101,7 +101,13 @@ def open_session(
         said = one_line(error).replace(str(path), "")
         if "provider" in said.lower() or "CUDA" in said or "TensorRT" in said:
             raise ProviderError(f"{names[0]} does not start: {said}{_hint(names[0], cuda_graph)}") from error
-        raise ModelError(f"{path} is no ONNX model that ONNX Runtime can load: {one_line(error)}") from error
+        from mekd.oracle.identity import external_files
+
+        external_files(path)  # a file of weights that is missing is named
+        raise ModelError(
+            f"{path} is no ONNX model that ONNX Runtime {ort.__version__} can load: {one_line(error)}. It may be cut "
+            "short, or newer than this ONNX Runtime: fetch or export it again, or install a newer ONNX Runtime"
+        ) from error
     running = session.get_providers()
     for name, runs in zip(names, [*running, *names], strict=False):
         if name != runs:
@@ -119,10 +125,18 @@ def open_session(
     return session
 
 
+def check_format(path: Path) -> None:
+    """Raise ModelError for a file that is missing, or whose first bytes say that it is something else than ONNX."""
+    if not path.exists():
+        raise ModelError(f"teacher.onnx is {str(path)!r}; no such file")
+    if kind := kind_of(path):
+        raise ModelError(f"teacher.onnx is {str(path)!r}, {NAMES[kind]}; it must be an ONNX model: {AS_ONNX[kind]}")
+
+
 def check_options(names: Sequence[str], precision: str, cuda_graph: bool) -> None:
-    """Raise for an unknown precision (ValueError) and for what the first provider cannot do (ProviderError)."""
+    """Raise for an unknown precision (ModelError) and for what the first provider cannot do (ProviderError)."""
     if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; it must be {' or '.join(PRECISIONS)}")
+        raise ModelError(f"precision is {precision!r} (oracle.precision); it must be {' or '.join(PRECISIONS)}")
     for name, asked, instead in (
         ("precision", precision if precision != "float32" else None, "float32"),
         ("cuda_graph", cuda_graph or None, "false"),
