@@ -4,13 +4,21 @@ import io
 import struct
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from mekd.data.listing import Listing
+from mekd.data.stream import Plan, Stream
 
 STEP = 6  # between the grey levels of two images
+
+
+def opened(loader: Any, listed: Listing, batch: int, size: int, **how: Any) -> Stream:
+    """A loader's stream of a plan, with the fewest threads: worker processes are slow to start."""
+    least = 1 if loader.__name__.endswith("dali_loader") else 0
+    return loader.open(Plan(listed, batch, size, **{"threads": least, **how}))
 
 
 def grey_tree(root: Path, counts: dict[str, dict[str, int]], side: int = 24) -> Path:
