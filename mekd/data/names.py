@@ -37,8 +37,12 @@ def read_names(path: str | Path, setting: str) -> list[str]:
     """
     if not Path(path).is_file():
         raise DataError(f"{setting} is {str(path)!r}; no such file. It lists the names of the classes, one a line")
+    try:
+        text = files.read_text(path)
+    except files.ReadError as error:
+        raise DataError(f"{setting}: {error}") from error
     lines: dict[str, int] = {}
-    for number, line in enumerate(files.read_text(path).split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         name = line.strip()
         if name in lines:
             raise DataError(
