@@ -8,6 +8,9 @@ import torch
 from mekd.config import Config, DataConfig
 from mekd.data import Dataset, arrays, load, local_images, open_source
 from mekd.data.arrays import DataError
+from mekd.nets.discriminator import WIDTHS
+from mekd.nets.generator import STAGES
+from mekd.pixels import SIDES
 
 # The folder.
 
@@ -93,6 +96,10 @@ def test_a_dataset_moves_as_a_whole(numbered: Dataset) -> None:
     assert all(t.device.type == "meta" for t in tensors)
     assert moved.train_images.shape == (200, 1, 1, 1) and moved.test_labels.shape == (50,)
     assert moved.classes == ("a",)
+
+
+def test_the_sides_of_images_are_those_that_both_networks_have() -> None:
+    assert tuple(STAGES) == tuple(WIDTHS) == SIDES
 
 
 # Batches in several processes.

@@ -61,6 +61,11 @@ def test_nothing_hidden_is_an_image_or_a_class_and_no_folder_is_entered_twice(tm
     link(dog / "more", outside)
     link(outside / "deeper" / "again", "..")
     link(outside / "home", cat)
+    link(outside / "above", tree.parent)
+    put(tmp_path / "far" / "inner" / "y.jpg")
+    put(tmp_path / "far" / "not asked for.jpg")
+    link(dog / "far", tmp_path / "far" / "inner")
+    link(tmp_path / "far" / "inner" / "up", "..")
     link(cat / "self", ".")
     link(cat / "up", "../..")
     link(cat / "sister", "../dog")
@@ -80,13 +85,13 @@ def test_nothing_hidden_is_an_image_or_a_class_and_no_folder_is_entered_twice(tm
     found = [os.path.relpath(file, tree / "train") for file in listed.files]
     assert found == [
         "cat/00.jpg", "cat/01.jpg", "cat/more/deeper/x.JPEG", "dog/02.jpg", "dog/03.jpg", "dog/file.png",
-        "dog/gone.png",
+        "dog/gone.png", "dog/far/y.jpg",
     ]  # fmt: skip
-    assert listed.labels is not None and listed.labels.tolist() == [0] * 3 + [1] * 4
+    assert listed.labels is not None and listed.labels.tolist() == [0] * 3 + [1] * 5
     others, beside, links = listed.notes
     assert "5 files (.txt 2, .heic 1, no ending 1, .jpg 1)" in others and "first" in others  # the pipe, the loop
     assert f"1 files (.jpg 1), {tree / 'train' / 'stray.jpg'} first" in beside
-    assert "9 links" in links and "kitten" in links
+    assert "11 links" in links and "kitten" in links
     # The same from inside a link to the tree.
     link(tmp_path / "linked", tree)
     assert [Path(file).name for file in listing.read(tmp_path / "linked", "folder", "train").files] == [

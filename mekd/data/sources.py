@@ -164,7 +164,7 @@ class TreeSource:
         self._loader.check(self._training)
         self._local = listing.part(self._training, settings.local_fraction, config.seed)
         self.classes, self.image = self._training.classes, (3, settings.size, settings.size)
-        self._streams: list[Stream] = []
+        self._left_out: set[str] = set()
 
     def training(self, batch: int) -> Batches:
         """As Source.training: random-resized crops, mirrored where data.flip says so."""
@@ -186,7 +186,7 @@ class TreeSource:
 
     def left_out(self) -> set[str]:
         """As Source.left_out."""
-        return set().union(*(stream.left_out for stream in self._streams))
+        return self._left_out
 
     def skipped(self) -> int:
         """As Source.skipped."""
@@ -204,7 +204,7 @@ class TreeSource:
             threads=settings.workers, on_error=settings.on_error,
         )  # fmt: skip
         stream = self._loader.open(plan)
-        self._streams.append(stream)
+        stream.left_out = self._left_out  # one set for all; the threads of a stream end with its last user
         return stream
 
 

@@ -181,11 +181,7 @@ class Stream:
         self._loader, self._open, self._faults = loader, running, faults
         self._running: Running | None = None
         self._step, self._left_out = 0, frozenset[int]()
-
-    @property
-    def left_out(self) -> set[str]:
-        """The names of the images that were left out so far, by this process."""
-        return {self.plan.listing.name(row) for row in self._left_out}
+        self.left_out: set[str] = set()  # the names of the images that were left out so far, by this process
 
     def __iter__(self) -> "Stream":
         return self
@@ -226,6 +222,7 @@ class Stream:
                 "or set data.on_error skip"
             ) from error
         self._left_out |= faults.keys()
+        self.left_out |= {self.plan.listing.name(row) for row in faults}
         if self.plan.crop != "once" and len(self._left_out) == len(self.plan.listing):
             raise DataError(
                 f"{self.plan.listing.root}: none of {len(self.plan.listing)} images can be decoded"
@@ -246,6 +243,7 @@ class Stream:
             )
         self.close()
         self._step, self._left_out = int(state["step"]), frozenset(state["left_out"].tolist())
+        self.left_out |= {self.plan.listing.name(row) for row in self._left_out}
 
     @cached_property
     def _fingerprint(self) -> str:
