@@ -83,11 +83,10 @@ def write_tree(root: Path, photos: list[bytes], count: int) -> int:
 def ours(tree: Path, batch: int, threads: int) -> Iterator[int]:
     """mekd's stream by DALI."""
     from mekd.data import dali_loader, listing
+    from mekd.data.stream import Plan
 
-    stream = dali_loader.training(
-        listing.read(tree, "folder", "train"), batch, SIZE, flip=True, dtype="float32", threads=threads
-    )
-    for images, _ in stream:
+    listed = listing.read(tree, "folder", "train")
+    for images, _ in dali_loader.open(Plan(listed, batch, SIZE, flip=True, dtype="float32", threads=threads)):
         yield len(images)
 
 

@@ -50,6 +50,23 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
             beside.unlink()
 
 
+def shown(name: object) -> str:
+    """A path or a message as any file and any terminal of UTF-8 takes it: bytes that are no UTF-8 as \\xNN."""
+    return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+class ReadError(MekdError, ValueError):
+    """A text file is no text."""
+
+
+def read_text(path: str | Path) -> str:
+    """A text file in UTF-8, whatever the locale, with or without a byte-order mark. Raises ReadError naming it."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ReadError(f"{shown(path)} is no text in UTF-8 ({error}); save it as UTF-8") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     write(path, lambda file: file.write(text.encode()))

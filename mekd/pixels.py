@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+#: Sides in pixels that an image may have, as the generator draws it.
+SIDES = (16, 32, 64, 128, 224)
+
 
 def to_uint8(images: Tensor) -> Tensor:
     """Round float images in [-1, 1], any shape, to the nearest of the 256 values a pixel can have."""

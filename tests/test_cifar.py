@@ -3,7 +3,9 @@
 import io
 import os
 import pickle
+import re
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -162,6 +164,16 @@ def test_a_pickle_that_wants_to_run_code_is_refused(
     # The attack is one: without the guard it runs, or at least loads.
     pickle.loads((folder / file).read_bytes())
     assert wants == "PosixPath" or len(list(tmp_path.iterdir())) == 2
+
+
+def test_no_module_is_imported_by_a_name_that_a_pickle_gives(tmp_path: Path) -> None:
+    """Of numpy too: importing numpy.f2py.__main__ starts a program, whatever name is then asked of it."""
+    folder = write_cifar(tmp_path / "set", False)
+    for module in ("numpy.f2py.__main__", "numpy.core", "numpy.rec"):
+        (folder / "test_batch").write_bytes(f"c{module}\ndtype\n.".encode())
+        with pytest.raises(DataError, match=rf"it wants {re.escape(module)}\.dtype"):
+            load("cifar10", str(folder), 32)
+    assert "numpy.f2py.__main__" not in sys.modules
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mekd.data import Dataset, load, local_images
+from mekd.config import Config, DataConfig
+from mekd.data import Dataset, arrays, load, local_images, open_source
 from mekd.data.arrays import DataError
+from mekd.nets.discriminator import WIDTHS
+from mekd.nets.generator import STAGES
+from mekd.pixels import SIDES
 
 # The folder.
 
@@ -92,3 +96,33 @@ def test_a_dataset_moves_as_a_whole(numbered: Dataset) -> None:
     assert all(t.device.type == "meta" for t in tensors)
     assert moved.train_images.shape == (200, 1, 1, 1) and moved.test_labels.shape == (50,)
     assert moved.classes == ("a",)
+
+
+def test_the_sides_of_images_are_those_that_both_networks_have() -> None:
+    assert tuple(STAGES) == tuple(WIDTHS) == SIDES
+
+
+# Batches in several processes.
+
+
+def test_the_number_of_processes_changes_no_batch() -> None:
+    """Which rows, their shifts and their mirroring; of the test images each once."""
+    config = Config(data=DataConfig(name="digits", size=16, flip=True))
+    one = open_source(config, torch.device("cpu"))
+    for world in (2, 5):  # 5 do not divide 12
+        sources = [open_source(config, torch.device("cpu"), rank, world) for rank in range(world)]
+        for draw in ("training", "local"):
+            images, labels = getattr(one, draw)(12).take(3)
+            parts = [getattr(source, draw)(12).take(3) for source in sources]
+            assert torch.equal(torch.cat([part for part, _ in parts]), images)
+            assert torch.equal(torch.cat([part for _, part in parts]), labels)
+        tests = [images for source in sources for images, _ in source.once("test", 50)]
+        assert torch.equal(torch.cat(tests), torch.cat([images for images, _ in one.once("test", 50)]))
+    # They are moved at all: by as much as an eighth, edges repeated, half of them mirrored.
+    picture = torch.arange(16, dtype=torch.uint8).repeat(400, 1, 16, 1)
+    how = arrays.moves(400, 16, True, torch.Generator().manual_seed(0))
+    rows = arrays.moved(picture, how)[:, 0, 3]
+    wanted = {tuple(min(15, max(0, x + right)) for x in range(16)) for right in range(-2, 3)}
+    wanted |= {tuple(min(15, max(0, 15 - x + right)) for x in range(16)) for right in range(-2, 3)}
+    assert {tuple(row.tolist()) for row in rows} == wanted
+    assert 150 < sum(row[0] > row[-1] for row in rows.tolist()) < 250

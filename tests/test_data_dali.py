@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from jpeg_tree import grey_tree, photographs, write_records, write_tars
+from jpeg_tree import grey_tree, opened, photographs, write_records, write_tars
 from mekd.data import dali_loader, listing, torchvision_loader
 from mekd.data.arrays import DataError
 from mekd.data.listing import Listing
@@ -65,8 +65,10 @@ def write_pictures(root: Path) -> Listing:
 )
 def test_evaluation_agrees_with_torchvision(tmp_path: Path, size: int, resize: int | None) -> None:
     listed = write_pictures(tmp_path)
-    ours = torch.cat([images for images, _ in dali_loader.evaluation(listed, 4, size, resize=resize, threads=1)])
-    theirs = torch.cat([images for images, _ in torchvision_loader.evaluation(listed, 4, size, resize=resize, threads=0)])
+    ours, theirs = (
+        torch.cat([images for images, _ in opened(loader, listed, 4, size, resize=resize, crop="once")])
+        for loader in (dali_loader, torchvision_loader)
+    )
     apart = (ours.int() - theirs.int()).abs()
     for name, difference in zip(listed.files, apart, strict=True):
         assert difference.max() <= 3, name
@@ -78,20 +80,21 @@ def test_shards_give_the_images_of_the_folder(tmp_path: Path, kind: str) -> None
     listed = listing.read(grey_tree(tmp_path, {"val": {"a": 4, "b": 7}}), "folder", "val")
     {"webdataset": write_tars, "tfrecord": write_records}[kind](listed, tmp_path / kind / "val", 3)
     shards = listing.read(tmp_path / kind, kind, "val")
-    for one, other in zip(dali_loader.evaluation(listed, 4, 16), dali_loader.evaluation(shards, 4, 16), strict=True):
+    both = (opened(dali_loader, each, 4, 16, crop="once") for each in (listed, shards))
+    for one, other in zip(*both, strict=True):
         assert all(map(torch.equal, one, other))
-    stream = dali_loader.training(shards, 2, 16, seed=1)
+    stream = opened(dali_loader, shards, 2, 16, seed=1)
     epochs = [[next(stream) for _ in range(stream.epoch_batches)] for _ in range(2)]
     levels = [{float(image.float().mean()) for images, _ in epoch for image in images} for epoch in epochs]
     assert all(len(found) == 10 for found in levels)
-    other = dali_loader.training(shards, 2, 16, seed=1)
+    other = opened(dali_loader, shards, 2, 16, seed=1)
     next(other)
-    again = dali_loader.training(shards, 2, 16, seed=1)
+    again = opened(dali_loader, shards, 2, 16, seed=1)
     again.load_state_dict(other.state_dict())
     assert torch.equal(next(again)[0], epochs[0][1][0])
     # A bad sample of a shard is named with its place.
     with pytest.raises(DataError, match=r"use --data\.loader dali"):
-        torchvision_loader.evaluation(shards, 4, 16)
+        opened(torchvision_loader, shards, 4, 16, crop="once")
     file = Path(shards.files[1])
     _, offset, length, _, _ = shards.spans[4]  # type: ignore[index]
     raw = bytearray(file.read_bytes())
@@ -100,14 +103,14 @@ def test_shards_give_the_images_of_the_folder(tmp_path: Path, kind: str) -> None
     if kind == "webdataset":
         file.write_bytes(raw)
         with pytest.raises(DataError, match=r"shard-001\.tar, sample 1 cannot be decoded"):
-            list(dali_loader.evaluation(shards, 4, 16))
-        stream = dali_loader.evaluation(shards, 4, 16, on_error="skip")
-        assert sum(len(images) for images, _ in stream) == 10 and stream.skipped == 1
+            list(opened(dali_loader, shards, 4, 16, crop="once"))
+        stream = opened(dali_loader, shards, 4, 16, on_error="skip", crop="once")
+        assert sum(len(images) for images, _ in stream) == 10 and len(stream.left_out) == 1
 
 
 def crops(loader: Any, listed: Listing, count: int, **how: Any) -> np.ndarray:
     """Left, right, top and bottom edge (n, 4) of each crop, as shares, read off a picture of coordinates."""
-    stream = loader.training(listed, 8, 32, **how)
+    stream = opened(loader, listed, 8, 32, **how)
     images = torch.cat([next(stream)[0] for _ in range(count)]).double() / 255
     # A line through the middle half of the pixels, away from the borders.
     x, y = images[:, 0].mean(1), images[:, 1].mean(2)
@@ -129,7 +132,7 @@ def test_random_crops_are_distributed_as_torchvision_s(tmp_path: Path, shape: tu
     for i in range(8):
         picture.save(tmp_path / "train" / "x" / f"{i}.png")
     listed = listing.read(tmp_path, "folder", "train")
-    ours, theirs = (crops(loader, listed, 64, threads=1) for loader in (dali, folder))
+    ours, theirs = (crops(loader, listed, 64) for loader in (dali_loader, torchvision_loader))
     assert ours.min() > -0.02 and ours.max() < 1.02
     for found in (ours, theirs):
         w, h = found[:, 1] - found[:, 0], found[:, 3] - found[:, 2]
@@ -146,18 +149,18 @@ def test_random_crops_are_distributed_as_torchvision_s(tmp_path: Path, shape: tu
         error = max(np.sqrt((a.var() + b.var()) / len(a)), 1e-3)
         assert abs(a.mean() - b.mean()) < 4 * error
         assert abs(a.std() - b.std()) < 0.2 * max(b.std(), 0.02)
-    mirrored = crops(dali, listed, 16, threads=1, flip=True)
+    mirrored = crops(dali_loader, listed, 16, flip=True)
     assert 0.3 < (mirrored[:, 1] < mirrored[:, 0]).mean() < 0.7
 
 
 def test_a_loader_that_is_missing_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = listing.read(grey_tree(tmp_path, {"val": {"a": 2}}), "folder", "val")
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(ImportError, match=r"pip install 'mekd\[dali\]'.*--data\.loader torchvision"):
-        dali_loader.evaluation(listed, 1, 16)
+    with pytest.raises(DataError, match=r"pip install 'mekd\[dali\]'.*--data\.loader torchvision"):
+        opened(dali_loader, listed, 1, 16, crop="once")
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(ImportError, match=r"pip install 'mekd\[vision\]'"):
-        torchvision_loader.evaluation(listed, 1, 16)
+    with pytest.raises(DataError, match=r"pip install 'mekd\[vision\]'"):
+        opened(torchvision_loader, listed, 1, 16, crop="once")
 
 
 def test_importing_the_loaders_imports_no_library() -> None:
@@ -172,7 +175,7 @@ def test_importing_the_loaders_imports_no_library() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_gpu_gives_the_same_images(tmp_path: Path) -> None:
     listed = write_pictures(tmp_path)
-    on_cpu = torch.cat([images for images, _ in dali_loader.evaluation(listed, 4, 64)])
-    batches = [images for images, _ in dali_loader.evaluation(listed, 4, 64, device="cuda")]
+    on_cpu = torch.cat([images for images, _ in opened(dali_loader, listed, 4, 64, crop="once")])
+    batches = [images for images, _ in opened(dali_loader, listed, 4, 64, device=torch.device("cuda"), crop="once")]
     assert all(images.is_cuda for images in batches)
     assert (torch.cat(batches).cpu().int() - on_cpu.int()).abs().float().mean() < 1.0

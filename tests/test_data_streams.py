@@ -9,20 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from jpeg_tree import grey_tree, numbers
+from jpeg_tree import grey_tree, numbers, opened
 from mekd.data import listing
 from mekd.data.arrays import DataError
 from mekd.data.listing import Listing
 
 COUNTS = {"train": {"a": 6, "b": 5, "c": 12}, "val": {"a": 3, "b": 3, "c": 4}}
-NEEDS = {"dali": ("nvidia.dali", "pip install 'mekd[dali]'"), "folder": ("torchvision", "pip install 'mekd[vision]'")}
+NEEDS = {
+    "dali": ("nvidia.dali", "pip install 'mekd[dali]'"),
+    "torchvision": ("torchvision", "pip install 'mekd[vision]'"),
+}
 
 
-@pytest.fixture(params=["dali", "folder"])
+@pytest.fixture(params=NEEDS)
 def loader(request: pytest.FixtureRequest) -> Any:
     package, how = NEEDS[request.param]
     pytest.importorskip(package, reason=f"{package} is not installed: {how}")
-    return importlib.import_module(f"mekd.data.{request.param}")
+    return importlib.import_module(f"mekd.data.{request.param}_loader")
 
 
 @pytest.fixture
@@ -33,11 +36,6 @@ def tree(tmp_path: Path) -> Path:
 @pytest.fixture
 def train(tree: Path) -> Listing:
     return listing.read(tree, "folder", "train")
-
-
-def threads_of(loader: Any) -> int:
-    """The least: worker processes are slow to start."""
-    return 1 if loader.__name__.endswith("dali") else 0
 
 
 def take(stream: Any, count: int) -> list[tuple[Tensor, Tensor]]:
@@ -53,7 +51,7 @@ def test_evaluation_gives_each_image_once_and_in_order(loader: Any, tree: Path, 
     val = listing.read(tree, "folder", "val")
     seen, labels = [], []
     for rank in range(world):
-        stream = loader.evaluation(val, 3, 16, rank=rank, world=world, threads=threads_of(loader))
+        stream = opened(loader, val, 3, 16, rank=rank, world=world, crop="once")
         batches = list(stream)
         assert len(batches) == stream.epoch_batches
         assert all(len(images) == 3 for images, _ in batches[:-1])
@@ -63,30 +61,41 @@ def test_evaluation_gives_each_image_once_and_in_order(loader: Any, tree: Path, 
     assert labels == [0] * 3 + [1] * 3 + [2] * 4
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_ranks_share_an_epoch_and_drop_its_tail(loader: Any, train: Listing, world: int) -> None:
-    batch = 3
-    streams = [
-        loader.training(train, batch, 16, seed=5, rank=rank, world=world, threads=threads_of(loader))
-        for rank in range(world)
-    ]
+def test_an_epoch_has_no_image_twice_and_drops_its_tail(loader: Any, train: Listing) -> None:
+    stream = opened(loader, train, 5, 16, seed=5)
+    assert stream.epoch_batches == 23 // 5
     epochs = []
     for _ in range(3):
         seen = []
-        for stream in streams:
-            assert stream.epoch_batches == 23 // (batch * world)
-            for images, labels in take(stream, stream.epoch_batches):
-                assert labels.tolist() == [0 if n < 6 else 1 if n < 11 else 2 for n in numbers(images)]
-                seen += numbers(images)
-        assert len(seen) == len(set(seen)) == 23 // (batch * world) * batch * world
+        for images, labels in take(stream, stream.epoch_batches):
+            assert labels.tolist() == [0 if n < 6 else 1 if n < 11 else 2 for n in numbers(images)]
+            seen += numbers(images)
+        assert len(seen) == len(set(seen)) == 20
         epochs.append(seen)
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != sorted(epochs[0])
+
+
+def test_the_number_of_processes_changes_no_pixel(loader: Any, tmp_path: Path) -> None:
+    """Which images a step takes, how each is cropped and whether it is mirrored; and one goes on where two were."""
+    train = photo_listing(tmp_path)
+    how = {"flip": True, "seed": 3}
+    one = take(opened(loader, train, 6, 32, **how), 5)  # an epoch has 2 batches
+    for world in (2, 4):  # 4 do not divide 6
+        streams = [opened(loader, train, 6, 32, rank=rank, world=world, **how) for rank in range(world)]
+        parts = zip(*(take(stream, 5) for stream in streams), strict=True)
+        together = [tuple(torch.cat(column) for column in zip(*step, strict=True)) for step in parts]
+        assert same(together, one)  # type: ignore[arg-type]
+    alone = opened(loader, train, 6, 32, **how)
+    first = opened(loader, train, 6, 32, rank=1, world=2, **how)
+    take(first, 3)
+    alone.load_state_dict(first.state_dict())
+    assert same(take(alone, 2), one[3:])
 
 
 def test_tensors_are_what_was_asked_for_and_stay_valid(loader: Any, train: Listing) -> None:
     kept = []
     for dtype, last in (("uint8", False), ("float32", True)):
-        stream = loader.training(train, 4, 16, dtype=dtype, channels_last=last, threads=threads_of(loader))
+        stream = opened(loader, train, 4, 16, dtype=dtype, channels_last=last)
         batches = take(stream, 12)
         copies = [(images.clone(), labels.clone()) for images, labels in batches]
         take(stream, 12)
@@ -102,27 +111,27 @@ def test_tensors_are_what_was_asked_for_and_stay_valid(loader: Any, train: Listi
 @pytest.mark.parametrize("crop", ["random", "centre"])
 def test_a_stream_goes_on_where_it_stopped(loader: Any, tmp_path: Path, crop: str) -> None:
     train = photo_listing(tmp_path)
-    how = {"crop": crop, "flip": True, "seed": 3, "threads": threads_of(loader)}
-    whole = loader.training(train, 4, 32, **how)
+    how = {"crop": crop, "flip": True, "seed": 3}
+    whole = opened(loader, train, 4, 32, **how)
     batches = take(whole, 9)
     for at in (0, 1, 4, 7):  # an epoch has 3 batches
-        first = loader.training(train, 4, 32, **how)
+        first = opened(loader, train, 4, 32, **how)
         take(first, at)
         file = io.BytesIO()
         torch.save(first.state_dict(), file)
         file.seek(0)
-        second = loader.training(train, 4, 32, **how)
+        second = opened(loader, train, 4, 32, **how)
         take(second, 2)
         second.load_state_dict(torch.load(file, weights_only=True))
         assert same(take(second, 9 - at), batches[at:])
         assert same(take(first, 9 - at), batches[at:])
     assert not same(batches[:3], batches[3:6])
-    assert not same(batches[:3], take(loader.training(train, 4, 32, **{**how, "seed": 4}), 3))
+    assert not same(batches[:3], take(opened(loader, train, 4, 32, **{**how, "seed": 4}), 3))
 
 
 def test_batches_do_not_depend_on_the_number_of_threads(loader: Any, tmp_path: Path) -> None:
     train = photo_listing(tmp_path)
-    few, many = (loader.training(train, 4, 32, flip=True, threads=threads_of(loader) + more) for more in (0, 2))
+    few, many = (opened(loader, train, 4, 32, flip=True, threads=n) for n in (1, 3))
     before = torch.random.get_rng_state()
     assert same(take(few, 5), take(many, 5))
     assert torch.equal(torch.random.get_rng_state(), before)  # the program's own random numbers are left alone
@@ -130,21 +139,23 @@ def test_batches_do_not_depend_on_the_number_of_threads(loader: Any, tmp_path: P
 
 
 def test_the_state_of_another_stream_is_refused(loader: Any, train: Listing) -> None:
-    state = loader.training(train, 4, 16, threads=threads_of(loader)).state_dict()
-    for other in ({"batch": 5}, {"size": 32}, {"seed": 1}, {"world": 2}, {"flip": True}, {"crop": "centre"}):
-        arguments = {"batch": 4, "size": 16, "threads": threads_of(loader), **other}
-        with pytest.raises(ValueError, match="another stream"):
-            loader.training(train, **arguments).load_state_dict(state)
-    loader.training(train, 4, 16, threads=threads_of(loader) + 1).load_state_dict(state)
+    state = opened(loader, train, 4, 16).state_dict()
+    for other in ({"batch": 5}, {"size": 32}, {"seed": 1}, {"flip": True}, {"crop": "centre"}):
+        arguments = {"batch": 4, "size": 16, **other}
+        with pytest.raises(DataError, match=r"another stream.*another --out"):
+            opened(loader, train, **arguments).load_state_dict(state)
+    opened(loader, train, 4, 16, threads=2).load_state_dict(state)
 
 
 def test_arguments_that_do_not_fit(loader: Any, train: Listing) -> None:
-    with pytest.raises(DataError, match=r"23 images, fewer than the 24.*\(2 x 12\)"):
-        loader.training(train, 12, 16, world=2)
+    with pytest.raises(DataError, match=r"23 images, fewer than the 24"):
+        opened(loader, train, 24, 16, world=2)
+    with pytest.raises(ValueError, match="batch 1, rank 0 of 2"):
+        opened(loader, train, 1, 16, world=2)
     with pytest.raises(ValueError, match="crop is 'middle'"):
-        loader.training(train, 4, 16, crop="middle")
+        opened(loader, train, 4, 16, crop="middle")
     with pytest.raises(ValueError, match="resize is 15"):
-        loader.evaluation(train, 4, 16, resize=15)
+        opened(loader, train, 4, 16, resize=15, crop="once")
 
 
 BAD = {3: lambda raw: raw[: len(raw) // 2], 4: lambda raw: b"hello", 17: lambda raw: b"", 22: lambda raw: raw[:-2]}
@@ -158,30 +169,30 @@ def spoil(train: Listing) -> None:
 
 def test_bad_files_are_named(loader: Any, train: Listing) -> None:
     spoil(train)
-    stream = loader.evaluation(train, 4, 16, threads=threads_of(loader))
+    stream = opened(loader, train, 4, 16, crop="once")
     with pytest.raises(DataError, match=r"03\.jpg cannot be decoded.*data\.on_error skip"):
         list(stream)
     Path(train.files[3]).unlink()
     with pytest.raises(DataError, match=r"03\.jpg"):
-        list(loader.evaluation(train, 4, 16, threads=threads_of(loader)))
+        list(opened(loader, train, 4, 16, crop="once"))
 
 
 def test_bad_files_are_left_out_and_counted(loader: Any, train: Listing) -> None:
     spoil(train)
-    stream = loader.evaluation(train, 4, 16, threads=threads_of(loader), on_error="skip")
+    stream = opened(loader, train, 4, 16, on_error="skip", crop="once")
     assert [n for images, _ in stream for n in numbers(images)] == [n for n in range(23) if n not in BAD]
-    assert stream.skipped == 4
-    how = {"crop": "centre", "threads": threads_of(loader), "on_error": "skip"}
-    stream = loader.training(train, 4, 16, **how)
+    assert len(stream.left_out) == 4
+    how = {"crop": "centre", "on_error": "skip"}
+    stream = opened(loader, train, 4, 16, **how)
     batches = take(stream, 12)
-    assert stream.skipped == 4
+    assert len(stream.left_out) == 4
     assert not {n for images, _ in batches for n in numbers(images)} & BAD.keys()
     assert all(len(images) == 4 for images, _ in batches)
     # From a place before the failures, and from one behind them.
     for at in (0, 7):
-        first = loader.training(train, 4, 16, **how)
+        first = opened(loader, train, 4, 16, **how)
         take(first, at)
-        second = loader.training(train, 4, 16, **how)
+        second = opened(loader, train, 4, 16, **how)
         second.load_state_dict(first.state_dict())
         assert same(take(second, 12 - at), batches[at:])
 
@@ -190,9 +201,9 @@ def test_nothing_but_bad_files_is_an_error_and_no_hang(loader: Any, train: Listi
     for file in train.files:
         Path(file).write_bytes(b"hello")
     with pytest.raises(DataError, match="none of 23 images"):
-        next(loader.training(train, 8, 16, threads=threads_of(loader), on_error="skip"))
-    stream = loader.evaluation(train, 8, 16, threads=threads_of(loader), on_error="skip")
-    assert list(stream) == [] and stream.skipped == 23
+        next(opened(loader, train, 8, 16, on_error="skip"))
+    stream = opened(loader, train, 8, 16, on_error="skip", crop="once")
+    assert list(stream) == [] and len(stream.left_out) == 23
 
 
 def photo_listing(tmp_path: Path) -> Listing:

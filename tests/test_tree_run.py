@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from bench.tree import write
 from forked import Server, is_killed
@@ -128,27 +127,3 @@ def test_a_loader_is_chosen_by_name(
     assert ours["teacher_accuracy"] == pytest.approx(theirs["teacher_accuracy"], abs=0.05)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     assert cli.main([*words, "--out", str(tmp_path / "none")]) == 2
-
-
-def test_batches_of_arrays_are_the_same_for_any_number_of_processes() -> None:
-    from mekd.config import Config, DataConfig
-    from mekd.data import open_source
-
-    config = Config(data=DataConfig(name="digits", size=16, flip=True))
-    for draw in ("training", "local"):
-        one = getattr(open_source(config, torch.device("cpu")), draw)(12).take(3)[0]
-        sources = [open_source(config, torch.device("cpu"), rank, 3) for rank in range(3)]
-        parts = torch.cat([getattr(source, draw)(12).take(3)[0] for source in sources])
-        assert parts.shape == one.shape
-        if draw == "local":
-            assert torch.equal(parts, one)
-    tests = torch.cat(
-        [
-            images
-            for rank in range(3)
-            for images, _ in open_source(config, torch.device("cpu"), rank, 3).once("test", 50)
-        ]
-    )
-    assert torch.equal(
-        tests, torch.cat([images for images, _ in open_source(config, torch.device("cpu")).once("test", 50)])
-    )

@@ -1,5 +1,6 @@
 """Small data sets as tensors: scikit-learn's digits, MNIST-like idx folders, CIFAR's python batches."""
 
+import codecs
 import gzip
 import io
 import math
@@ -17,10 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mekd.errors import MekdError
+from mekd.files import shown
 
 
 class DataError(MekdError, ValueError):
     """A data file is missing, damaged, or holds what it must not."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(shown(message))  # names of files may hold anything
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,10 @@ class Dataset:
 def load(name: str, path: str | None, size: int) -> Dataset:
     """The data set called name, resized to size pixels; path is its folder where it is not bundled.
 
-    Raises DataError naming the file and what to do; ValueError for an unknown name.
+    Raises DataError naming the setting or the file, and what to do.
     """
     if name not in LOADERS:
-        raise ValueError(f"data.name is {name!r}; it must be one of {', '.join(LOADERS)}")
+        raise DataError(f"data.name is {name!r}; it must be one of {', '.join(LOADERS)}")
     if name != "digits":
         if path is None:
             raise DataError(f"data.path is not set; {name} needs the folder of its files: --data.path DIR")
@@ -83,15 +88,23 @@ def local_images(data: Dataset, fraction: float, seed: int) -> Tensor:
     return data.train_images[order[:count].to(data.train_images.device)]
 
 
-def augment(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
-    """Shift each image (m, ch, S, S) by up to an eighth of its side, edges repeated; mirror half of them if flip."""
+def moves(count: int, size: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """How each of count images is to be moved (count, 3): down and right, up to an eighth of the size; mirrored or not.
+
+    Draws for a whole batch: its parts are the same in however many processes it is dealt out.
+    """
+    mirrored = torch.rand(count, 1, generator=generator) < (0.5 if flip else 0.0)
+    down, right = torch.randint(-(size // 8), size // 8 + 1, (2, count, 1), generator=generator)
+    return torch.cat([down, right, mirrored.long()], 1)
+
+
+def moved(images: Tensor, how: Tensor) -> Tensor:
+    """Each image (m, ch, S, S) as its row of moves (m, 3) says, edges repeated."""
     m, _, size, _ = images.shape
-    most = size // 8
-    span = torch.arange(size)
-    mirrored = torch.rand(m, 1, generator=generator) < (0.5 if flip else 0.0)
-    top, left = torch.randint(-most, most + 1, (2, m, 1), generator=generator)
-    rows = (top + span).clamp_(0, size - 1)[:, :, None].to(images.device)
-    columns = (left + torch.where(mirrored, span.flip(0), span)).clamp_(0, size - 1)[:, None, :].to(images.device)
+    down, right, mirrored = how.to(images.device)[:, :, None].unbind(1)
+    span = torch.arange(size, device=images.device)
+    rows = (down + span).clamp_(0, size - 1)[:, :, None]
+    columns = (right + torch.where(mirrored > 0, span.flip(0), span)).clamp_(0, size - 1)[:, None, :]
     return images[torch.arange(m, device=images.device)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
 
 
@@ -175,19 +188,24 @@ def _fashion(path: Path) -> Arrays:
     return arrays[0], arrays[1], arrays[2], arrays[3], names
 
 
+#: All that a pickle of CIFAR's may call, under the names that numpy 1 and numpy 2 give it.
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+_CALLABLES: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): codecs.encode,
+}
+
+
 class _ArraysOnly(pickle.Unpickler):
     """Unpickles CIFAR's dictionaries of numpy arrays and refuses everything else a pickle could run."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module.split(".")[0], name) in {
-            ("numpy", "_reconstruct"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-        }:
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        if (module, name) == ("_codecs", "encode"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it wants {module}.{name}")
+        if (module, name) not in _CALLABLES:
+            raise pickle.UnpicklingError(f"it wants {module}.{name}")
+        return _CALLABLES[module, name]  # nothing is imported by a name that the file gives
 
 
 def _batch(path: Path) -> dict[bytes, Any]:

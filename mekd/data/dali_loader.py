@@ -5,76 +5,39 @@ a number: DALI keeps no state, a pipeline can be thrown away at any time, and no
 """
 
 import importlib
+import importlib.util
+import os
 from collections import deque
 from typing import Any
 
 import numpy as np
 import torch
 
+from mekd.data import torchvision_loader
+from mekd.data.arrays import DataError
+from mekd.data.decode import decode
 from mekd.data.listing import Listing, sample
-from mekd.data.stream import Plan, Running, Stream, mixed, planned
+from mekd.data.names import NATIVE
+from mekd.data.stream import Plan, Running, Stream, mixed
 
 TRIES = 10  # crops that are drawn until one fits into the image, as torchvision does
 DRAWS = 2 * TRIES + 3
 
 
-def training(
-    listing: Listing,
-    batch: int,
-    size: int,
-    *,
-    crop: str = "random",
-    flip: bool = False,
-    resize: int | None = None,
-    seed: int = 0,
-    dtype: str = "uint8",
-    channels_last: bool = False,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world: int = 1,
-    threads: int = 2,
-    on_error: str = "raise",
-) -> Stream:
-    """An endless stream of shuffled batches, the tail of each epoch dropped; threads (at least 1) decode on the CPU.
-
-    crop "random": a share of 0.08 to 1 of the image at a ratio of 3/4 to 4/3; "centre": as evaluation.
-    """
-    return _stream(
-        listing, batch, size, crop, flip, resize, seed, dtype, channels_last, device, rank, world, threads, on_error
-    )
-
-
-def evaluation(
-    listing: Listing,
-    batch: int,
-    size: int,
-    *,
-    resize: int | None = None,
-    dtype: str = "uint8",
-    channels_last: bool = False,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world: int = 1,
-    threads: int = 2,
-    on_error: str = "raise",
-) -> Stream:
-    """Each image once over all processes, in order: its shorter side resized to resize pixels, the centre cropped."""
-    return _stream(
-        listing, batch, size, "once", False, resize, 0, dtype, channels_last, device, rank, world, threads, on_error
-    )
-
-
-def _stream(listing: Listing, *arguments: Any) -> Stream:
-    try:
-        import nvidia.dali  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
+def check(listing: Listing) -> None:
+    """Raises DataError where DALI is missing; it reads every kind of listing."""
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+        raise DataError(
             "--data.loader dali needs DALI: pip install 'mekd[dali]'; or read folders with --data.loader torchvision"
-        ) from error
-    plan = planned("dali", listing, *arguments)
+        )
+
+
+def open(plan: Plan) -> Stream:
+    """The batches of a plan; its threads, at least 1, decode on the CPU. Raises DataError where DALI is missing."""
+    check(plan.listing)
     if plan.threads < 1:
         raise ValueError(f"threads is {plan.threads}; DALI needs at least 1")
-    return Stream(plan, _running, faults)
+    return Stream("dali", plan, _running, faults)
 
 
 def _library() -> tuple[Any, Any, Any]:
@@ -104,11 +67,31 @@ def _how() -> dict[str, Any]:
     }
 
 
+def _by_name(listing: Listing) -> bool:
+    """Whether DALI itself reads the files, as it does where it decodes all of them."""
+    return listing.spans is None and all(file.lower().endswith(NATIVE) for file in listing.files)
+
+
+def _encoded(listing: Listing, row: int, by_name: bool) -> tuple[np.ndarray, int]:
+    """The bytes of an image as DALI is to get them, and its label.
+
+    What is no JPEG, PNG or WebP goes through Pillow and becomes a PPM: of the other formats DALI misreads some kinds
+    without a word (a TIFF of grey with alpha, one of floats, a PGM of few levels) and does not know the rest.
+    """
+    content, label = sample(listing, row)
+    head = bytes(content[:12])
+    native = head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")) or (head[:4], head[8:]) == (b"RIFF", b"WEBP")
+    if not (native or by_name):
+        image = decode(content)
+        content = b"P6 %d %d 255\n" % image.size + image.tobytes()
+    return np.frombuffer(content, np.uint8), label
+
+
 def faults(listing: Listing, rows: list[int]) -> dict[int, str]:
-    """Which of the images DALI's decoder cannot decode, one by one, and why not as far as PIL can tell."""
+    """Which of the images cannot be decoded, one by one, and why not as far as Pillow can tell."""
     fn, _, _ = _library()
 
-    found, pipe = {}, None
+    found, pipe, by_name = {}, None, _by_name(listing)
     for row in rows:
         if pipe is None:
             pipe = _pipeline(1, 1, torch.device("cpu"), 1)
@@ -119,41 +102,43 @@ def faults(listing: Listing, rows: list[int]) -> dict[int, str]:
                 )
             pipe.build()
         try:
-            content, _ = sample(listing, row)
+            content, _ = _encoded(listing, row, by_name)
             if not len(content):
                 raise RuntimeError("it is empty")
-            pipe.feed_input("encoded", [np.frombuffer(content, np.uint8)])
+            pipe.feed_input("encoded", [content])
             pipe.run()
+        except DataError:
+            raise
         except Exception:
             found[row], pipe = _reason(listing, row), None
     return found
 
 
 def _reason(listing: Listing, row: int) -> str:
+    unknown = "DALI does not decode it, whatever its ending is; convert it, or try --data.loader torchvision"
     try:
-        from mekd.data import torchvision_loader
-
-        return torchvision_loader.faults(listing, [row]).get(row, "a format that DALI does not decode")
-    except ImportError:
-        return "DALI does not decode it"
+        return torchvision_loader.faults(listing, [row]).get(row, unknown)
+    except DataError:  # without Pillow
+        return unknown
 
 
 def _running(plan: Plan, step: int, left_out: frozenset[int]) -> Running:
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
     fn, _, types = _library()
-    listing, steps = plan.listing, plan.steps(step, left_out)
+    listing, steps, by_name = plan.listing, plan.steps(step, left_out), _by_name(plan.listing)
     ahead: deque[tuple[int, np.ndarray]] = deque()
 
     def fed() -> tuple[Any, ...]:
         """What the pipeline needs for the next batch."""
         at, epoch, rows = next(steps)
-        if listing.labels is not None:
-            content = [np.frombuffer(listing.files[row].encode(), np.uint8) for row in rows]
+        if by_name:
+            assert listing.labels is not None
+            content = [np.frombuffer(os.fsencode(listing.files[row]), np.uint8) for row in rows]
             ahead.append((at, listing.labels[rows]))
         else:
-            samples = [sample(listing, row) for row in rows.tolist()]
-            content = [np.frombuffer(encoded, np.uint8) for encoded, _ in samples]
+            samples = [_encoded(listing, row, by_name) for row in rows.tolist()]
+            content = [encoded for encoded, _ in samples]
             ahead.append((at, np.array([label for _, label in samples], np.int64)))
         if plan.crop == "once":
             return (content,)
@@ -165,13 +150,13 @@ def _running(plan: Plan, step: int, left_out: frozenset[int]) -> Running:
         roots = np.exp((u[:, 3 + TRIES :] - 0.5) * np.log(np.float32(4 / 3)))  # of ratios of 3/4 to 4/3
         return content, mirror, np.sqrt(areas) * roots, np.sqrt(areas) / roots, np.ascontiguousarray(u[:, 1:3])
 
-    pipe = _pipeline(plan.batch, plan.threads, plan.device, 2)
+    pipe = _pipeline(plan.most, plan.threads, plan.device, 2)
     stage = "mixed" if plan.device.type == "cuda" else "cpu"
     with pipe:
         count = {"once": 1, "centre": 2, "random": 5}[plan.crop]
         kinds = [types.UINT8, types.INT32, types.FLOAT, types.FLOAT, types.FLOAT]
         content, *drawn = fn.external_source(source=fed, num_outputs=count, batch=True, dtype=kinds[:count])
-        encoded = fn.io.file.read(content) if listing.labels is not None else content
+        encoded = fn.io.file.read(content) if by_name else content
         shape = fn.peek_image_shape(encoded, adjust_orientation=False)[:2]  # height, width
         if plan.crop == "random":
             begin, extent = _random(shape, *drawn[1:])
@@ -231,7 +216,7 @@ def _centre(image: Any, shape: Any, plan: Plan) -> tuple[Any, dict[str, Any]]:
     fn, math, types = _library()
 
     shape = fn.cast(shape, dtype=types.INT64)
-    resized = plan.resize * shape // math.min(shape[0], shape[1])
+    resized = plan.shorter * shape // math.min(shape[0], shape[1])
     image = fn.resize(image, size=fn.cast(resized, dtype=types.FLOAT), interp_type=types.INTERP_LINEAR, antialias=True)
     rest = resized - plan.size
     half = rest // 2

@@ -10,6 +10,8 @@ from torch import Tensor
 from mekd.config import Config
 from mekd.data import arrays, listing
 from mekd.data.arrays import Dataset
+from mekd.data.listing import Listing
+from mekd.data.stream import Plan, Stream
 from mekd.seeds import generator_at
 
 TREES = ("folder", "webdataset", "tfrecord")
@@ -58,7 +60,15 @@ class Source(Protocol):
         ...
 
     def skipped(self) -> int:
-        """Files that were left out because they cannot be read."""
+        """Images that this process left out because they cannot be read, each counted once."""
+        ...
+
+    def left_out(self) -> set[str]:
+        """Their names; with several processes an image may be in the set of more than one."""
+        ...
+
+    def notes(self) -> list[str]:
+        """Sentences on files and links that lie there and were not taken."""
         ...
 
 
@@ -102,6 +112,14 @@ class ArraySource:
         """Nothing is ever left out."""
         return 0
 
+    def left_out(self) -> set[str]:
+        """As skipped."""
+        return set()
+
+    def notes(self) -> list[str]:
+        """As skipped."""
+        return []
+
     def _mine(self, count: int) -> slice:
         return slice(count * self._rank // self._world, count * (self._rank + 1) // self._world)
 
@@ -111,12 +129,14 @@ class _Rows:
         self._source, self._images, self._labels, self._batch, self._name = source, images, labels, batch, name
 
     def take(self, step: int) -> tuple[Tensor, Tensor]:
-        generator = generator_at(self._source._config.seed, self._name, step)
+        config, mine = self._source._config, self._source._mine(self._batch)
+        generator = generator_at(config.seed, self._name, step)
         rows = torch.randint(len(self._images), (self._batch,), generator=generator)
-        rows = rows[self._source._mine(self._batch)].to(self._images.device)
-        images, labels = self._images[rows], self._labels[rows]
+        own = rows[mine].to(self._images.device)
+        images, labels = self._images[own], self._labels[own]
         if self._name == "training":
-            images = arrays.augment(images, self._source._config.data.flip, generator)
+            moves = arrays.moves(self._batch, self._source.image[-1], config.data.flip, generator)
+            images = arrays.moved(images, moves[mine])
         return images, labels
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,22 +161,22 @@ class TreeSource:
         self._training = listing.read(settings.path, settings.name, "train")
         self._test = listing.read(settings.path, settings.name, "val")
         listing.same_classes(self._training, self._test)
+        self._loader.check(self._training)
         self._local = listing.part(self._training, settings.local_fraction, config.seed)
         self.classes, self.image = self._training.classes, (3, settings.size, settings.size)
-        self._streams: list[Any] = []
+        self._left_out: set[str] = set()
 
     def training(self, batch: int) -> Batches:
         """As Source.training: random-resized crops, mirrored where data.flip says so."""
-        return self._endless(self._training, batch, "random")
+        return _Streamed(self._opened(self._training, batch, "random"))
 
     def local(self, batch: int) -> Batches:
         """As Source.local: resized and cropped in the centre."""
-        return self._endless(self._local, batch, "centre")
+        return _Streamed(self._opened(self._local, batch, "centre"))
 
     def once(self, part: str, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """As Source.once: resized and cropped in the centre."""
-        stream = self._loader.evaluation(self._test if part == "test" else self._local, batch, **self._options())
-        self._streams.append(stream)
+        stream = self._opened(self._test if part == "test" else self._local, batch, "once")
         yield from stream
         stream.close()
 
@@ -164,31 +184,32 @@ class TreeSource:
         """As Source.count."""
         return len({"training": self._training, "local": self._local, "test": self._test}[part])
 
+    def left_out(self) -> set[str]:
+        """As Source.left_out."""
+        return self._left_out
+
     def skipped(self) -> int:
         """As Source.skipped."""
-        return sum(stream.skipped for stream in self._streams)
+        return len(self.left_out())
 
-    def _endless(self, listed: Any, batch: int, crop: str) -> Batches:
-        stream = self._loader.training(
-            listed, batch // self._world, crop=crop, flip=self._settings.flip, seed=self._config.seed, **self._options()
-        )
-        self._streams.append(stream)
-        return _Streamed(stream)
+    def notes(self) -> list[str]:
+        """As Source.notes."""
+        return [*self._training.notes, *self._test.notes]
 
-    def _options(self) -> dict[str, Any]:
-        return {
-            "size": self._settings.size,
-            "resize": self._settings.resize,
-            "device": self._device,
-            "rank": self._rank,
-            "world": self._world,
-            "threads": self._settings.workers,
-            "on_error": self._settings.on_error,
-        }
+    def _opened(self, listed: Listing, batch: int, crop: str) -> Stream:
+        settings, shuffled = self._settings, crop != "once"
+        plan = Plan(
+            listed, batch, settings.size, crop, settings.flip and shuffled, settings.resize,
+            seed=self._config.seed if shuffled else 0, device=self._device, rank=self._rank, world=self._world,
+            threads=settings.workers, on_error=settings.on_error,
+        )  # fmt: skip
+        stream = self._loader.open(plan)
+        stream.left_out = self._left_out  # one set for all; the threads of a stream end with its last user
+        return stream
 
 
 class _Streamed:
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self.state_dict, self.load_state_dict = stream.state_dict, stream.load_state_dict
 

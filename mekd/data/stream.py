@@ -14,60 +14,111 @@ from torch import Tensor
 from mekd.data.arrays import DataError
 from mekd.data.listing import Listing
 
+CPU = torch.device("cpu")
 WINDOW = 16  # shards whose samples are shuffled together, so that few files are read at a time
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a stream does; crop is "random", "centre" or, for one pass in the listing's order, "once"."""
+    """What a stream does, the same in all of its processes but for rank.
 
-    loader: str
+    Args:
+        listing: the images
+        batch: images of a step over all processes together; crop "once": of one process
+        size: side of the pictures in pixels
+        crop: of an endless stream of shuffled batches, the tail of each epoch dropped, "random" (a share of 0.08 to 1
+            of the image at a ratio of 3/4 to 4/3) or "centre"; "once": each image once, in the listing's order, centre
+        flip: whether half of the images are mirrored; not with "once"
+        resize: the shorter side in pixels before the centre is cropped; null for size * 256 / 224
+        seed: of the order, the crops and the flips
+        dtype: uint8, or float32 in [-1, 1]
+        channels_last: how the pixels lie in memory
+        device: of the batches
+        rank, world: this process, of how many
+        threads: threads (DALI, at least 1) or worker processes (torchvision) that decode
+        on_error: an image that cannot be decoded: "raise" or "skip"
+    """
+
     listing: Listing
     batch: int
     size: int
-    crop: str
-    flip: bool
-    resize: int
-    seed: int
-    dtype: str
-    channels_last: bool
-    device: torch.device
-    rank: int
-    world: int
-    threads: int
-    on_error: str
+    crop: str = "random"
+    flip: bool = False
+    resize: int | None = None
+    seed: int = 0
+    dtype: str = "uint8"
+    channels_last: bool = False
+    device: torch.device = CPU
+    rank: int = 0
+    world: int = 1
+    threads: int = 2
+    on_error: str = "raise"
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("crop", self.crop, ("random", "centre", "once")),
+            ("dtype", self.dtype, ("uint8", "float32")),
+            ("on_error", self.on_error, ("raise", "skip")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        least = 1 if self.crop == "once" else self.world
+        if self.batch < least or not 0 <= self.rank < self.world:
+            raise ValueError(
+                f"batch {self.batch}, rank {self.rank} of {self.world}: batch must be {least} or more, rank below world"
+            )
+        if self.shorter < self.size:
+            raise ValueError(f"resize is {self.resize}; the shorter side must be at least size, {self.size}")
+        if self.crop != "once" and len(self.listing) < self.batch:
+            raise DataError(
+                f"{self.listing.root} has {len(self.listing)} images, fewer than the {self.batch} of a batch; choose a "
+                "smaller batch"
+            )
+
+    @property
+    def shorter(self) -> int:
+        """The shorter side in pixels before the centre is cropped."""
+        return round(self.size * 256 / 224) if self.resize is None else self.resize
 
     @property
     def epoch_batches(self) -> int:
-        """Batches of an epoch, on this process."""
+        """Batches of an epoch."""
         if self.crop == "once":
-            return -(-len(self._mine) // self.batch)
-        return len(self.listing) // (self.world * self.batch)
+            mine = self._mine(len(self.listing))
+            return -(-(mine.stop - mine.start) // self.batch)
+        return len(self.listing) // self.batch
 
     @property
-    def _mine(self) -> range:
-        count = len(self.listing)
-        return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+    def most(self) -> int:
+        """Images of this process in a step, at most."""
+        return self.batch if self.crop == "once" else -(-self.batch // self.world)
 
     def steps(self, step: int, left_out: frozenset[int]) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Step, epoch and rows (m,) from a step on. In place of a row left out stands the next one; once: nothing."""
+        """Step, epoch and this process's rows (m,) from a step on: its part of the rows that all take together.
+
+        In place of a row left out stands the next one; once: nothing.
+        """
         while True:
             epoch, place = divmod(step, max(1, self.epoch_batches))
             if self.crop == "once":
                 if step >= self.epoch_batches:
                     return
-                mine = self._mine[place * self.batch : (place + 1) * self.batch]
-                rows = np.array([row for row in mine if row not in left_out], np.int64)
+                mine = self._mine(len(self.listing))
+                begin = mine.start + place * self.batch
+                rows = np.arange(begin, min(begin + self.batch, mine.stop))
+                rows = rows[[row not in left_out for row in rows.tolist()]]
             else:
-                # A run of rows for each process: of shards, each process reads its own.
-                begin = (self.rank * self.epoch_batches + place) * self.batch
-                rows = self._order(epoch)[begin : begin + self.batch].copy()
+                batch = self._order(epoch)[place * self.batch : (place + 1) * self.batch]
+                rows = batch[self._mine(self.batch)].copy()
                 for i in range(len(rows)) if left_out else ():
                     while int(rows[i]) in left_out:
                         rows[i] = (rows[i] + 1) % len(self.listing)
             if len(rows):
                 yield step, epoch, rows
             step += 1
+
+    def _mine(self, count: int) -> slice:
+        return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
     def _order(self, epoch: int) -> np.ndarray:
         return _shuffled(self._shard_sizes, self.seed, epoch)
@@ -79,10 +130,11 @@ class Plan:
             return (len(self.listing),)
         return tuple(np.bincount(spans[:, 0], minlength=len(self.listing.files)).tolist())
 
-    def fingerprint(self) -> str:
-        """What must be the same where a stream goes on; neither device nor threads."""
-        kept = (self.loader, self.listing.digest(), self.batch, self.size, self.crop, self.flip, self.resize, self.seed)
-        return hashlib.sha256(repr((*kept, self.dtype, self.rank, self.world)).encode()).hexdigest()[:16]
+    def fingerprint(self, loader: str) -> str:
+        """What must be the same where a stream goes on; neither device nor threads, nor the number of processes."""
+        kept = (loader, self.listing.digest(), self.batch, self.size, self.crop, self.flip, self.shorter, self.seed)
+        place = (self.rank, self.world) if self.crop == "once" else ()
+        return hashlib.sha256(repr((*kept, self.dtype, *place)).encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=4)
@@ -114,25 +166,22 @@ Running = Iterator[tuple[int, Tensor, Tensor]]
 class Stream:
     """Batches: images (m, 3, size, size), uint8 or float32 in [-1, 1], and labels (m,) int64, on the plan's device.
 
-    running(plan, step, left_out) gives step, images and labels from a step on; fault(listing, row) says why an image
-    cannot be decoded, or None. Raises DataError naming the image, or leaves it out, as on_error says.
+    running(plan, step, left_out) gives step, images and labels from a step on; faults(listing, rows) says which images
+    cannot be decoded, and why. Raises DataError naming the image, or leaves it out, as on_error says.
     """
 
     def __init__(
         self,
+        loader: str,
         plan: Plan,
         running: Callable[[Plan, int, frozenset[int]], Running],
-        fault: Callable[[Listing, list[int]], dict[int, str]],
+        faults: Callable[[Listing, list[int]], dict[int, str]],
     ) -> None:
         self.plan, self.epoch_batches = plan, plan.epoch_batches
-        self._open, self._fault = running, fault
+        self._loader, self._open, self._faults = loader, running, faults
         self._running: Running | None = None
         self._step, self._left_out = 0, frozenset[int]()
-
-    @property
-    def skipped(self) -> int:
-        """Images that were left out so far, by this process."""
-        return len(self._left_out)
+        self.left_out: set[str] = set()  # the names of the images that were left out so far, by this process
 
     def __iter__(self) -> "Stream":
         return self
@@ -159,7 +208,7 @@ class Stream:
     def _leave_out(self, error: Exception) -> None:
         """Find the images of the step that failed, or of those read ahead of it, that cannot be decoded."""
         for ahead, (_, _, rows) in enumerate(self.plan.steps(self._step, self._left_out)):
-            if faults := self._fault(self.plan.listing, sorted(set(rows.tolist()))):
+            if faults := self._faults(self.plan.listing, sorted(set(rows.tolist()))):
                 break
             if ahead == 3:
                 raise error
@@ -173,6 +222,7 @@ class Stream:
                 "or set data.on_error skip"
             ) from error
         self._left_out |= faults.keys()
+        self.left_out |= {self.plan.listing.name(row) for row in faults}
         if self.plan.crop != "once" and len(self._left_out) == len(self.plan.listing):
             raise DataError(
                 f"{self.plan.listing.root}: none of {len(self.plan.listing)} images can be decoded"
@@ -184,62 +234,23 @@ class Stream:
         return {"stream": self._fingerprint, "step": self._step, "left_out": left_out}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a place; ValueError for the state of another stream."""
+        """Go on from a place, of whichever process and of however many; DataError for the state of another stream."""
         if state.get("stream") != self._fingerprint:
-            raise ValueError(
-                f"the state is that of another stream ({state.get('stream')}, this is {self._fingerprint}): files, "
-                "loader, batch, size, crop, seed and number of processes must be the same; restore them or begin afresh"
+            raise DataError(
+                f"the place in {self.plan.listing.root} is that of another stream ({state.get('stream')}, this is "
+                f"{self._fingerprint}): files, loader, batch, size, crop and seed must be the same; restore them or "
+                "begin afresh with another --out"
             )
         self.close()
         self._step, self._left_out = int(state["step"]), frozenset(state["left_out"].tolist())
+        self.left_out |= {self.plan.listing.name(row) for row in self._left_out}
 
     @cached_property
     def _fingerprint(self) -> str:
-        return self.plan.fingerprint()
+        return self.plan.fingerprint(self._loader)
 
     def close(self) -> None:
         """End what reads ahead; the next batch starts it again."""
         running, self._running = self._running, None
         if running is not None:
             running.close()  # type: ignore[attr-defined]
-
-
-def planned(
-    loader: str,
-    listing: Listing,
-    batch: int,
-    size: int,
-    crop: str,
-    flip: bool,
-    resize: int | None,
-    seed: int,
-    dtype: str,
-    channels_last: bool,
-    device: torch.device | str,
-    rank: int,
-    world: int,
-    threads: int,
-    on_error: str,
-) -> Plan:
-    """A plan whose arguments have been looked at; ValueError and DataError name what does not fit."""
-    for name, value, allowed in (
-        ("crop", crop, ("random", "centre", "once")),
-        ("dtype", dtype, ("uint8", "float32")),
-        ("on_error", on_error, ("raise", "skip")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
-    if batch < 1 or not 0 <= rank < world:
-        raise ValueError(f"batch {batch}, rank {rank} of {world}: batch must be at least 1, rank below world")
-    resize = round(size * 256 / 224) if resize is None else resize
-    if resize < size:
-        raise ValueError(f"resize is {resize}; the shorter side must be at least size, {size}")
-    if crop != "once" and len(listing) < world * batch:
-        raise DataError(
-            f"{listing.root} has {len(listing)} images, fewer than the {world * batch} of one batch of all processes "
-            f"({world} x {batch}); choose a smaller batch"
-        )
-    return Plan(
-        loader, listing, batch, size, crop, flip, resize, seed, dtype, channels_last,
-        torch.device(device), rank, world, threads, on_error,
-    )  # fmt: skip

@@ -1,94 +1,44 @@
 """Images of class folders by torchvision and a DataLoader: slower than DALI, and needs nothing but torchvision."""
 
-import io
+import importlib.util
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mekd.data.arrays import DataError
+from mekd.data.decode import decode
 from mekd.data.listing import Listing, sample
-from mekd.data.stream import Plan, Running, Stream, mixed, planned
+from mekd.data.stream import Plan, Running, Stream, mixed
 
 
-def training(
-    listing: Listing,
-    batch: int,
-    size: int,
-    *,
-    crop: str = "random",
-    flip: bool = False,
-    resize: int | None = None,
-    seed: int = 0,
-    dtype: str = "uint8",
-    channels_last: bool = False,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world: int = 1,
-    threads: int = 2,
-    on_error: str = "raise",
-) -> Stream:
-    """An endless stream of shuffled batches, the tail of each epoch dropped; threads are worker processes, or 0.
-
-    crop "random": a share of 0.08 to 1 of the image at a ratio of 3/4 to 4/3; "centre": as evaluation.
-    """
-    return _stream(
-        listing, batch, size, crop, flip, resize, seed, dtype, channels_last, device, rank, world, threads, on_error
-    )
-
-
-def evaluation(
-    listing: Listing,
-    batch: int,
-    size: int,
-    *,
-    resize: int | None = None,
-    dtype: str = "uint8",
-    channels_last: bool = False,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world: int = 1,
-    threads: int = 2,
-    on_error: str = "raise",
-) -> Stream:
-    """Each image once over all processes, in order: its shorter side resized to resize pixels, the centre cropped."""
-    return _stream(
-        listing, batch, size, "once", False, resize, 0, dtype, channels_last, device, rank, world, threads, on_error
-    )
-
-
-def _stream(listing: Listing, *arguments: Any) -> Stream:
+def check(listing: Listing) -> None:
+    """Raises DataError where torchvision is missing, and for shards, which it does not read."""
     if listing.kind != "folder":
         raise DataError(
             f"{listing.root}: the torchvision loader reads no {listing.kind} shards; use --data.loader dali"
         )
-    try:
-        import torchvision  # noqa: F401
-    except ImportError as error:
-        raise ImportError("--data.loader torchvision needs torchvision: pip install 'mekd[vision]'") from error
-    return Stream(planned("torchvision", listing, *arguments), _running, faults)
+    if importlib.util.find_spec("torchvision") is None:
+        raise DataError("--data.loader torchvision needs torchvision: pip install 'mekd[vision]'")
+
+
+def open(plan: Plan) -> Stream:
+    """The batches of a plan; its threads are worker processes, or 0. Raises DataError as check does."""
+    check(plan.listing)
+    return Stream("torchvision", plan, _running, faults)
 
 
 def faults(listing: Listing, rows: list[int]) -> dict[int, str]:
-    """Which of the images PIL cannot decode, and why not."""
+    """Which of the images Pillow cannot decode, and why not."""
     found = {}
     for row in rows:
         try:
-            _decoded(listing, row)
+            decode(sample(listing, row)[0])
+        except DataError:
+            raise
         except Exception as error:
-            found[row] = " ".join(str(error).split())
+            found[row] = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
     return found
-
-
-def _decoded(listing: Listing, row: int) -> Any:
-    from PIL import Image
-
-    content, _ = sample(listing, row)
-    try:
-        return Image.open(io.BytesIO(content)).convert("RGB")  # three channels; EXIF's rotation stays unheeded
-    except Image.UnidentifiedImageError as error:
-        raise OSError("no image that PIL knows") from error
 
 
 class _Images(torch.utils.data.Dataset):
@@ -97,7 +47,7 @@ class _Images(torch.utils.data.Dataset):
     def __init__(self, plan: Plan) -> None:
         from torchvision.transforms import v2
 
-        resized = [v2.Resize(plan.resize, antialias=True), v2.CenterCrop(plan.size)]
+        resized = [v2.Resize(plan.shorter, antialias=True), v2.CenterCrop(plan.size)]
         crop = [v2.RandomResizedCrop(plan.size, antialias=True)] if plan.crop == "random" else resized
         self._plan, self._change = plan, v2.Compose([*crop, *([v2.RandomHorizontalFlip()] if plan.flip else [])])
 
@@ -105,7 +55,8 @@ class _Images(torch.utils.data.Dataset):
         from torchvision.transforms.v2.functional import pil_to_tensor
 
         epoch, row = at
-        image = _decoded(self._plan.listing, row)
+        content, label = sample(self._plan.listing, row)
+        image = decode(content)
         # torchvision draws from the global generator, which is not this module's: put back as it was.
         generator = torch.default_generator
         before = generator.get_state()
@@ -114,8 +65,7 @@ class _Images(torch.utils.data.Dataset):
             image = self._change(image)
         finally:
             generator.set_state(before)
-        assert self._plan.listing.labels is not None
-        return pil_to_tensor(image), int(self._plan.listing.labels[row])
+        return pil_to_tensor(image), label
 
     def together(self, samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
         """A batch, in the plan's dtype and layout."""
