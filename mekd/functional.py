@@ -222,7 +222,7 @@ def image_l1_loss(
     check_teacher("teacher", teacher, student)
     check_rows(weights, None, student.shape[:1], student)
     wanted = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if inplace and wanted and student.dtype != torch.float16:
+    if inplace and wanted and student.dtype != torch.float16 and not student.is_neg() and not ops.transformed():
         if student.is_leaf:
             raise ValueError("student is a leaf that requires grad, and inplace=True would overwrite it; use False")
         return ops.run_in_place(student, teacher, weights, tanh, finished, reduction, impl=impl)

@@ -86,12 +86,13 @@ def dkd(student: Tensor, teacher: Tensor, labels: Tensor, tau: Tensor | float, a
 
     student, teacher: logits (N, C), labels (N,). With one class both parts are 0, with two the second one is.
     """
-    target = torch.nn.functional.one_hot(labels, student.shape[-1]).bool()
+    target = torch.arange(student.shape[-1], device=labels.device) == labels.unsqueeze(-1)
     log_q, log_p = log_softmax(student, tau), log_softmax(teacher, tau).to(accumulation_dtype(student))
 
     def split(log_probs: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the target and of all others together, without 1 - p, which would round to 0."""
-        return log_probs[target], log_probs.masked_fill(target, -math.inf).logsumexp(-1)
+        hit = log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        return hit, log_probs.masked_fill(target, -math.inf).logsumexp(-1)
 
     (hit_q, miss_q), (hit_p, miss_p) = split(log_q), split(log_p)
     binary = _kl_term(hit_p, hit_q) + _kl_term(miss_p, miss_q)
