@@ -9,7 +9,13 @@ from typing import Any
 
 from mekd.checks import SCALES, check_choice
 from mekd.codes import CODES
-from mekd.losses import PRESETS
+
+#: Hyper-parameters by name: ours, the paper's (Ma et al., 2024) and those of the authors' public code.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "default": {"tau": 5.0, "kl_tau": 1.0, "beta": 1.0, "scale": "tau2", "reduction": "mean"},
+    "paper": {"tau": 5.0, "kl_tau": 1.0, "beta": 0.5, "scale": "one", "reduction": "batchmean"},
+    "authors": {"tau": 5.0, "kl_tau": 5.0, "beta": 1.0, "scale": "tau", "reduction": "mean"},
+}
 
 
 @dataclass(frozen=True)
