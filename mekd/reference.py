@@ -116,14 +116,20 @@ def jsd(student: Tensor, teacher: Tensor, tau: Tensor | float, beta: float, log_
     """
     log_q = student.to(accumulation_dtype(student)) if log_probs else log_softmax(student, tau)
     log_p = teacher.to(log_q.dtype) if log_probs else log_softmax(teacher, tau).to(log_q.dtype)
-    if beta == 0:
-        return _kl_term(log_p, log_q).sum(-1)
-    if beta == 1:
-        return _kl_term(log_q, log_p).sum(-1)
+    if beta in (0, 1):
+        losses = (_kl_term(log_p, log_q) if beta == 0 else _kl_term(log_q, log_p)).sum(-1)
+        # Log-probabilities that do not add up to 1 may have a KL below 0.
+        return losses if log_probs else _at_least_0(losses)
     masked = (log_p == -math.inf) & (log_q == -math.inf)  # 0 log 0 = 0, and a gradient of 0
     log_p, log_q = log_p.masked_fill(masked, -1e30), log_q.masked_fill(masked, -1e30)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return (beta * _kl_term(log_p, log_m) + (1 - beta) * _kl_term(log_q, log_m)).sum(-1)
+    log_m = log_m + torch.where(log_p == log_q, log_p - log_m, 0.0).detach()  # equal sides have no distance, to the bit
+    return _at_least_0((beta * _kl_term(log_p, log_m) + (1 - beta) * _kl_term(log_q, log_m)).sum(-1))
+
+
+def _at_least_0(losses: Tensor) -> Tensor:
+    """What rounding takes below 0, with the derivatives of the formula all the same."""
+    return losses - losses.detach().clamp_max(0)
 
 
 def gan_generator(d_fake: Tensor, confidence: Tensor, alpha: float, minimax: bool = False, base: float = 1.0) -> Tensor:
