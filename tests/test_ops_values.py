@@ -11,7 +11,6 @@ from op_grid import (
     IMPLS,
     KINDS,
     ROW_KINDS,
-    Problem,
     check,
     make,
     result,
