@@ -18,6 +18,15 @@ def _parts(q, p, gap, beta, other, LIMIT: tl.constexpr, LOGS: tl.constexpr):
     if LIMIT == 1:
         # Through a log softmax the 1 would cancel.
         return product(q, -gap), product(q, 1 - gap) if LOGS else product(q, -gap)
+    # Below this gap the series, as in csrc/jsd.cpp: the formula is a difference of numbers 1 / gap times as large.
+    close = tl.abs(gap) < (0.0078125 if gap.dtype == tl.float64 else 0.25)
+    v = beta * other
+    skew = other - beta
+    more = 1 / 24 + gap * (1 / 120 + gap * (1 / 720 + gap / 5040))
+    more = gap + gap * gap * (0.5 + gap * (1 / 6 + gap * more))
+    second = v * (1 - 30 * v + 120 * v * v) / 720 + gap * (v * skew * (1 - 60 * v + 360 * v * v) / 5040)
+    second = v * (1 - 6 * v) / 24 + gap * (v * skew * (1 - 12 * v) / 120 + gap * second)
+    second = gap * gap * (v / 2 + gap * (v * skew / 6 + gap * second))
     m = beta * p + other * q
     # No more than this, also where the smaller part of m underflows; NaN stays NaN.
     most_p = -tl.log(beta)
@@ -26,7 +35,16 @@ def _parts(q, p, gap, beta, other, LIMIT: tl.constexpr, LOGS: tl.constexpr):
     over_q = tl.log(q / m)
     # The derivatives of log m cancel against those of m.
     slope = other * product(q, tl.where(over_q > most_q, most_q, over_q))
-    return beta * product(p, tl.where(over_p > most_p, most_p, over_p)) + slope, slope
+    part = beta * product(p, tl.where(over_p > most_p, most_p, over_p)) + slope
+    part = tl.where(close, q * (v * gap * more - second * (1 + beta * more)), part)
+    return part, tl.where(close, -other * q * (beta * gap + second), slope)
+
+
+@triton.jit
+def _total(parts, LIMIT: tl.constexpr, LOGS: tl.constexpr):
+    """The loss of each row; log-probabilities that do not add up to 1 may have a KL below 0, nothing else has."""
+    total = tl.sum(parts, 1)
+    return total if LOGS and LIMIT is not None else tl.where(total < 0, 0, total)
 
 
 @triton.jit
@@ -56,7 +74,7 @@ def _tile(
         p /= z_t[:, None]
         gap = a - b + tl.log(z_s / z_t)[:, None]
     part, slope = _parts(q, p, gap, number(beta, A), number(other, A), LIMIT, LOGS)
-    store_losses(losses, tl.sum(part, 1), factors, row, there, on)
+    store_losses(losses, _total(part, LIMIT, LOGS), factors, row, there, on)
     if gradient is not None:
         if LOGS:
             grad = slope * factors[:, None]
@@ -112,7 +130,7 @@ def _online(
         part, slope = _parts(q, p, a - b + log_z, number(beta, A), number(other, A), LIMIT, LOGS)
         parts += part
         slopes += slope
-    store_losses(losses, tl.sum(parts, 1), factors, row, there, on)
+    store_losses(losses, _total(parts, LIMIT, LOGS), factors, row, there, on)
     if gradient is not None:
         pull = tl.sum(slopes, 1)[:, None]
         rate = (factors if LOGS else factors * inverse)[:, None]

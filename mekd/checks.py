@@ -19,13 +19,13 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def check_positive(name: str, value: float | Tensor) -> None:
-    """Raise ValueError unless value is above 0. A tensor on a GPU is believed: asking would stop the device."""
+    """Raise ValueError unless value is above 0, where checks_values() lets a tensor be asked."""
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a float or a 0-d tensor")
         if value.requires_grad:
             raise ValueError(f"{name} requires grad, which the losses do not give; pass {name}.detach()")
-        if value.is_cuda:
+        if not checks_values(value):
             return
     if not value > 0:
         raise ValueError(f"{name} is {float(value)}; it must be above 0")
@@ -43,9 +43,10 @@ def tau_tensor(tau: float | Tensor, device: torch.device) -> Tensor:
         if tau.dim() != 0 or tau.requires_grad:
             check_positive("tau", tau)
         return tau if tau.device == device else tau.to(device)
-    # Neither a fake tensor nor one in the memory of a CUDA graph that is being captured may be kept.
+    # Neither a fake tensor, nor one of torch.func, nor one in a CUDA graph that is being captured may be kept.
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or capturing:
+    if _nothing_to_see() or capturing:
+        check_positive("tau", tau)
         return torch.full((), tau, dtype=torch.float64, device=device)
     return _constant(float(tau), device)
 
@@ -120,8 +121,19 @@ def check_rows(weights: Tensor | None, mask: Tensor | None, shape: torch.Size, s
 
 
 def checks_values(x: Tensor) -> bool:
-    """Whether values are looked at: always on the CPU, elsewhere with MEKD_CHECK=1, as it stops the device."""
+    """Whether values are looked at: always on the CPU, elsewhere with MEKD_CHECK=1, as it stops the device.
+
+    Never while torch.compile or make_fx traces, or within torch.func.
+    """
+    if _nothing_to_see():
+        return False
     return x.device.type == "cpu" or (x.device.type != "meta" and os.environ.get("MEKD_CHECK") == "1")
+
+
+def _nothing_to_see() -> bool:
+    """Whether tensors stand for others: of a graph that is being traced, or of torch.func."""
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return traced or torch._C._are_functorch_transforms_active()
 
 
 def check_tau(tau: Tensor) -> None:

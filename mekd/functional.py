@@ -5,9 +5,10 @@ grad is refused, and so are second derivatives. weights (...) multiplies each ro
 rows that count, which may hold anything elsewhere. reduction: "none" gives (...), "sum" adds up, "batchmean" divides
 that by the rows that count, "mean" by all elements, as F.kl_div does. dim: where the classes are, 1 for dense
 predictions (B, C, H, W). tau: a float or a 0-d tensor; under torch.compile only the tensor changes without a
-recompile. impl names a backend, "reference" or "cpp", and is an error where that cannot run. Raises ValueError or
-TypeError naming the argument; values (labels, probabilities, indices, tau) are checked while they are read: on the
-CPU always, on a GPU with MEKD_CHECK=1 in the environment.
+recompile. impl names a backend, "reference", "cpp" or "triton", and is an error where that cannot run. Raises
+ValueError or TypeError naming the argument; values (labels, probabilities, indices, tau) are checked while they are
+read: on the CPU always, on a GPU with MEKD_CHECK=1 in the environment. Within torch.func and forward-mode
+differentiation the formula runs, which has derivatives of every order; within torch.func values are not checked.
 """
 
 import math
@@ -213,7 +214,7 @@ def image_l1_loss(
     teacher already is an image, tanh=False that both are. reduction: "mean" over elements, "batchmean" (sum
     over pixels, mean over images: the paper's), "sum", "none" (m,). inplace=True writes the gradient over student,
     which spares an allocation of its size: nothing else may read student, and backward runs once. A float16 student
-    keeps a gradient of its own, in float32.
+    keeps a gradient of its own, in float32; so does one that torch negates when it is read, or that has a tangent.
     """
     check_choice("reduction", reduction, REDUCTIONS)
     check_floating("student", student)
@@ -222,7 +223,7 @@ def image_l1_loss(
     check_teacher("teacher", teacher, student)
     check_rows(weights, None, student.shape[:1], student)
     wanted = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if inplace and wanted and student.dtype != torch.float16:
+    if inplace and wanted and student.dtype != torch.float16 and not student.is_neg() and not ops.transformed():
         if student.is_leaf:
             raise ValueError("student is a leaf that requires grad, and inplace=True would overwrite it; use False")
         return ops.run_in_place(student, teacher, weights, tanh, finished, reduction, impl=impl)

@@ -1,10 +1,12 @@
 """The losses as modules, over mekd.functional, and the two of MEKD.
 
-A temperature is held as a 0-d tensor, so that another one does not make torch.compile start again.
+A temperature is a plain number of the module: no cast, no move and no state_dict touches it. Under torch.compile
+another number compiles again; a schedule passes a 0-d tensor, which is held as it is, and fills it.
 """
 
 import logging
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,20 +23,18 @@ log = logging.getLogger("mekd")
 class _TemperedLoss(nn.Module):
     """A loss of functional with its settings; calling it passes the tensors on."""
 
-    tau: Tensor
-
-    def __init__(self, loss: Callable[..., Tensor], tau: float, settings: dict[str, Any]) -> None:
+    def __init__(self, loss: Callable[..., Tensor], tau: float | Tensor, settings: dict[str, Any]) -> None:
         super().__init__()
         checks.check_positive("tau", tau)
         self.loss, self.settings = loss, settings
-        self.register_buffer("tau", torch.tensor(float(tau)), persistent=False)
+        self.tau = tau if isinstance(tau, Tensor) else float(tau)
 
     def forward(self, student: Tensor, *targets: Tensor, **others: Any) -> Tensor:
         """The loss of logits (..., C) against targets, which the function of the same name describes."""
         return self.loss(student, *targets, tau=self.tau, **self.settings, **others)
 
     def extra_repr(self) -> str:
-        settings = {"tau": self.tau.item(), **self.settings}
+        settings = {"tau": self.tau, **self.settings}
         return ", ".join(f"{name}={value!r}" for name, value in settings.items())
 
 
@@ -44,28 +44,28 @@ class KDLoss(_TemperedLoss):
     Call it with student logits (..., C) and one target: logits, probs=, labels= or topk=; weights= and mask= too.
     """
 
-    def __init__(self, tau: float = 1.0, **settings: Any) -> None:
+    def __init__(self, tau: float | Tensor = 1.0, **settings: Any) -> None:
         super().__init__(functional.kd_loss, tau, settings)
 
 
 class LogitStandardizedKDLoss(_TemperedLoss):
     """functional.logit_standardized_kd_loss with tau and settings held; call it with two logits (..., C)."""
 
-    def __init__(self, tau: float = 1.0, **settings: Any) -> None:
+    def __init__(self, tau: float | Tensor = 1.0, **settings: Any) -> None:
         super().__init__(functional.logit_standardized_kd_loss, tau, settings)
 
 
 class DKDLoss(_TemperedLoss):
     """functional.dkd_loss with tau, alpha, beta and settings held; call it with student, teacher and labels."""
 
-    def __init__(self, alpha: float = 1.0, beta: float = 8.0, tau: float = 4.0, **settings: Any) -> None:
+    def __init__(self, alpha: float = 1.0, beta: float = 8.0, tau: float | Tensor = 4.0, **settings: Any) -> None:
         super().__init__(functional.dkd_loss, tau, {"alpha": alpha, "beta": beta, **settings})
 
 
 class JSDLoss(_TemperedLoss):
     """functional.jsd_loss with beta, tau and settings held; call it with student and teacher."""
 
-    def __init__(self, beta: float = 0.5, tau: float = 1.0, **settings: Any) -> None:
+    def __init__(self, beta: float = 0.5, tau: float | Tensor = 1.0, **settings: Any) -> None:
         super().__init__(functional.jsd_loss, tau, {"beta": beta, **settings})
 
 
@@ -109,24 +109,26 @@ class MEKDLoss(nn.Module):
         L = || G(code(s)) - G(code(t)) ||_1 + beta * scale * KL(p_t^kl_tau || p_s^kl_tau)
 
     generator: a trained module from codes (m, C) to images in [-1, 1]; it is put in eval mode and its parameters
-    stop requiring grad. A mekd.nets.Generator is rewritten by nets.frozen.freeze when it first draws. Another one that
-    has a method preactivation(code) is asked for that, and the tanh is left to the loss. tau divides the code, kl_tau
-    the logits of the KL; beta, scale ("tau2", "tau", "one") and image weigh the terms (image=0: KL alone, the
-    generator is not run). code: "auto", or one of mekd.codes.CODES. floor: the
-    smallest probability that the teacher's answer can tell from 0. reduction of the image term: "mean" over
-    pixels or "batchmean" (sum over pixels). Raises ValueError naming the argument.
+    stop requiring grad. It stays the caller's: no part of this module's state_dict(), train(), to() or double(). Codes
+    are given to it in its dtype, and it must be where the student's logits are. A mekd.nets.Generator is rewritten by
+    nets.frozen.freeze when it first draws, and when its weights have changed since (what is written through .data shows
+    to nobody). Another one that has a method preactivation(code) is asked for that, and the tanh is left to the loss.
+    tau divides the code, kl_tau the logits of the KL; beta, scale ("tau2", "tau", "one") and image weigh the terms
+    (image=0: KL alone, the generator is not run). code: "auto", or one of mekd.codes.CODES. floor: the smallest
+    probability that the teacher's answer can tell from 0. reduction of the image term: "mean" over pixels or
+    "batchmean" (sum over pixels). Raises ValueError naming the argument.
     """
 
     def __init__(
         self,
         generator: nn.Module,
-        tau: float = 5.0,
+        tau: float | Tensor = 5.0,
         beta: float = 1.0,
         scale: str = "tau2",
         code: str = "auto",
         reduction: str = "mean",
         *,
-        kl_tau: float = 1.0,
+        kl_tau: float | Tensor = 1.0,
         image: float = 1.0,
         floor: float = FLOAT32_FLOOR,
         rest: str = "spread",
@@ -152,6 +154,7 @@ class MEKDLoss(nn.Module):
         self._generator = [generator.eval().requires_grad_(False)]
         # By what a code is divided by: that depends on its kind, and so on the target.
         self._frozen: dict[float, FrozenGenerator] = {}
+        self._frozen_of: list[tuple[Any, ...]] = []
         self.tau, self.kl_tau, self.beta, self.scale = tau, kl_tau, beta, scale
         self.code, self.reduction, self.image, self.floor, self.rest = code, reduction, image, floor, rest
 
@@ -181,13 +184,10 @@ class MEKDLoss(nn.Module):
         code, target, answer = self._resolve({"logits": logits, **others}, student.shape[-1])
         draw, tau, frozen = self._drawing(code)
         tanh = frozen or hasattr(self._generator[0], "preactivation")
-        own = student_code(student, code, target, tau, self.floor)
-        if kept is None:
-            theirs = self._teacher_drawing(answer, code, target, student.shape[-1], own.dtype)
-        else:
-            theirs = kept.to(own.dtype)
+        own = draw(self._fed(student_code(student, code, target, tau, self.floor)))
+        theirs = self._teacher_drawing(answer, code, target, student.shape[-1]) if kept is None else kept
         image = functional.image_l1_loss(
-            draw(own), theirs, tanh=tanh, finished=tanh and kept is not None, reduction=self.reduction,
+            own, theirs.to(own.dtype), tanh=tanh, finished=tanh and kept is not None, reduction=self.reduction,
             inplace=frozen,  # freeze() needs its picture no more; of another generator, nobody knows
         )  # fmt: skip
         return image, kl
@@ -195,7 +195,7 @@ class MEKDLoss(nn.Module):
     def teacher_image(self, num_classes: int, **target: Any) -> Tensor:
         """What the generator draws from the teacher's answer: (m, ch, H, W) in [-1, 1], to be kept."""
         code, kind, answer = self._resolve(target, num_classes)
-        drawn = self._teacher_drawing(answer, code, kind, num_classes, torch.float32)
+        drawn = self._teacher_drawing(answer, code, kind, num_classes)
         return drawn.tanh() if hasattr(self._generator[0], "preactivation") else drawn
 
     def _resolve(self, given: dict[str, Any], num_classes: int) -> tuple[str, str, Any]:
@@ -203,16 +203,38 @@ class MEKDLoss(nn.Module):
         return resolve_code(self.code, target, num_classes), target, answer
 
     @torch.no_grad()
-    def _teacher_drawing(self, answer: Any, code: str, target: str, num_classes: int, dtype: torch.dtype) -> Tensor:
+    def _teacher_drawing(self, answer: Any, code: str, target: str, num_classes: int) -> Tensor:
         draw, tau, _ = self._drawing(code)
-        return draw(teacher_code(answer, code, target, tau, self.floor, num_classes, self.rest).to(dtype))
+        return draw(self._fed(teacher_code(answer, code, target, tau, self.floor, num_classes, self.rest)))
 
-    def _drawing(self, code: str) -> tuple[Callable[[Tensor], Tensor], float, bool]:
+    def _fed(self, code: Tensor) -> Tensor:
+        """The code as the generator takes it: in the dtype of its weights."""
+        weight = next((x for x in self._generator[0].parameters() if x.is_floating_point()), None)
+        if weight is None:
+            return code
+        if weight.device != code.device:
+            raise ValueError(
+                f"generator is on {weight.device} and the answers on {code.device}; MEKDLoss.to() leaves the generator "
+                f"alone: move it, generator.to('{code.device}')"
+            )
+        return code.to(weight.dtype)
+
+    def _drawing(self, code: str) -> tuple[Callable[[Tensor], Tensor], float | Tensor, bool]:
         """What draws the pictures of codes, what is left to divide those by, and whether freeze() made it."""
         (generator,) = self._generator
         tau = self.tau if code in ("logits", "log_probs") else 1.0
         if not isinstance(generator, Generator):
             return getattr(generator, "preactivation", generator), tau, False
-        if tau not in self._frozen:
-            self._frozen[tau] = freeze(generator, tau)
-        return self._frozen[tau].preactivation, 1.0, True
+        of = [_version(x) for x in chain(generator.parameters(), generator.buffers())]
+        if of != self._frozen_of:
+            self._frozen, self._frozen_of = {}, of
+        # A tensor may change its value between two calls: it is divided by each time.
+        folded = 1.0 if isinstance(tau, Tensor) else tau
+        if folded not in self._frozen:
+            self._frozen[folded] = freeze(generator, folded)
+        return self._frozen[folded].preactivation, tau if isinstance(tau, Tensor) else 1.0, True
+
+
+def _version(x: Tensor) -> tuple[Any, ...]:
+    """What differs once somebody has written to a tensor or replaced its memory."""
+    return id(x), x.data_ptr(), x.dtype, 0 if x.is_inference() else x._version

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._library import autograd
+from torch.autograd import forward_ad
 
 from mekd import extension, reference
 
@@ -24,11 +26,12 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None  # known now: torch
 
 
 class Op(NamedTuple):
-    """What run() needs to know: how many leading arguments are differentiable, and what calls each backend."""
+    """What run() needs to know: how many leading arguments are differentiable, what calls each backend, the formula."""
 
     differentiable: int
     dispatch: Any
     reference: Callable[..., tuple[Tensor, ...]]
+    formula: Callable[..., Tensor]
 
 
 OPS: dict[str, Op] = {}
@@ -37,6 +40,8 @@ OPS: dict[str, Op] = {}
 def run(name: str, *arguments: Any, reduction: str, impl: str | None = None) -> Tensor:
     """The loss of the op for its arguments up to reduction; the last one, grad, is known here."""
     op = OPS[name]
+    if transformed():
+        return _formula(op, impl)(*arguments, reduction)
     inputs = arguments[: op.differentiable]
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     call = op.dispatch if impl is None else _backend(op, impl, inputs[0])
@@ -47,6 +52,23 @@ def run(name: str, *arguments: Any, reduction: str, impl: str | None = None) -> 
             return call(*arguments, reduction, False)[0]
     # The same as the autograd that is registered below, at half the cost of a call.
     return _Loss.apply(call, arguments, reduction, *inputs)
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work.
+
+    A kernel has one gradient and no more: there the formula runs, which PyTorch differentiates in any way.
+    """
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def _formula(op: Op, impl: str | None) -> Callable[..., Tensor]:
+    if impl not in (None, "reference"):
+        raise RuntimeError(
+            f"impl is {impl!r} within torch.func or forward-mode differentiation, where the formula alone can run; "
+            "leave impl out, or say 'reference'"
+        )
+    return op.formula
 
 
 def _backend(op: Op, impl: str, on: Tensor) -> Callable[..., tuple[Tensor, ...]]:
@@ -98,9 +120,14 @@ def _scaled(ctx: Any, upstream: Tensor, looks: bool) -> list[Tensor]:
     grads = ctx.saved_tensors
     if upstream.dim() > 0:
         grads = [grad * upstream.reshape(upstream.shape + (1,) * (grad.dim() - upstream.dim())) for grad in grads]
-    elif not looks or upstream.device.type != "cpu" or upstream.item() != 1:
+    elif not looks or upstream.device.type != "cpu" or _mapped(upstream) or upstream.item() != 1:
         grads = [grad * upstream for grad in grads]
     return [g if g.dtype == dtype else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+
+
+def _mapped(x: Tensor) -> bool:
+    """Whether x stands for many: vmap over upstreams, by either of PyTorch's."""
+    return torch._C._functorch.is_legacy_batchedtensor(x) or torch._C._functorch.is_batchedtensor(x)
 
 
 def _define(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], differentiable: int = 1) -> None:
@@ -118,9 +145,13 @@ def _define(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], dif
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         return (*_scaled(ctx, upstream, looks=False), *[None] * (count - differentiable))
 
-    torch.library.register_autograd(f"mekd::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    op = getattr(torch.ops.mekd, name).default
+    # What torch.library.register_autograd registers, but that loses tangents without a word.
+    derive = autograd.make_autograd_impl(op, autograd.Info(backward, setup_context))
+    _LIBRARY.impl(name, functools.partial(_without_tangents, name, derive), "Autograd", with_keyset=True)
     torch.library.register_fake(f"mekd::{name}", fake, lib=_LIBRARY)
-    plain = functools.partial(_by_autograd, getattr(reference, f"{name}_loss"), differentiable)
+    formula = getattr(reference, f"{name}_loss")
+    plain = functools.partial(_by_autograd, formula, differentiable)
 
     def composite(*arguments: Any) -> tuple[Tensor, ...]:
         if arguments[0].device.type == "cpu":
@@ -128,7 +159,15 @@ def _define(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], dif
         return plain(*arguments)
 
     _LIBRARY.impl(name, composite, "CompositeExplicitAutograd")
-    OPS[name] = Op(differentiable, getattr(torch.ops.mekd, name).default, plain)
+    OPS[name] = Op(differentiable, op, plain, formula)
+
+
+def _without_tangents(name: str, call: Callable[..., Any], keyset: Any, *arguments: Any) -> Any:
+    if forward_ad._current_level >= 0:
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            raise RuntimeError(f"torch.ops.mekd.{name} has no forward-mode derivative; mekd.functional has")
+    return call(keyset, *arguments)
 
 
 def _by_autograd(formula: Callable[..., Tensor], differentiable: int, *arguments: Any) -> tuple[Tensor, ...]:
@@ -212,7 +251,15 @@ def _tanh_l1_reference(a: Tensor, *arguments: Any) -> Tensor:
     return loss
 
 
+def _tanh_l1_below_autograd(keyset: Any, *arguments: Any) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.mekd.tanh_l1_.default(*arguments)
+
+
 _LIBRARY.impl("tanh_l1_", _tanh_l1_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl(
+    "tanh_l1_", functools.partial(_without_tangents, "tanh_l1_", _tanh_l1_below_autograd), "Autograd", with_keyset=True
+)
 torch.library.register_fake("mekd::tanh_l1_", lambda a, *rest: _fake_samples(a, *rest, True)[0], lib=_LIBRARY)
 
 

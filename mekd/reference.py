@@ -86,12 +86,13 @@ def dkd(student: Tensor, teacher: Tensor, labels: Tensor, tau: Tensor | float, a
 
     student, teacher: logits (N, C), labels (N,). With one class both parts are 0, with two the second one is.
     """
-    target = torch.nn.functional.one_hot(labels, student.shape[-1]).bool()
+    target = torch.arange(student.shape[-1], device=labels.device) == labels.unsqueeze(-1)
     log_q, log_p = log_softmax(student, tau), log_softmax(teacher, tau).to(accumulation_dtype(student))
 
     def split(log_probs: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the target and of all others together, without 1 - p, which would round to 0."""
-        return log_probs[target], log_probs.masked_fill(target, -math.inf).logsumexp(-1)
+        hit = log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        return hit, log_probs.masked_fill(target, -math.inf).logsumexp(-1)
 
     (hit_q, miss_q), (hit_p, miss_p) = split(log_q), split(log_p)
     binary = _kl_term(hit_p, hit_q) + _kl_term(miss_p, miss_q)
@@ -115,14 +116,20 @@ def jsd(student: Tensor, teacher: Tensor, tau: Tensor | float, beta: float, log_
     """
     log_q = student.to(accumulation_dtype(student)) if log_probs else log_softmax(student, tau)
     log_p = teacher.to(log_q.dtype) if log_probs else log_softmax(teacher, tau).to(log_q.dtype)
-    if beta == 0:
-        return _kl_term(log_p, log_q).sum(-1)
-    if beta == 1:
-        return _kl_term(log_q, log_p).sum(-1)
+    if beta in (0, 1):
+        losses = (_kl_term(log_p, log_q) if beta == 0 else _kl_term(log_q, log_p)).sum(-1)
+        # Log-probabilities that do not add up to 1 may have a KL below 0.
+        return losses if log_probs else _at_least_0(losses)
     masked = (log_p == -math.inf) & (log_q == -math.inf)  # 0 log 0 = 0, and a gradient of 0
     log_p, log_q = log_p.masked_fill(masked, -1e30), log_q.masked_fill(masked, -1e30)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return (beta * _kl_term(log_p, log_m) + (1 - beta) * _kl_term(log_q, log_m)).sum(-1)
+    log_m = log_m + torch.where(log_p == log_q, log_p - log_m, 0.0).detach()  # equal sides have no distance, to the bit
+    return _at_least_0((beta * _kl_term(log_p, log_m) + (1 - beta) * _kl_term(log_q, log_m)).sum(-1))
+
+
+def _at_least_0(losses: Tensor) -> Tensor:
+    """What rounding takes below 0, with the derivatives of the formula all the same."""
+    return losses - losses.detach().clamp_max(0)
 
 
 def gan_generator(d_fake: Tensor, confidence: Tensor, alpha: float, minimax: bool = False, base: float = 1.0) -> Tensor:

@@ -298,6 +298,22 @@ def test_torchdistill_hands_its_other_arguments_to_the_cross_entropy() -> None:
     assert list(loss.state_dict()) == ["cross_entropy_loss.weight"]
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_torchdistill_computes_both_parts_of_bfloat16_in_float32(soft: bool) -> None:
+    student, teacher = (x.bfloat16() for x in pair((64, 7)))
+    targets = teacher.softmax(1) if soft else teacher.argmin(1)
+    for weight in (None, torch.linspace(0.5, 2.0, 7)):
+        # A cast of whatever owns the loss casts the weights of the classes, as it does in the original.
+        loss = torchdistill_loss(4.0, 0.5, weight=weight).bfloat16()
+        exact = torchdistill_loss(4.0, 0.5, weight=None if weight is None else weight.bfloat16().double())
+        got = hooked(loss, targets)(leaf := student.clone().requires_grad_(), teacher)
+        wanted = hooked(exact, targets.double() if soft else targets)(student.double(), teacher.double())
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.detach().double(), wanted, rtol=1e-6, atol=0)
+        got.backward()
+        assert leaf.grad is not None and leaf.grad.isfinite().all()
+
+
 def test_torchdistill_refuses_to_add_a_row_to_a_class() -> None:
     loss = hooked(torchdistill_loss(4.0, 0.5, reduction="none"), torch.zeros(6, dtype=torch.int64))
     with pytest.raises(ValueError, match="reduction is 'none' with alpha and targets"):

@@ -45,8 +45,8 @@ def test_pictures_and_input_gradients(size: int, num_classes: int) -> None:
 
 
 def test_few_classes_take_one_layer_and_many_do_not() -> None:
-    assert freeze(trained(10, 32)).bent
-    assert not freeze(Generator(1000, 32)).bent
+    assert freeze(trained(10, 32)).merged
+    assert not freeze(Generator(1000, 32)).merged
 
 
 def test_the_temperature_is_in_the_first_layer() -> None:

@@ -102,3 +102,16 @@ print(*sorted(set(sys.modules) - before))
 def test_help_of_the_module() -> None:
     said = run("-m", "mekd", "--help")
     assert said.startswith("usage: mekd STAGE") and "doctor" in said
+
+
+def test_the_settings_know_neither_losses_nor_networks() -> None:
+    # Without the package's __init__, which imports the losses for the user.
+    code = f"""
+import sys, types
+package = types.ModuleType("mekd")
+package.__path__ = [{str(ROOT / "mekd")!r}]
+sys.modules["mekd"] = package
+import mekd.config
+print(*sorted(name for name in sys.modules if name.startswith("mekd.")))
+"""
+    assert set(run("-c", code).split()) <= {"mekd.checks", "mekd.codes", "mekd.config", "mekd.errors", "mekd.reference"}

@@ -1,5 +1,6 @@
 """MEKDLoss: the image distance and the KL of step 2, and how it treats the generator."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -7,8 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mekd.losses import PRESETS, MEKDLoss
-from small_generator import Plain, Rows, WithPreactivation, answer_of, centre, image, inputs, log_softmax
+from mekd import losses
+from mekd.config import PRESETS
+from mekd.losses import MEKDLoss
+from mekd.nets.frozen import freeze
+from mekd.nets.generator import Generator
+from small_generator import CLASSES, Plain, Rows, WithPreactivation, answer_of, centre, image, inputs, log_softmax
 
 GENERATORS = [
     # Anybody's module: it is called.
@@ -276,3 +281,94 @@ def test_targets_are_checked(image_weight: float) -> None:
         loss(student, teacher.clone().requires_grad_())
     with pytest.raises(ValueError, match=r"logits has shape \(4, 6\)"):
         loss(student, teacher[:4])
+
+
+# The generator is the caller's, and may change.
+
+
+def drawing() -> Generator:
+    torch.manual_seed(0)
+    generator = Generator(CLASSES, 16, width=0.1)
+    generator(torch.randn(8, CLASSES))
+    return generator
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        # A training step, an average of weights, a checkpoint.
+        lambda g: [x.mul_(1.5) for x in g.parameters()],
+        lambda g: g.load_state_dict({name: 1.5 * x for name, x in g.state_dict().items()}),
+        # Running statistics alone.
+        lambda g: g.bn.running_var.mul_(3),
+        # One bias alone, in new memory.
+        lambda g: setattr(g.last.bias, "data", g.last.bias + 1),
+        lambda g: setattr(g.last, "bias", torch.nn.Parameter(g.last.bias + 1)),
+    ],
+)
+def test_a_generator_that_changed_is_folded_again(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, (student, teacher) = drawing(), inputs()
+    folded: list[float] = []
+    monkeypatch.setattr(losses, "freeze", lambda g, tau: folded.append(tau) or freeze(g, tau))
+    loss = MEKDLoss(generator)
+    before = [loss.terms(student, teacher)[0] for _ in range(2)]
+    assert folded == [5.0] and torch.equal(*before)
+    with torch.no_grad():
+        change(generator)
+    after = loss.terms(student, teacher)[0]
+    assert folded == [5.0, 5.0] and not torch.equal(after, before[0])
+    assert torch.equal(after, MEKDLoss(generator).terms(student, teacher)[0])
+
+
+@pytest.mark.parametrize("made", [drawing, Plain, WithPreactivation])
+def test_the_code_has_the_dtype_of_the_generator(made: Any) -> None:
+    student, teacher = inputs(dtype=torch.float64)
+    generator = made().eval()
+    wanted = MEKDLoss(generator)(student.float(), teacher.float()).double()
+    for dtype, loss in (
+        (torch.float32, MEKDLoss(generator)),
+        # Casts of the loss leave the generator alone.
+        (torch.float32, MEKDLoss(generator).double()),
+        (torch.float32, MEKDLoss(generator).bfloat16()),
+        (torch.float64, MEKDLoss(copy.deepcopy(generator).double())),
+        (torch.bfloat16, MEKDLoss(copy.deepcopy(generator).bfloat16())),
+    ):
+        for s, t in ((student, teacher), (student.float(), teacher)):
+            s = s.clone().requires_grad_()
+            got = loss(s, t)
+            got.backward()
+            near = 5e-2 if dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(got.detach().double(), wanted, rtol=near, atol=0)
+            assert s.grad is not None and s.grad.dtype == s.dtype
+        assert {x.dtype for x in loss._generator[0].parameters()} == {dtype}
+
+
+def test_a_generator_that_is_elsewhere_is_named() -> None:
+    # meta stands for a GPU.
+    for generator in (drawing(), Plain()):
+        loss, (student, teacher) = MEKDLoss(generator).to("meta"), (x.to("meta") for x in inputs())
+        with pytest.raises(ValueError, match=r"generator is on cpu and the answers on meta.*generator\.to\('meta'\)"):
+            loss(student, teacher)
+        generator.to("meta")
+        assert loss(student, teacher).device.type == "meta"
+
+
+def test_a_temperature_that_is_a_tensor_may_change() -> None:
+    tau, kl_tau = torch.tensor(4.0), torch.tensor(2.0)
+    student, teacher = inputs()
+    for generator in (drawing(), Plain()):
+        loss = MEKDLoss(generator, tau, kl_tau=kl_tau)
+        for value in (4.0, 1.5):
+            tau.fill_(value), kl_tau.fill_(value / 2)
+            wanted = MEKDLoss(generator, value, kl_tau=value / 2)(student, teacher)
+            torch.testing.assert_close(loss(student, teacher), wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("made", [drawing, Plain])
+def test_forward_mode_gives_the_same_derivative(made: Any) -> None:
+    student, teacher = inputs(dtype=torch.float64)
+    loss, along = MEKDLoss(made().double()), torch.ones_like(student).cumsum(-1)
+    slope = torch.autograd.grad(loss(leaf := student.clone().requires_grad_(), teacher), leaf)[0]
+    got = torch.func.jvp(lambda s: loss(s, teacher), (student,), (along,))[1]
+    torch.testing.assert_close(got, (slope * along).sum())
+    torch.testing.assert_close(torch.func.grad(lambda s: loss(s, teacher))(student), slope)

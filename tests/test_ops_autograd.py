@@ -266,6 +266,14 @@ def test_training_after_fake_tensors(impl: str) -> None:
     assert result(problem, impl, "mean")[1].isfinite().all()
 
 
+@pytest.mark.usefixtures("fresh_constants")
+def test_nothing_of_torch_func_is_kept() -> None:
+    x = torch.randn(7)
+    torch.func.grad(lambda x: kd_loss(x, torch.zeros(7), tau=6.75))(x)
+    kept = checks.tau_tensor(6.75, x.device)
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(kept)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_autocast_is_not_the_value(impl: str) -> None:
     for kind in ("logits", "dkd", "jsd", "tanh", "gan-logits"):

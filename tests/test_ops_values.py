@@ -3,7 +3,19 @@
 import pytest
 import torch
 
-from op_grid import DEVICES, DTYPES, GAN_KINDS, IMAGE_KINDS, IMPLS, KINDS, ROW_KINDS, check, make, result
+from op_grid import (
+    DEVICES,
+    DTYPES,
+    GAN_KINDS,
+    IMAGE_KINDS,
+    IMPLS,
+    KINDS,
+    ROW_KINDS,
+    check,
+    make,
+    result,
+    truth,
+)
 
 VALUES = [
     # As a network gives them.
@@ -171,6 +183,29 @@ def test_temperatures_and_scales(kind: str, tau: float, impl: str) -> None:
 def test_jsd_for_any_beta(values: str, beta: float, impl: str) -> None:
     for dtype in DTYPES:
         check(make("jsd", (8, 100), dtype, values, DEVICES[impl], seed=4, beta=beta), impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_jsd_of_close_distributions(impl: str) -> None:
+    # A loss that is small is not measured by what is allowed to a large one: here the error is held to be relative.
+    near = {"cpp": 4e-5, "triton": 1e-3, "reference": 1.0}[impl]  # plain float32 has no digits left
+    for beta, apart in ((0.5, 0.1), (0.5, 1e-3), (0.1, 1e-2), (1e-3, 1e-2)):
+        problem = make("jsd", (4, 100), device=DEVICES[impl], tau=1.0, beta=beta)
+        teacher = problem.target["teacher"]
+        problem.students = [teacher + apart / 3 * problem.students[0]]
+        for got, exact in zip(result(problem, impl), truth(problem), strict=True):
+            got = got.cpu().double()
+            torch.testing.assert_close(got, exact, rtol=near, atol=near * exact.abs().max().item() / 10)
+    # And between equal ones there is nothing, at either limit too; 1e-4 apart there is not less.
+    for kind in ("jsd", "jsd-forward", "jsd-reverse", "jsd-log"):
+        for values in (0.0, 1e-4):
+            problem = make(kind, (50, 30), device=DEVICES[impl])
+            problem.target["teacher"] = problem.students[0] + values * torch.randn_like(problem.students[0])
+            if kind == "jsd-log":
+                problem.target["teacher"] = problem.target["teacher"].log_softmax(-1)
+            loss, grad = result(problem, impl)
+            assert (loss >= 0).all() and (values or kind == "jsd-log" or not loss.any()), kind
+            assert values == 0 or grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -15,6 +15,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
     """T^2 / B * KL(softmax(teacher / T) || softmax(student / T)) over the last dimension, the sum of all others.
 
     student_logits, teacher_logits: (B, C) or (B, ..., C). The divisor is B, the first dimension alone ("batchmean").
-    A task's loss is task_loss_weight * cross-entropy + distill_loss_weight * this, both weights 1 by default.
+    A task's loss is task_loss_weight * cross-entropy + distill_loss_weight * this, both weights 1 by default; of a task
+    that is given task_loss_weight alone, distill_loss_weight is 1 - task_loss_weight.
     """
     return functional.kd_loss(student_logits, teacher_logits, tau=temperature) * math.prod(student_logits.shape[1:-1])

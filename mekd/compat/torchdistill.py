@@ -20,7 +20,8 @@ class KDLoss(nn.Module):
     There is none when alpha is None or 0, or when forward gets no targets. beta: 1 - alpha if it is None. reduction
     is that of nn.KLDivLoss: "batchmean" divides by B, the first dimension alone, and makes the CE a "mean"; "mean"
     divides by all elements; "none" keeps all elements, and then no CE, one per row, can be added. kwargs: arguments
-    of nn.CrossEntropyLoss. The paths and ios name the logits in the dictionaries that torchdistill's hooks fill.
+    of nn.CrossEntropyLoss. Both parts are computed in float32. The paths and ios name the logits in the dictionaries
+    that torchdistill's hooks fill.
     """
 
     def __init__(
@@ -54,7 +55,19 @@ class KDLoss(nn.Module):
         if self.reduction == "none":
             raise ValueError("reduction is 'none' with alpha and targets; a CE per row cannot be added to each class")
         assert self.beta is not None
-        return self.alpha * self.cross_entropy_loss(student, targets) + self.beta * self._soft(student, teacher, "tau2")
+        return self.alpha * self._hard(student, targets) + self.beta * self._soft(student, teacher, "tau2")
+
+    def _hard(self, student: Tensor, targets: Tensor) -> Tensor:
+        """The cross-entropy in float32, as the other part is: bfloat16 keeps two digits of it."""
+        dtype, own = accumulation_dtype(student), self.cross_entropy_loss
+        return F.cross_entropy(
+            student.to(dtype),
+            targets.to(dtype) if targets.is_floating_point() else targets,
+            None if own.weight is None else own.weight.to(dtype),
+            ignore_index=own.ignore_index,
+            reduction=own.reduction,
+            label_smoothing=own.label_smoothing,
+        )
 
     def _soft(self, student: Tensor, teacher: Tensor, scale: str) -> Tensor:
         if self.reduction == "none":

@@ -16,21 +16,22 @@ SLOPE = 0.2
 class FrozenGenerator(nn.Module):
     """What freeze() makes of a Generator: nothing to train, the input's gradient as ever.
 
-    tau: what codes are divided by within; hand them over undivided.
+    merged: whether the first layer holds the first up-convolution too, so that a leaky ReLU follows it. tau: what codes
+    are divided by within; hand them over undivided.
     """
 
     def __init__(
-        self, first: nn.Linear, bent: bool, ups: list[nn.ConvTranspose2d], last: nn.Conv2d, tau: float
+        self, first: nn.Linear, merged: bool, ups: list[nn.ConvTranspose2d], last: nn.Conv2d, tau: float
     ) -> None:
         super().__init__()
-        self.first, self.bent, self.ups, self.last, self.tau = first, bent, nn.ModuleList(ups), last, tau
+        self.first, self.merged, self.ups, self.last, self.tau = first, merged, nn.ModuleList(ups), last, tau
         self.side = math.isqrt(first.out_features // (ups[0] if ups else last).in_channels)
         self.requires_grad_(False).to(memory_format=torch.channels_last).eval()
 
     def preactivation(self, code: Tensor) -> Tensor:
         """The image before its tanh, (m, channels, size, size) in channels_last, of codes (m, num_classes)."""
         x = self.first(code).view(len(code), self.side, self.side, -1).permute(0, 3, 1, 2)
-        if self.bent:
+        if self.merged:
             x = F.leaky_relu(x, SLOPE, inplace=True)
         for up in self.ups:
             x = F.leaky_relu(up(x), SLOPE, inplace=True)  # a convolution does not need its result again
@@ -59,9 +60,9 @@ def freeze(generator: nn.Module, tau: float = 1.0) -> FrozenGenerator:
     weight, bias = _folded(linear.weight.double(), linear.bias.double(), generator.bn, side**2)
     weight = weight / tau
     ups = [_transposed(conv, bn) for conv, bn in zip(generator.convs, generator.bns, strict=True)]
-    joined = (2 * side) ** 2 * ups[0].out_channels
-    bent = weight.shape[1] * joined < weight.numel() + 4 * ups[0].in_channels * joined
-    if bent:
+    outputs = (2 * side) ** 2 * ups[0].out_channels
+    merged = weight.shape[1] * outputs < weight.numel() + 4 * ups[0].in_channels * outputs
+    if merged:
         up, side = ups.pop(0), 2 * side
         assert up.bias is not None
         columns = torch.cat([weight.T, bias[None]]).unflatten(1, (up.in_channels, side // 2, side // 2))
@@ -73,7 +74,7 @@ def freeze(generator: nn.Module, tau: float = 1.0) -> FrozenGenerator:
     order = torch.arange(len(bias), device=bias.device).view(-1, side * side).T.flatten()
     first.weight.copy_(weight[order])
     first.bias.copy_(bias[order])
-    frozen = FrozenGenerator(first, bent, ups, copy.deepcopy(generator.last), tau)
+    frozen = FrozenGenerator(first, merged, ups, copy.deepcopy(generator.last), tau)
     return frozen.to(linear.weight.dtype)
 
 
