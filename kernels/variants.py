@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mekd.checks import SLACK
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Few classes; ImageNet; the longest row in registers; ImageNet-21k and a large vocabulary, which loop.
 CLASSES = (10, 1000, 8192, 21841, 128256)
@@ -28,7 +30,7 @@ class Variant(NamedTuple):
 
 
 def variants(dtypes: Sequence[torch.dtype] = DTYPES, classes: Sequence[int] = CLASSES) -> Iterator[Variant]:
-    """All of them, with gradients; reduction "batchmean" for rows, "mean" for the others."""
+    """All of them, with gradients; reduction "rowmean" for rows, "mean" for the others."""
     for dtype in dtypes:
         for count in classes:
             yield from _rows(dtype, count)
@@ -60,16 +62,16 @@ def _rows(dtype: torch.dtype, classes: int) -> Iterator[Variant]:
     tau = _meta(dtype=torch.float64)
     few = min(TOPK, classes)
     best, places = _meta(ROWS, few, dtype=dtype), _meta(ROWS, few, dtype=torch.int64)
-    end = ("tau2", "batchmean", True)
+    end = ("tau2", "rowmean", True)
 
     def of(kernel: str, name: str, targets: tuple[Tensor, ...], *options: Any) -> Variant:
         return _variant(kernel, name, classes, (x, *targets, tau), ROWS, x, *targets, tau, None, None, *options, *end)
 
-    yield of("tempered_kl", "logits", (y,), False)
-    yield of("tempered_kl", "probs", (y,), True)
+    yield of("tempered_kl", "logits", (y,), False, SLACK)
+    yield of("tempered_kl", "probs", (y,), True, SLACK)
     yield of("tempered_kl_labels", "labels", (labels,), -100)
-    yield of("tempered_kl_topk", "spread", (best, places), "spread")
-    yield of("tempered_kl_topk", "drop", (best, places), "drop")
+    yield of("tempered_kl_topk", "spread", (best, places), "spread", SLACK)
+    yield of("tempered_kl_topk", "drop", (best, places), "drop", SLACK)
     yield of("dkd", "logits", (y, labels), 1.0, 8.0, -100)
     yield of("jsd", "mixture", (y,), 0.5, False)
     yield of("jsd", "forward", (y,), 0.0, False)
@@ -80,7 +82,7 @@ def _rows(dtype: torch.dtype, classes: int) -> Iterator[Variant]:
 def _answers(dtype: torch.dtype, classes: int) -> Iterator[Variant]:
     d, answer = _meta(ROWS, dtype=dtype), _meta(ROWS, classes, dtype=dtype)
     for kind in ("logits", "probs"):
-        arguments = (d, answer, kind, 1.0, 0.5, False, "mean", True)
+        arguments = (d, answer, kind, SLACK, 1.0, 0.5, False, "mean", True)
         yield _variant("gan_generator", kind, classes, (d, answer), ROWS, *arguments)
 
 
@@ -97,9 +99,9 @@ def _images(dtype: torch.dtype) -> Iterator[Variant]:
 
 def _scalars(dtype: torch.dtype) -> Iterator[Variant]:
     d, other = (_meta(ROWS, dtype=dtype) for _ in range(2))
-    end = ("mean", True)
-    yield _variant("gan_generator", "confidence", 1, (d, other), ROWS, d, other, "confidence", 1.0, 0.5, False, *end)
-    yield _variant("gan_generator", "label", 1, (d,), ROWS, d, None, "confidence", 1.0, 0.5, False, *end)
-    yield _variant("gan_generator", "minimax", 1, (d, other), ROWS, d, other, "confidence", 1.0, 0.5, True, *end)
+    end, weights = ("mean", True), (SLACK, 1.0, 0.5)
+    yield _variant("gan_generator", "confidence", 1, (d, other), ROWS, d, other, "confidence", *weights, False, *end)
+    yield _variant("gan_generator", "label", 1, (d,), ROWS, d, None, "confidence", *weights, False, *end)
+    yield _variant("gan_generator", "minimax", 1, (d, other), ROWS, d, other, "confidence", *weights, True, *end)
     both = _variant("gan_discriminator", "logits", 1, (d, other), ROWS, d, other, *end)
     yield both._replace(elements=2 * ROWS, bytes_least=both.bytes_least + _gradient(other).nbytes)

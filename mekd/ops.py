@@ -191,9 +191,13 @@ def _fake_discriminator(real: Tensor, fake: Tensor, reduction: str, wanted: bool
 
 
 _ROWS = "Tensor tau, Tensor? weights, Tensor? mask"
-_define("tempered_kl", f"Tensor student, Tensor target, {_ROWS}, bool probs, str scale", _fake_rows)
+_define("tempered_kl", f"Tensor student, Tensor target, {_ROWS}, bool probs, float slack, str scale", _fake_rows)
 _define("tempered_kl_labels", f"Tensor student, Tensor labels, {_ROWS}, int ignore_index, str scale", _fake_rows)
-_define("tempered_kl_topk", f"Tensor student, Tensor values, Tensor indices, {_ROWS}, str rest, str scale", _fake_rows)
+_define(
+    "tempered_kl_topk",
+    f"Tensor student, Tensor values, Tensor indices, {_ROWS}, str rest, float slack, str scale",
+    _fake_rows,
+)
 _define(
     "dkd",
     f"Tensor student, Tensor teacher, Tensor labels, {_ROWS}, float alpha, float beta, int ignore_index, str scale",
@@ -201,7 +205,11 @@ _define(
 )
 _define("jsd", f"Tensor student, Tensor teacher, {_ROWS}, float beta, bool log_probs, str scale", _fake_rows)
 _define("tanh_l1", "Tensor a, Tensor b, Tensor? weights, bool tanh, bool finished", _fake_samples)
-_define("gan_generator", "Tensor d, Tensor? response, str kind, float base, float alpha, bool minimax", _fake_elements)
+_define(
+    "gan_generator",
+    "Tensor d, Tensor? response, str kind, float slack, float base, float alpha, bool minimax",
+    _fake_elements,
+)
 _define("gan_discriminator", "Tensor d_real, Tensor d_fake", _fake_discriminator, differentiable=2)
 _LIBRARY.define("tanh_l1_(Tensor(a!) a, Tensor b, Tensor? weights, bool tanh, bool finished, str reduction) -> Tensor")
 

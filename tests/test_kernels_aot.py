@@ -117,7 +117,7 @@ def test_occupancy(arch: str) -> None:
 def test_an_online_kernel_is_seen_to_read_twice() -> None:
     x = torch.empty(ROWS, 2 * ONE_PASS, dtype=torch.float32, device="meta")
     with compiling("sm_90") as launches:
-        tempered_kl.tempered_kl(x, x, torch.empty((), device="meta"), None, None, False, "one", "sum", True)
+        tempered_kl.tempered_kl(x, x, torch.empty((), device="meta"), None, None, False, 0.0, "one", "sum", True)
     rows = moved(launches[0]) / (ROWS * x.shape[1])
     assert 20 <= rows < 20.01  # both sides twice, and the gradient
 

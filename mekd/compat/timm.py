@@ -4,8 +4,6 @@ The formula is the one inside timm.task.LogitDistillationTask, a training task t
 the name under which the task's output holds the value, and temperature is the task's argument.
 """
 
-import math
-
 from torch import Tensor
 
 from mekd import functional
@@ -17,4 +15,4 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
     student_logits, teacher_logits: (B, C) or (B, ..., C). The divisor is B, the first dimension alone ("batchmean").
     A task's loss is task_loss_weight * cross-entropy + distill_loss_weight * this, both weights 1 by default.
     """
-    return functional.kd_loss(student_logits, teacher_logits, tau=temperature) * math.prod(student_logits.shape[1:-1])
+    return functional.kd_loss(student_logits, teacher_logits, tau=temperature, reduction="batchmean")

@@ -21,6 +21,7 @@ from mekd.metrics import accuracy, confusion
 from mekd.nets import build
 from mekd.oracle.base import Oracle
 from mekd.oracle.replay import Replay
+from mekd.oracle.response import floor_of
 from mekd.pixels import to_float
 from mekd.seeds import generator_at
 
@@ -126,7 +127,8 @@ def train_baseline(run: Run, data: Source, oracle: Oracle, begin_at: int) -> nn.
             )
             images, answers = store.read(rows)
             target = answers.to(run.device).target
-            loss = functional.kd_loss(learner(to_float(images.to(run.device))), **target)
+            logits = learner(to_float(images.to(run.device)))
+            loss = functional.kd_loss(logits, **target, floor=floor_of(run.config.oracle.decimals))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
