@@ -89,18 +89,43 @@ class _Loss(torch.autograd.Function):
 
 
 def _scaled(ctx: Any, upstream: Tensor, looks: bool) -> list[Tensor]:
-    """The stored gradients times what comes from above; looks: whether that may be read, to spare a product with 1."""
+    """The stored gradients times what comes from above; looks: whether they are ours, to spare a product with 1."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "the losses of mekd have first derivatives only: call backward() or grad() without create_graph=True, "
             "or use the formulas in mekd.reference, which autograd can differentiate twice"
         )
     grads = ctx.saved_tensors
+    looks = looks and not torch.compiler.is_compiling()
     if upstream.dim() > 0:
         grads = [grad * upstream.reshape(upstream.shape + (1,) * (grad.dim() - upstream.dim())) for grad in grads]
-    elif not looks or upstream.device.type != "cpu" or upstream.item() != 1:
+    elif looks and (upstream.device.type != "cpu" or extension.INTERPRETED):
+        return [_on_device(grad, upstream, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+    elif not looks or upstream.item() != 1:
         grads = [grad * upstream for grad in grads]
     return [g if g.dtype == dtype else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+
+
+def _on_device(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product where upstream is not to be waited for; a second backward finds the stored gradient as it was."""
+    if grad.dtype != dtype:
+        return torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype))  # rounds in the same pass
+    if _graph_is_kept():
+        return grad * upstream
+    _scale_(grad, upstream)
+    return grad
+
+
+#: Whether the backward that is running leaves the stored tensors for another one (retain_graph=True).
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _scale_(x: Tensor, by: Tensor) -> None:
+    if _HAS_TRITON and (x.is_cuda or extension.INTERPRETED):
+        _kernel("scale_")(x, by)
+        torch.autograd.graph.increment_version(x)
+    elif by.device.type != "cpu" or by.item() != 1:
+        x.mul_(by)
 
 
 def _define(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], differentiable: int = 1) -> None:
@@ -250,8 +275,8 @@ class _InPlace(torch.autograd.Function):
             raise RuntimeError("image_l1_loss has first derivatives only: use create_graph=False")
         if upstream.dim() > 0:
             grad.mul_(upstream.reshape((-1,) + (1,) * (grad.dim() - 1)))
-        elif upstream.device.type != "cpu" or upstream.item() != 1:
-            grad.mul_(upstream)
+        else:
+            _scale_(grad, upstream)
         return grad, *[None] * 6
 
 
