@@ -1,8 +1,9 @@
 """The static sheet of the Triton kernels: what the machine code of each takes, read off without a GPU.
 
 Every kernel, target kind, dtype and size class, with its gradient, for every architecture: registers, spills, shared
-memory, how many loads and stores of which width, bytes moved an element against the least possible, theoretical
-occupancy, and the time below which the memory's bandwidth allows no run: a bound, not a measurement.
+memory, how many loads and stores of which width, bytes moved an element against the least possible, what the backward
+moves after it where the upstream gradient is 1 and where it is not, theoretical occupancy, and the time below which the
+memory's bandwidth allows no run: a bound, not a measurement.
 """
 
 import argparse
@@ -38,7 +39,9 @@ def sheet(arch: str, dtypes: Sequence[torch.dtype] = DTYPES, classes: Sequence[i
                 "arch": arch, "c": variant.classes, "registers": taken.registers, "spill_bytes": taken.spill_bytes,
                 "shared_bytes": taken.shared_bytes, "load_widths": loads, "store_widths": stores,
                 "bytes_per_element": moved(launch) / variant.elements,
-                "bytes_least": variant.bytes_least / variant.elements, "occupancy": taken.occupancy,
+                "bytes_least": variant.bytes_least / variant.elements,
+                "backward_bytes": [size / variant.elements for size in variant.backward],
+                "occupancy": taken.occupancy,
                 "bound_us": {name: 1e6 * variant.bytes_least / rate for name, rate in BANDWIDTH.get(arch, {}).items()},
             }
         )  # fmt: skip
@@ -48,11 +51,12 @@ def sheet(arch: str, dtypes: Sequence[torch.dtype] = DTYPES, classes: Sequence[i
 def _line(row: dict[str, Any]) -> str:
     loads, stores = (" ".join(f"{n}x{bits}" for bits, n in sorted(row[key].items(), reverse=True))
                      for key in ("load_widths", "store_widths"))  # fmt: skip
+    back = ", ".join(f"{size:.2f}" for size in row["backward_bytes"])
     bounds = ", ".join(f"{name} {time:.1f}" for name, time in row["bound_us"].items())
     return (
         f"{row['kernel']:<18} {row['variant']:<10} {row['dtype']:<8} {row['c']:>6} {row['registers']:>4} "
         f"{row['spill_bytes']:>5} {row['shared_bytes']:>6}  {loads:<24} {stores:<14} {row['bytes_per_element']:>7.3f} "
-        f"{row['bytes_least']:>7.3f} {row['occupancy']:>5.0%}  {bounds}"
+        f"{row['bytes_least']:>7.3f} {back:>13} {row['occupancy']:>5.0%}  {bounds}"
     )
 
 
@@ -68,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"\n{arch}: {ROWS} rows, or 64 images of 3 x 224 x 224; bytes an element; bounds in us, not measured")
             print(
                 f"{'kernel':<18} {'variant':<10} {'dtype':<8} {'C':>6} {'regs':>4} {'spill':>5} {'shared':>6}  "
-                f"{'loads':<24} {'stores':<14} {'moved':>7} {'least':>7} {'occup':>5}  bound"
+                f"{'loads':<24} {'stores':<14} {'moved':>7} {'least':>7} {'backward':>13} {'occup':>5}  bound"
             )
             for row in found:
                 print(_line(row), flush=True)

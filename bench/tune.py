@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from mekd.files import write_text
-from mekd.testing import make, result
 from mekd.selftest import OPS, median_seconds
+from mekd.testing import make, result
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ELEMENTS = 1 << 24  # of the student, so that the whole card is busy

@@ -21,29 +21,21 @@ inline double term(double p, double minus_log_p, double minus_log_q) {
 }
 
 Result dkd(
-    const Tensor& student, const Tensor& teacher, const Tensor& labels, const Tensor& tau,
+    const Tensor& student, const Tensor& teacher, const Tensor& labels, const Tensor& tau_tensor,
     const std::optional<Tensor>& weights, const std::optional<Tensor>& mask, double alpha, double beta,
     int64_t ignore_index, std::string_view scale, std::string_view reduction, bool grad) {
   TORCH_CHECK_VALUE(
       teacher.sizes() == student.sizes(), "teacher has shape ", teacher.sizes(), "; it must be ", student.sizes());
-  const double warmth = positive(tau);
+  const double tau = positive(tau_tensor);
   return for_dtype(student, teacher, [&](auto kind) {
     using A = decltype(kind);
     const Rows<A> s(student), t(teacher);
     const int64_t classes = student.size(-1);
     const Labels target(labels, s.tensor.size(0), classes, ignore_index, mask);
-    const Finish how = finish(student, scale_factor(scale, warmth), reduction, weights, target.kept);
-    const A unit = static_cast<A>(kLog2e / warmth);
+    const Factors factors = factors_of(student, scale_factor(scale, tau), reduction, weights, target.kept);
+    const A unit = static_cast<A>(kLog2e / tau);
     const Output<A> output(grad_dtype(student));
-    return for_rows<A>(student, how, grad, [&](int64_t i, Scratch<A>& scratch, double factor, char* to) {
-      if (classes == 1) { // nothing to tell apart: 0, or NaN
-        A x, y;
-        s.load(s.at(i), &x, 1);
-        t.load(t.at(i), &y, 1);
-        const A nothing = (x - x) + (y - y);
-        if (to) output.store(&nothing, to, 1);
-        return double(nothing);
-      }
+    return for_rows<A>(student, factors, grad, [&](int64_t i, Scratch<A>& scratch, double factor, char* to) {
       const int64_t label = target[i];
       A hit_s = 0, hit_t = 0;
       // The rest is a softmax of its own, in which the target is masked.
@@ -58,22 +50,25 @@ Result dkd(
         };
       };
       const Ahead ahead{s.at(i + 1), t.at(i + 1), to, s.item, t.item, output.item};
-      const Pair<A> rest = read_pair<A>(classes, unit, scratch, ahead, hide(s, hit_s), hide(t, hit_t));
+      Pair<A> rest = read_pair<A>(classes, unit, scratch, ahead, hide(s, hit_s), hide(t, hit_t));
       // Log-odds of the target against all others together.
-      const Binary odds_s((double(hit_s) - rest.top_s) / warmth - std::log(rest.zs));
-      const Binary odds_t((double(hit_t) - rest.top_t) / warmth - std::log(rest.zt));
-      const double within = classes == 2 ? 0 : beta;
+      const Binary odds_s((double(hit_s) - rest.top_s) / tau - std::log(rest.zs));
+      const Binary odds_t((double(hit_t) - rest.top_t) / tau - std::log(rest.zt));
+      // Of one class, or of none that either side leaves, there is nothing to compare.
+      const double within = classes <= 2 || rest.zs == 0 || rest.zt == 0 ? 0 : beta;
       const double binary =
           term(odds_t.sigmoid(), odds_t.softplus_of_minus(), odds_s.softplus_of_minus()) +
           term(odds_t.sigmoid_of_minus(), odds_t.softplus(), odds_s.softplus());
       if (to) {
         const double pull = alpha * (odds_s.sigmoid() - odds_t.sigmoid());
-        const double by = factor / warmth;
+        const double by = factor / tau;
+        if (rest.zs == 0) rest.zs = 1; // divides what is 0 anyway
+        if (rest.zt == 0) rest.zt = 1;
         write_pair<A>(classes, unit, scratch, rest, by * (within - pull), by * within, output, to);
         const A value = static_cast<A>(by * pull);
         output.store(&value, to + label * output.item, 1);
       }
-      return alpha * binary + (within == 0 ? 0 : within * rest.kl);
+      return (alpha == 0 ? 0 : alpha * binary) + (within == 0 ? 0 : within * rest.kl);
     });
   });
 }

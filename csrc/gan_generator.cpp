@@ -27,7 +27,8 @@ Result for_elements(
   const Tensor x = d.contiguous();
   const int64_t m = x.numel();
   const bool none = reduction == "none";
-  const double by = (reduction == "mean" || reduction == "batchmean") && m ? 1.0 / m : 1.0;
+  const int64_t divisor = reduction == "mean" ? m : reduction == "batchmean" ? x.size(0) : 1;
+  const double by = 1.0 / std::max<int64_t>(divisor, 1);
   Tensor gradient = empty_grad(x, grad);
   Tensor losses = at::empty(x.sizes(), x.options().dtype(c10::CppTypeToScalarType<A>::value));
   const Load<A> load = loader<A>(x.scalar_type());
@@ -59,7 +60,7 @@ Result for_elements(
 
 // The largest of a row of probabilities; a NaN shows in their sum.
 template <typename A>
-A highest(const Rows<A>& rows, int64_t row, int64_t classes, Fault& negative) {
+A highest(const Rows<A>& rows, int64_t row, int64_t classes, Probabilities& seen) {
   using V = Vectorized<A>;
   A buffer[kBlock];
   V high(0), low(0), total(0), high_2(0), low_2(0), total_2(0);
@@ -85,8 +86,10 @@ A highest(const Rows<A>& rows, int64_t row, int64_t classes, Fault& negative) {
   }
   const V lowest = at::vec::clamp_max(low, low_2), all_high = at::vec::clamp_min(high, high_2);
   const A least = at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::clamp_max(a, b); }, lowest);
-  if (least < 0) negative.report(row, least);
-  if (const A all = sum(total + total_2); std::isnan(all)) return all;
+  const A all = sum(total + total_2);
+  seen.look_at(row, least);
+  if (std::abs(all - 1) > seen.slack) seen.off.report(row, all);
+  if (std::isnan(all)) return all;
   return at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::clamp_min(a, b); }, all_high);
 }
 
@@ -132,7 +135,7 @@ A highest_softmax(const Rows<A>& rows, int64_t row, int64_t classes) {
 }
 
 Result gan_generator(
-    const Tensor& d, const std::optional<Tensor>& response, std::string_view kind, double base, double alpha,
+    const Tensor& d, const std::optional<Tensor>& response, std::string_view kind, double slack, double base, double alpha,
     bool minimax, std::string_view reduction, bool grad) {
   const bool known = kind == "confidence", logits = kind == "logits";
   if (response.has_value()) {
@@ -148,7 +151,7 @@ Result gan_generator(
       rows.emplace(known ? response->reshape({1, -1}) : *response);
     }
     const int64_t classes = rows && !known ? response->size(1) : 1;
-    Fault negative;
+    Probabilities seen{slack};
     const V least(static_cast<A>(base)), by(static_cast<A>(alpha));
     Result result = for_elements<A>(
         d, reduction, grad, std::max<int64_t>(1, 32768 / classes),
@@ -158,12 +161,12 @@ Result gan_generator(
           } else if (known) {
             rows->load(rows->at(0, begin), y, n);
             for (int64_t j = 0; j < n; ++j) {
-              if (y[j] < 0) negative.report(begin + j, y[j]);
+              if (y[j] < 0 || y[j] > 1 + slack) seen.off.report(begin + j, y[j]);
             }
           } else {
             for (int64_t j = 0; j < n; ++j) {
               y[j] = logits ? highest_softmax<A>(*rows, begin + j, classes)
-                            : highest<A>(*rows, begin + j, classes, negative);
+                            : highest<A>(*rows, begin + j, classes, seen);
             }
           }
         },
@@ -178,15 +181,18 @@ Result gan_generator(
           return (least + weight) * of.softplus_of_minus();
         });
     TORCH_CHECK_VALUE(
-        !negative.found, kind, " holds ", negative.value, " for sample ", negative.row,
-        "; probabilities are at least 0");
+        !known || !seen.off.found, "confidence holds ", seen.off.value, " for sample ", seen.off.row,
+        "; a probability lies between 0 and 1");
+    seen.refuse(kind, seen.whole("", "of rounded ones give the largest as confidence"));
     return result;
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> gan_discriminator(
     const Tensor& d_real, const Tensor& d_fake, std::string_view reduction, bool grad) {
-  TORCH_CHECK_VALUE(reduction != "none", "reduction is 'none'; the two batches have no loss for each sample in common");
+  TORCH_CHECK_VALUE(
+      reduction == "mean" || reduction == "sum", "reduction is '", reduction,
+      "'; the two batches have no loss for each sample in common: it must be 'mean' or 'sum'");
   return for_dtype(d_real, d_fake, [&](auto type) {
     using A = decltype(type);
     using V = Vectorized<A>;

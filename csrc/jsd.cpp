@@ -55,22 +55,22 @@ struct Weigher {
 };
 
 Result jsd(
-    const Tensor& student, const Tensor& teacher, const Tensor& tau, const std::optional<Tensor>& weights,
+    const Tensor& student, const Tensor& teacher, const Tensor& tau_tensor, const std::optional<Tensor>& weights,
     const std::optional<Tensor>& mask, double beta, bool log_probs, std::string_view scale, std::string_view reduction,
     bool grad) {
   TORCH_CHECK_VALUE(
       teacher.sizes() == student.sizes(), "teacher has shape ", teacher.sizes(), "; it must be ", student.sizes());
-  const double warmth = positive(tau);
+  const double tau = positive(tau_tensor);
   return for_dtype(student, teacher, [&](auto kind) {
     using A = decltype(kind);
     using V = Vectorized<A>;
     const Rows<A> s(student), t(teacher);
     const int64_t classes = student.size(-1);
-    const Finish how = finish(student, scale_factor(scale, warmth), reduction, weights, mask);
-    const A unit = static_cast<A>(kLog2e / warmth);
+    const Factors factors = factors_of(student, scale_factor(scale, tau), reduction, weights, mask);
+    const A unit = static_cast<A>(kLog2e / tau);
     const Output<A> output(grad_dtype(student));
     const Weigher<A> weigh(beta);
-    return for_rows<A>(student, how, grad, [&](int64_t i, Scratch<A>& scratch, double factor, char* to) {
+    return for_rows<A>(student, factors, grad, [&](int64_t i, Scratch<A>& scratch, double factor, char* to) {
       const auto read_s = [&](int64_t begin, int64_t n, A* buffer) { return s(i, begin, n, buffer); };
       const auto read_t = [&](int64_t begin, int64_t n, A* buffer) { return t(i, begin, n, buffer); };
       // log p = (x - top) * by - log z
@@ -79,7 +79,7 @@ Result jsd(
       if (!log_probs) {
         const Ahead ahead{s.at(i + 1), t.at(i + 1), to, s.item, t.item, output.item};
         const Pair<A> pair = read_pair<A>(classes, unit, scratch, ahead, read_s, read_t);
-        log_zs = std::log(pair.zs), log_zt = std::log(pair.zt), by = 1 / warmth;
+        log_zs = std::log(pair.zs), log_zt = std::log(pair.zt), by = 1 / tau;
         top_s = pair.top_s, top_t = pair.top_t;
       }
       const V scale_v(static_cast<A>(by)), of_s(top_s), of_t(top_t), two(static_cast<A>(kLog2e));

@@ -80,20 +80,45 @@ struct Fault {
   }
 };
 
+// What is wrong with a teacher's probabilities, as they are read: below 0, or with a sum that no rounding explains.
+struct Probabilities {
+  double slack; // how far from 1 a sum may be
+  Fault negative, off;
+
+  void look_at(int64_t row, double lowest) {
+    if (lowest < 0) negative.report(row, lowest);
+  }
+
+  void refuse(std::string_view name, std::string_view allowed) const {
+    TORCH_CHECK_VALUE(
+        !negative.found, name, " hold ", negative.value, " in row ", negative.row, "; probabilities are at least 0");
+    TORCH_CHECK_VALUE(!off.found, name, " sum to ", off.value, " in row ", off.row, "; ", allowed);
+  }
+
+  std::string whole(std::string_view most, std::string_view advice) const {
+    return c10::str("a row of probabilities sums to 1", most, ", give or take ", slack, "; ", advice);
+  }
+};
+
+constexpr std::string_view kSayFloor = "for rounded ones say floor, half their step";
+
 inline double positive(const Tensor& tau) {
   const double value = tau.item<double>();
   TORCH_CHECK_VALUE(value > 0 && std::isfinite(value), "tau is ", value, "; it must be above 0 and finite");
   return value;
 }
 
-// How the losses of rows become what the op returns.
-struct Finish {
-  double factor = 1; // what every row's loss and gradient is multiplied with
+// What the losses of rows, and their gradients, are multiplied with before they are returned or added up.
+struct Factors {
+  double factor = 1; // of every row
   bool none = false; // reduction "none": a loss for each row
   std::vector<double> weights;
   Tensor mask;
 
-  bool skips(int64_t row) const { return mask.defined() && !mask.const_data_ptr<bool>()[row]; }
+  // A row that does not count, or for nothing, may hold anything.
+  bool skips(int64_t row) const {
+    return (mask.defined() && !mask.const_data_ptr<bool>()[row]) || (!weights.empty() && weights[row] == 0);
+  }
   double of(int64_t row) const { return weights.empty() ? factor : factor * weights[row]; }
 };
 
@@ -101,30 +126,33 @@ inline double scale_factor(std::string_view scale, double tau) {
   return scale == "tau2" ? tau * tau : scale == "tau" ? tau : 1.0;
 }
 
-// "mean" divides by all elements, "batchmean" by the rows that count.
-inline Finish finish(
+// "mean" divides by all elements, "batchmean" by dimension 0, "rowmean" by the rows that count.
+inline Factors factors_of(
     const Tensor& student, double scale, std::string_view reduction, const std::optional<Tensor>& weights,
     const std::optional<Tensor>& mask) {
   const int64_t classes = student.size(-1), rows = student.numel() / classes;
-  Finish how;
+  Factors factors;
   if (weights.has_value()) {
     TORCH_CHECK_VALUE(weights->numel() == rows, "weights have shape ", weights->sizes(), "; there are ", rows, " rows");
     const Tensor flat = weights->to(at::kDouble).contiguous();
-    how.weights.assign(flat.const_data_ptr<double>(), flat.const_data_ptr<double>() + rows);
+    factors.weights.assign(flat.const_data_ptr<double>(), flat.const_data_ptr<double>() + rows);
   }
   int64_t kept = rows;
   if (mask.has_value()) {
     TORCH_CHECK_VALUE(
         mask->numel() == rows && mask->scalar_type() == at::kBool, "mask has shape ", mask->sizes(), " and dtype ",
         mask->scalar_type(), "; it must be bool with one element for each of ", rows, " rows");
-    how.mask = mask->contiguous();
-    const bool* on = how.mask.const_data_ptr<bool>();
+    factors.mask = mask->contiguous();
+    const bool* on = factors.mask.const_data_ptr<bool>();
     kept = std::count(on, on + rows, true);
   }
-  how.none = reduction == "none";
-  const double divisor = reduction == "mean" ? double(rows) * classes : reduction == "batchmean" ? kept : 1.0;
-  how.factor = scale / (divisor > 0 ? divisor : 1.0);
-  return how;
+  factors.none = reduction == "none";
+  const int64_t divisor = reduction == "mean" ? student.numel()
+      : reduction == "batchmean"              ? student.size(0)
+      : reduction == "rowmean"                ? kept
+                                              : 1;
+  factors.factor = scale / std::max<int64_t>(divisor, 1);
+  return factors;
 }
 
 // float16 is too narrow for gradients that a GradScaler has not scaled yet: those stay float32 until backward.
@@ -225,11 +253,11 @@ struct Scratch {
 // Calls body(begin, end, losses, gradient or nullptr, output) on slices of the rows that begin at multiples of step, and
 // reduces the losses.
 template <typename A, typename Body>
-Result for_losses(const Tensor& student, const Finish& how, bool grad, int64_t step, Body body) {
+Result for_losses(const Tensor& student, const Factors& factors, bool grad, int64_t step, Body body) {
   const int64_t classes = student.size(-1), rows = student.numel() / classes;
   Tensor gradient = empty_grad(student, grad);
   const auto options = student.options().dtype(c10::CppTypeToScalarType<A>::value);
-  Tensor losses = at::empty(how.none ? student.sizes().slice(0, student.dim() - 1) : at::IntArrayRef(rows), options);
+  Tensor losses = at::empty(factors.none ? student.sizes().slice(0, student.dim() - 1) : at::IntArrayRef(rows), options);
   A* const loss = losses.mutable_data_ptr<A>();
   char* const to = grad ? static_cast<char*>(gradient.mutable_data_ptr()) : nullptr;
   const Output<A> output(grad_dtype(student));
@@ -238,7 +266,7 @@ Result for_losses(const Tensor& student, const Finish& how, bool grad, int64_t s
     body(begin * step, std::min(rows, end * step), loss, to, output);
   });
   const auto type = loss_dtype(student);
-  if (how.none) return {losses.to(type), gradient};
+  if (factors.none) return {losses.to(type), gradient};
   double total = 0;
   for (int64_t i = 0; i < rows; ++i) total += loss[i];
   return {scalar(total, options.dtype(type)), gradient};
@@ -246,19 +274,19 @@ Result for_losses(const Tensor& student, const Finish& how, bool grad, int64_t s
 
 // Calls row(i, scratch, factor, gradient or nullptr) -> loss before its factor, for every row that counts, and reduces.
 template <typename A, typename Row>
-Result for_rows(const Tensor& student, const Finish& how, bool grad, Row row) {
+Result for_rows(const Tensor& student, const Factors& factors, bool grad, Row row) {
   const int64_t classes = student.size(-1);
-  return for_losses<A>(student, how, grad, 1, [&](int64_t begin, int64_t end, A* loss, char* to, const Output<A>& output) {
+  return for_losses<A>(student, factors, grad, 1, [&](int64_t begin, int64_t end, A* loss, char* to, const Output<A>& output) {
     Scratch<A> scratch(classes);
     const int64_t step = classes * output.item;
     for (int64_t i = begin; i < end; ++i) {
       char* const here = to ? to + i * step : nullptr;
-      if (how.skips(i)) {
+      if (factors.skips(i)) {
         loss[i] = 0;
         if (here) std::memset(here, 0, step);
         continue;
       }
-      const double factor = how.of(i);
+      const double factor = factors.of(i);
       loss[i] = static_cast<A>(factor * row(i, scratch, factor, here));
     }
   });

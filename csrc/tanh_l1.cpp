@@ -188,8 +188,9 @@ Tensor distances(
     for (int64_t i = 0; i < samples; ++i) {
       double one = 0;
       for (int64_t piece = 0; piece < pieces; ++piece) one += parts[i * pieces + piece];
-      total += by[i] * one;
-      if (none) loss.mutable_data_ptr<A>()[i] = static_cast<A>(by[i] * one);
+      one = by[i] == 0 ? 0 : by[i] * one; // infinite or not
+      total += one;
+      if (none) loss.mutable_data_ptr<A>()[i] = static_cast<A>(one);
     }
     if (!none) *loss.mutable_data_ptr<A>() = static_cast<A>(total);
     return loss;

@@ -4,56 +4,63 @@
 namespace mekd {
 namespace {
 
-// Probabilities as logits, in the buffer: softmax(log p / tau) is p^(1/tau), normalised.
+// Probabilities as logits, in the buffer: softmax(log p / tau) is p^(1/tau), normalised. Adds them to total.
 template <typename A>
-const A* to_logits(const A* p, A* buffer, int64_t n, int64_t row, Fault& negative) {
+const A* to_logits(const A* p, A* buffer, int64_t n, int64_t row, Probabilities& seen, double& total) {
   using V = Vectorized<A>;
-  V least(0);
+  V least(0), all(0);
   for (int64_t j = 0; j < padded<A>(n); j += kWidth<A>) {
     V x = V::loadu(p + j);
     if (j + kWidth<A> > n) x = V::set(V(0), x, n - j); // the padding is no probability
     least = at::vec::clamp_max(x, least);
+    all = all + x;
     x.log().store(buffer + j);
   }
   const A lowest = at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::clamp_max(a, b); }, least);
-  if (lowest < 0) negative.report(row, lowest);
+  seen.look_at(row, lowest);
+  total += sum(all);
   return buffer;
 }
 
 Result tempered_kl(
-    const Tensor& student, const Tensor& target, const Tensor& tau, const std::optional<Tensor>& weights,
-    const std::optional<Tensor>& mask, bool probs, std::string_view scale, std::string_view reduction, bool grad) {
+    const Tensor& student, const Tensor& target, const Tensor& tau_tensor, const std::optional<Tensor>& weights,
+    const std::optional<Tensor>& mask, bool probs, double slack, std::string_view scale, std::string_view reduction, bool grad) {
   TORCH_CHECK_VALUE(
       target.sizes() == student.sizes(), "target has shape ", target.sizes(), "; it must be ", student.sizes());
-  const double warmth = positive(tau);
+  const double tau = positive(tau_tensor);
   return for_dtype(student, target, [&](auto kind) {
     using A = decltype(kind);
     const Rows<A> s(student), t(target);
     const int64_t classes = student.size(-1);
-    const Finish how = finish(student, scale_factor(scale, warmth), reduction, weights, mask);
-    const A unit = static_cast<A>(kLog2e / warmth);
+    const Factors factors = factors_of(student, scale_factor(scale, tau), reduction, weights, mask);
+    const A unit = static_cast<A>(kLog2e / tau);
     const Output<A> output(grad_dtype(student));
-    Fault negative;
-    const auto read_t = [&](int64_t i, int64_t begin, int64_t n, A* buffer) {
+    Probabilities seen{slack};
+    const auto read_t = [&](int64_t i, int64_t begin, int64_t n, A* buffer, double& total) {
       const A* x = t(i, begin, n, buffer);
-      return probs ? to_logits(x, buffer, n, i, negative) : x;
+      if (probs) x = to_logits(x, buffer, n, i, seen, total);
+      if (probs && begin + n == classes && std::abs(total - 1) > slack) seen.off.report(i, total);
+      return x;
     };
     Result result =
         classes <= kFewClasses
             ? for_tiles<A>(
-                  student, how, grad, 1 / warmth, [&](int64_t i, A* buffer) { return s(i, 0, classes, buffer); },
-                  [&](int64_t i, A* buffer) { return read_t(i, 0, classes, buffer); })
-            : for_rows<A>(student, how, grad, [&](int64_t i, Scratch<A>& scratch, double factor, char* to) {
+                  student, factors, grad, 1 / tau, [&](int64_t i, A* buffer) { return s(i, 0, classes, buffer); },
+                  [&](int64_t i, A* buffer) {
+                    double total = 0;
+                    return read_t(i, 0, classes, buffer, total);
+                  })
+            : for_rows<A>(student, factors, grad, [&](int64_t i, Scratch<A>& scratch, double factor, char* to) {
+                double total = 0;
                 const Ahead ahead{s.at(i + 1), t.at(i + 1), to, s.item, t.item, output.item};
                 const Pair<A> pair = read_pair<A>(
                     classes, unit, scratch, ahead,
                     [&](int64_t begin, int64_t n, A* buffer) { return s(i, begin, n, buffer); },
-                    [&](int64_t begin, int64_t n, A* buffer) { return read_t(i, begin, n, buffer); });
-                if (to) write_pair<A>(classes, unit, scratch, pair, factor / warmth, factor / warmth, output, to);
+                    [&](int64_t begin, int64_t n, A* buffer) { return read_t(i, begin, n, buffer, total); });
+                if (to) write_pair<A>(classes, unit, scratch, pair, factor / tau, factor / tau, output, to);
                 return pair.kl;
               });
-    TORCH_CHECK_VALUE(
-        !negative.found, "probs holds ", negative.value, " in row ", negative.row, "; probabilities are at least 0");
+    seen.refuse("probs", seen.whole("", kSayFloor));
     return result;
   });
 }

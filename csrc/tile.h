@@ -59,24 +59,24 @@ Vectorized<A> run_tile(Tile<A>& tile, int64_t classes, A unit, Vectorized<A> by)
 // for_rows for tempered_kl on tiles: read_s and read_t (row, buffer) fill a row of logits.
 template <typename A, typename ReadS, typename ReadT>
 Result for_tiles(
-    const Tensor& student, const Finish& how, bool grad, double inverse_tau, ReadS read_s, ReadT read_t) {
+    const Tensor& student, const Factors& factors, bool grad, double inverse_tau, ReadS read_s, ReadT read_t) {
   constexpr int64_t w = kWidth<A>;
-  const int64_t classes = student.size(-1), rows = student.numel() / classes;
+  const int64_t classes = student.size(-1);
   const A unit = static_cast<A>(kLog2e * inverse_tau);
-  return for_losses<A>(student, how, grad, w, [&](int64_t begin, int64_t end, A* loss, char* to, const Output<A>& output) {
+  return for_losses<A>(student, factors, grad, w, [&](int64_t begin, int64_t end, A* loss, char* to, const Output<A>& output) {
     Tile<A> tile;
-    alignas(64) A row[kFewClasses + w], factors[w], losses[w];
+    alignas(64) A row[kFewClasses + w], of[w], losses[w];
     for (int64_t first = begin; first < end; first += w) {
       const int64_t lanes = std::min(w, end - first);
       for (int64_t lane = 0; lane < w; ++lane) {
         const int64_t i = first + lane;
-        const bool counts = lane < lanes && !how.skips(i);
-        factors[lane] = counts ? static_cast<A>(how.of(i)) : 0;
+        const bool counts = lane < lanes && !factors.skips(i);
+        of[lane] = counts ? static_cast<A>(factors.of(i)) : 0;
         if (!counts) std::fill(row, row + classes, A(0));
         to_lane(counts ? read_s(i, row) : row, tile.s, lane, classes);
         to_lane(counts ? read_t(i, row) : row, tile.t, lane, classes);
       }
-      const auto by = Vectorized<A>::loadu(factors);
+      const auto by = Vectorized<A>::loadu(of);
       (run_tile<A>(tile, classes, unit, by * Vectorized<A>(static_cast<A>(inverse_tau))) * by).store(losses);
       for (int64_t lane = 0; lane < lanes; ++lane) {
         loss[first + lane] = losses[lane];

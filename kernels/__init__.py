@@ -1,1 +1,1 @@
-"""Triton kernels for CUDA, installed as mekd.kernels. One file per op; there is none yet."""
+"""Triton kernels for CUDA, installed as mekd.kernels: one file per op, with its launcher, and what they share."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from mekd.checks import check_tau, rows_with_label
 from mekd.kernels.gan_generator import softplus_and_sigmoid
 from mekd.kernels.rows import (
-    NEVER,
+    MINUS_INF,
     as_rows,
     check_shape,
     flat,
@@ -27,7 +27,7 @@ from mekd.kernels.softmax import absorb_pair, divergence, pair, product, refer
 @triton.jit
 def _load_rest(x, row, col, label, on, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.constexpr):
     """The rest is a softmax of its own, in which the target is masked."""
-    return tl.where(col[None, :] == label[:, None], NEVER, load(x, row, col, on, STEP, CLASSES, A))
+    return tl.where(col[None, :] == label[:, None], MINUS_INF, load(x, row, col, on, STEP, CLASSES, A))
 
 
 @triton.jit
@@ -41,13 +41,20 @@ def _against_rest(odds_s, odds_t, A: tl.constexpr):
 
 
 @triton.jit
+def _compared(beta, z_s, z_t):
+    """What the rest counts, 0 where either side leaves none of it, and what divides its exponentials, all 0 there."""
+    within = tl.where((z_s == 0) | (z_t == 0), 0, beta)
+    return within, tl.where(z_s == 0, 1, z_s), tl.where(z_t == 0, 1, z_t)
+
+
+@triton.jit
 def _tile(
     student, tau, weights, mask, count, losses, gradient, rows, by: tl.float64, teacher, labels,
     alpha: tl.float64, beta: tl.float64,
     CLASSES: tl.constexpr, STEP: tl.constexpr, POWER: tl.constexpr, A: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TEACHER_STEP: tl.constexpr,
 ):  # fmt: skip
-    row, there, on = rows_here(rows, mask, ROWS)
+    row, there, on = rows_here(rows, mask, weights, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
     label = tl.load(labels + row, mask=on, other=0).to(tl.int32)
     col = tl.arange(0, BLOCK)
@@ -60,8 +67,8 @@ def _tile(
     odds_t = (hit_t - refer(tl.max(t, 1))) * inverse - tl.log(z_t)
     binary, pull = _against_rest(odds_s, odds_t, A)
     pull *= number(alpha, A)
-    within = number(beta, A)
-    store_losses(losses, number(alpha, A) * binary + product(within, kl), factors, row, there, on)
+    within, z_s, z_t = _compared(number(beta, A), z_s, z_t)
+    store_losses(losses, product(number(alpha, A), binary) + product(within, kl), factors, row, there, on)
     if gradient is not None:
         slope = factors * inverse
         grad = q * (slope * (within - pull) / z_s)[:, None] - p * (slope * within / z_t)[:, None]
@@ -76,13 +83,13 @@ def _online(
     CLASSES: tl.constexpr, STEP: tl.constexpr, POWER: tl.constexpr, A: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TEACHER_STEP: tl.constexpr,
 ):  # fmt: skip
-    row, there, on = rows_here(rows, mask, ROWS)
+    row, there, on = rows_here(rows, mask, weights, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
     label = tl.load(labels + row, mask=on, other=0).to(tl.int32)
     hit_s = load_one(student, row, label, on, STEP, CLASSES, A)
     hit_t = load_one(teacher, row, label, on, TEACHER_STEP, CLASSES, A)
     lanes = tl.arange(0, BLOCK)
-    top_s = tl.full((ROWS,), NEVER, A)
+    top_s = tl.full((ROWS,), MINUS_INF, A)
     top_t = top_s
     z_s = tl.zeros((ROWS, BLOCK), A)
     z_t = z_s
@@ -97,9 +104,9 @@ def _online(
     odds_t = (hit_t - refer(top_t)) * inverse - tl.log(sum_t)
     binary, pull = _against_rest(odds_s, odds_t, A)
     pull *= number(alpha, A)
-    within = number(beta, A)
     kl = divergence(tl.sum(weighted, 1), sum_s, sum_t)
-    store_losses(losses, number(alpha, A) * binary + product(within, kl), factors, row, there, on)
+    within, sum_s, sum_t = _compared(number(beta, A), sum_s, sum_t)
+    store_losses(losses, product(number(alpha, A), binary) + product(within, kl), factors, row, there, on)
     if gradient is not None:
         slope = factors * inverse
         by_s = (slope * (within - pull) / sum_s)[:, None]

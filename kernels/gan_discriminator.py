@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mekd.checks import check_floating
+from mekd.checks import check_choice, check_floating
 from mekd.kernels.gan_generator import softplus_and_sigmoid
 from mekd.kernels.launch import launch
 from mekd.kernels.rows import empty_gradient, number
@@ -35,8 +35,7 @@ def gan_discriminator(d_real: Tensor, d_fake: Tensor, reduction: str, grad: bool
     """The loss of both batches (m,) and (n,), each reduced, and both gradients; ValueError for reduction "none"."""
     check_floating("d_real", d_real)
     check_floating("d_fake", d_fake)
-    if reduction == "none":
-        raise ValueError("reduction is 'none'; the two batches have no loss for each sample in common")
+    check_choice("reduction", reduction, ("mean", "sum"))  # both batches have no loss for each sample in common
     wide = torch.float64 in (d_real.dtype, d_fake.dtype)
     both = (d_real, d_fake)
     real, fake = (d.contiguous() for d in both)
@@ -49,7 +48,7 @@ def gan_discriminator(d_real: Tensor, d_fake: Tensor, reduction: str, grad: bool
     launch(
         gan_discriminator_kernel, (triton.cdiv(losses.numel(), BLOCK),), real, fake, losses,
         *(written if grad else (None, None)), real.numel(), fake.numel(),
-        *(1 if reduction == "sum" else 1 / max(d.numel(), 1) for d in both),
+        *(1.0 if reduction == "sum" else 1 / max(d.numel(), 1) for d in both),
         A=tl.float64 if wide else tl.float32, BLOCK=BLOCK, num_warps=4, num_stages=1,
     )  # fmt: skip
     for gradient, from_kernel in zip(gradients, written, strict=True):

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mekd.checks import check_floating, check_probabilities
+from mekd.checks import SAY_CONFIDENCE, check_confidence, check_floating, check_probabilities
 from mekd.kernels.launch import launch
-from mekd.kernels.rows import NEVER, as_rows, check_shape, empty_gradient, load, number
+from mekd.kernels.rows import MINUS_INF, as_rows, check_shape, empty_gradient, load, number
 from mekd.kernels.softmax import absorb
 
 TILE = 1024  # elements of the answer that one program reads at a time, where rows are short
@@ -40,7 +40,7 @@ def _top_probability(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, BLOCK)
-    top = tl.full((ROWS,), NEVER, A)
+    top = tl.full((ROWS,), MINUS_INF, A)
     total = tl.zeros((ROWS, BLOCK), A)
     for start in range(0, CLASSES, BLOCK):
         x = load(response, row, start + lanes, there, STEP, CLASSES, A)
@@ -83,8 +83,9 @@ def gan_generator_kernel(
 
 
 def gan_generator(
-    d: Tensor, response: Tensor | None, kind: str, base: float, alpha: float, minimax: bool, reduction: str, grad: bool
-) -> tuple[Tensor, Tensor]:
+    d: Tensor, response: Tensor | None, kind: str, slack: float, base: float, alpha: float, minimax: bool,
+    reduction: str, grad: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss and gradient for d (m,) and a response: confidence (m,), or logits or probs (m, C); y = 1 without one.
 
     ValueError where shapes do not fit (Ma et al., 2024, with the sign set right).
@@ -95,8 +96,10 @@ def gan_generator(
         raise ValueError(f"{kind} has shape {tuple(response.shape)}; d has {tuple(d.shape)}")
     if response is not None and not known:
         check_shape(kind, response, (count, response.shape[-1]))
-    if response is not None and kind != "logits":
-        check_probabilities(kind, response)
+    if response is not None and known:
+        check_confidence(response, slack)
+    if response is not None and kind == "probs":
+        check_probabilities(response, None, slack, SAY_CONFIDENCE)
     if alpha == 0:  # a weight of 0 is not multiplied with what may be NaN
         response = None
     rows = response if response is None else response.contiguous() if known else as_rows(response)
@@ -109,7 +112,7 @@ def gan_generator(
     written = gradient if gradient.is_contiguous() else torch.empty_like(x, dtype=gradient.dtype)
     launch(
         gan_generator_kernel, (triton.cdiv(count, at_once),), x, rows, losses, written if grad else None, count,
-        base, alpha, 1 if reduction in ("none", "sum") else 1 / max(count, 1),
+        base, alpha, 1 / max({"mean": count, "batchmean": d.shape[0]}.get(reduction, 1), 1),
         CLASSES=classes, STEP=rows.stride(0) if classes else 0, LOGITS=kind == "logits", MINIMAX=minimax,
         A=tl.float64 if wide else tl.float32, ROWS=at_once, BLOCK=block,
         num_warps=8 if block > 1024 else 4, num_stages=1,

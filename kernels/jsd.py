@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mekd.checks import check_tau
-from mekd.kernels.rows import NEVER, as_rows, check_shape, load, number, rates, rows_here, run, store, store_losses
+from mekd.kernels.rows import MINUS_INF, as_rows, check_shape, load, number, rates, rows_here, run, store, store_losses
 from mekd.kernels.softmax import absorb, exponents, product, refer
 
 
@@ -54,7 +54,7 @@ def _tile(
     CLASSES: tl.constexpr, STEP: tl.constexpr, POWER: tl.constexpr, A: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TEACHER_STEP: tl.constexpr, LIMIT: tl.constexpr, LOGS: tl.constexpr,
 ):  # fmt: skip
-    row, there, on = rows_here(rows, mask, ROWS)
+    row, there, on = rows_here(rows, mask, weights, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
     col = tl.arange(0, BLOCK)
     s = load(student, row, col, on, STEP, CLASSES, A)
@@ -99,11 +99,11 @@ def _online(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TEACHER_STEP: tl.constexpr, LIMIT: tl.constexpr, LOGS: tl.constexpr,
 ):  # fmt: skip
     """Normalisers, then the loss, then the gradient, which needs the sum of all slopes: each reads the row."""
-    row, there, on = rows_here(rows, mask, ROWS)
+    row, there, on = rows_here(rows, mask, weights, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
     lanes = tl.arange(0, BLOCK)
     zero = tl.zeros((ROWS, BLOCK), A)
-    top_s = tl.full((ROWS,), NEVER, A)
+    top_s = tl.full((ROWS,), MINUS_INF, A)
     top_t = top_s
     z_s = tl.full((ROWS,), 1, A)
     z_t = z_s

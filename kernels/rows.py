@@ -12,7 +12,7 @@ from mekd.kernels import tuning
 from mekd.kernels.launch import launch
 
 POWERS = {"one": 0, "tau": 1, "tau2": 2}
-NEVER = tl.constexpr(float("-inf"))
+MINUS_INF = tl.constexpr(float("-inf"))
 
 
 @triton.jit
@@ -22,14 +22,16 @@ def number(x, A: tl.constexpr):
 
 
 @triton.jit
-def rows_here(rows, mask, ROWS: tl.constexpr):
-    """The rows of this program, those that exist, and those of them that count."""
+def rows_here(rows, mask, weights, ROWS: tl.constexpr):
+    """The rows of this program, those that exist, and those of them that count, and for something."""
     # int64: a row may begin beyond 2^31 elements.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     on = there
     if mask is not None:
         on = there & (tl.load(mask + row, mask=there, other=0) != 0)
+    if weights is not None:
+        on = on & (tl.load(weights + row, mask=on, other=0) != 0)
     return row, there, on
 
 
@@ -38,7 +40,7 @@ def load(x, row, col, on, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.const
     """A tile (ROWS, BLOCK); what is no class, or in no row that counts, is not read and is a class that is masked."""
     at = x + row[:, None] * STEP + col[None, :]
     # Cast at once: interpreted bfloat16 is raw bits.
-    return tl.load(at, mask=on[:, None] & (col < CLASSES)[None, :], other=NEVER).to(A)
+    return tl.load(at, mask=on[:, None] & (col < CLASSES)[None, :], other=MINUS_INF).to(A)
 
 
 @triton.jit
@@ -51,16 +53,16 @@ def load_one(x, row, col, on, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.c
 @triton.jit
 def rates(tau, weights, count, by, row, on, POWER: tl.constexpr, A: tl.constexpr):
     """1 / tau, and what each row's loss is multiplied with: weight * tau^POWER / what the reduction divides by."""
-    warmth = tl.load(tau).to(A)
+    value = tl.load(tau).to(A)
     factor = number(by, A)
     for _ in tl.static_range(POWER):
-        factor *= warmth
+        factor *= value
     if count is not None:
         factor /= tl.maximum(tl.load(count), 1).to(A)
     factors = tl.where(on, factor, 0)
     if weights is not None:
         factors *= tl.load(weights + row, mask=on, other=0).to(A)
-    return 1 / warmth, factors
+    return 1 / value, factors
 
 
 @triton.jit
@@ -126,13 +128,14 @@ def run(
     gradient = empty_gradient(student) if grad else None
     # Written in rows, and rearranged after, in the rare case that it is to be laid out otherwise.
     written = gradient if gradient is None or gradient.is_contiguous() else torch.empty_like(ours, dtype=gradient.dtype)
-    divisor = {"mean": count * classes, "batchmean": count if mask is None else 1}.get(reduction, 1)
+    by_rows = count if mask is None else 1  # those that count are counted on the device
+    divisor = {"mean": count * classes, "batchmean": student.shape[0], "rowmean": by_rows}.get(reduction, 1)
     tile = tuning.tile(name, torch.float64 if wide else student.dtype, classes)
     launch(
         kernels[tile.block < classes],
         (triton.cdiv(count, tile.rows),),
         ours, tau, None if weights is None else flat(weights), None if mask is None else flat(mask),
-        mask.sum() if mask is not None and reduction == "batchmean" else None,
+        mask.sum() if mask is not None and reduction == "rowmean" else None,
         losses, written, count, 1 / max(divisor, 1), *targets, *others,
         CLASSES=classes, STEP=ours.stride(0), POWER=POWERS[scale], A=tl.float64 if wide else tl.float32,
         ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, num_stages=tile.stages, **constants,

@@ -3,13 +3,13 @@
 import triton
 import triton.language as tl
 
-from mekd.kernels.rows import NEVER
+from mekd.kernels.rows import MINUS_INF
 
 
 @triton.jit
 def refer(top):
     """What exponentials are referred to: the largest logit, or 0 where there are nothing but masks."""
-    return tl.where(top == NEVER, 0, top)
+    return tl.where(top == MINUS_INF, 0, top)
 
 
 @triton.jit
@@ -49,8 +49,8 @@ def absorb(x, top, inverse):
     new = tl.maximum(top, tl.max(x, 1))
     to = refer(new)
     # Before the first number there is nothing to shrink; inf - inf must not be met.
-    down = tl.where(top == NEVER, 0, (top - to) * inverse)
-    kept = tl.where(top == NEVER, 0, tl.exp(down))
+    down = tl.where(top == MINUS_INF, 0, (top - to) * inverse)
+    kept = tl.where(top == MINUS_INF, 0, tl.exp(down))
     return new, (x - to[:, None]) * inverse, down[:, None], kept[:, None]
 
 

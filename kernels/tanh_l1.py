@@ -8,6 +8,7 @@ from torch import Tensor
 from mekd.checks import check_floating
 from mekd.kernels.launch import launch
 from mekd.kernels.rows import empty_gradient, number
+from mekd.kernels.softmax import product
 
 LIMIT = tl.constexpr(22.0)  # tanh(x) has long been 1, and the product of two e^44 stays finite
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -94,7 +95,7 @@ def tanh_l1_kernel(
     factor = number(by, dtype)
     if weights_ptr is not None:
         factor *= tl.load(weights_ptr + sample).to(dtype)
-    tl.store(partial_ptr + program, tl.sum(tl.abs(gap)) * factor)
+    tl.store(partial_ptr + program, product(factor, tl.sum(tl.abs(gap))))
     if grad_ptr is not None:
         # A tie gives 0 as torch's abs does; a slope that is NaN stays NaN.
         grad = tl.where(a > b, slope, tl.where(a < b, -slope, slope * 0)) * factor

@@ -5,28 +5,56 @@ import triton.language as tl
 from torch import Tensor
 
 from mekd.checks import check_probabilities, check_tau
-from mekd.kernels.rows import NEVER, as_rows, check_shape, load, rates, rows_here, run, store, store_losses
+from mekd.kernels.rows import MINUS_INF, as_rows, check_shape, load, rates, rows_here, run, store, store_losses
 from mekd.kernels.softmax import absorb_pair, divergence, pair, refer
 
 
 @triton.jit
-def _load_target(target, row, col, on, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.constexpr, PROBS: tl.constexpr):
-    """The target as logits: softmax(log p / tau) is p^(1 / tau), normalised."""
-    t = load(target, row, col, on, STEP, CLASSES, A)
-    return tl.where(t <= 0, NEVER, tl.log(t)) if PROBS else t
+def _share(values, row, on, STEP: tl.constexpr, A: tl.constexpr, K: tl.constexpr, OTHERS: tl.constexpr):
+    """What each class that is not named gets, 0 where OTHERS, the count of those that share, is 0; the most of all."""
+    missing = tl.full(row.shape, 1, A)
+    most = tl.zeros(row.shape, A)
+    for k in range(K):
+        value = tl.load(values + row * STEP + k, mask=on, other=0).to(A)
+        missing -= value
+        most = tl.maximum(most, value)
+    share = tl.where(missing < 0, 0, missing) / OTHERS if OTHERS > 0 else tl.zeros(row.shape, A)
+    return share, tl.maximum(most, share)
 
 
 @triton.jit
-def _tile(
-    student, tau, weights, mask, count, losses, gradient, rows, by: tl.float64, target,
-    CLASSES: tl.constexpr, STEP: tl.constexpr, POWER: tl.constexpr, A: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, TARGET_STEP: tl.constexpr, PROBS: tl.constexpr,
+def _load_target(
+    target, indices, share, most, row, col, on, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.constexpr,
+    K: tl.constexpr, PROBS: tl.constexpr,
 ):  # fmt: skip
-    row, there, on = rows_here(rows, mask, ROWS)
+    """The target as logits: softmax(log p / tau) is p^(1 / tau), normalised. Of K values, by the most of the row."""
+    if K == 0:
+        t = load(target, row, col, on, STEP, CLASSES, A)
+        t = tl.where(t <= 0, MINUS_INF, tl.log(t)) if PROBS else t
+    else:
+        p = tl.where((col < CLASSES)[None, :], share[:, None], 0)
+        for k in range(K):
+            index = tl.load(indices + row * K + k, mask=on, other=-1).to(tl.int32)
+            value = tl.load(target + row * STEP + k, mask=on, other=0).to(A)
+            p = tl.where(col[None, :] == index[:, None], value[:, None], p)
+        t = tl.log(tl.where(p < 0, 0, p) / most[:, None])
+    return t
+
+
+@triton.jit
+def tile(
+    student, tau, weights, mask, count, losses, gradient, rows, by: tl.float64, target, indices,
+    CLASSES: tl.constexpr, STEP: tl.constexpr, POWER: tl.constexpr, A: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TARGET_STEP: tl.constexpr,
+    K: tl.constexpr, OTHERS: tl.constexpr, PROBS: tl.constexpr,
+):  # fmt: skip
+    """target: logits or probabilities of all classes where K is 0, else K values, of the classes in indices."""
+    row, there, on = rows_here(rows, mask, weights, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
     col = tl.arange(0, BLOCK)
     s = load(student, row, col, on, STEP, CLASSES, A)
-    t = _load_target(target, row, col, on, TARGET_STEP, CLASSES, A, PROBS)
+    share, most = _share(target, row, on, TARGET_STEP, A, K, OTHERS)
+    t = _load_target(target, indices, share, most, row, col, on, TARGET_STEP, CLASSES, A, K, PROBS)
     kl, q, p, z_s, z_t = pair(s, t, inverse)
     store_losses(losses, kl, factors, row, there, on)
     if gradient is not None:
@@ -36,22 +64,24 @@ def _tile(
 
 
 @triton.jit
-def _online(
-    student, tau, weights, mask, count, losses, gradient, rows, by: tl.float64, target,
+def online(
+    student, tau, weights, mask, count, losses, gradient, rows, by: tl.float64, target, indices,
     CLASSES: tl.constexpr, STEP: tl.constexpr, POWER: tl.constexpr, A: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, TARGET_STEP: tl.constexpr, PROBS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TARGET_STEP: tl.constexpr,
+    K: tl.constexpr, OTHERS: tl.constexpr, PROBS: tl.constexpr,
 ):  # fmt: skip
-    row, there, on = rows_here(rows, mask, ROWS)
+    row, there, on = rows_here(rows, mask, weights, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
+    share, most = _share(target, row, on, TARGET_STEP, A, K, OTHERS)
     lanes = tl.arange(0, BLOCK)
-    top_s = tl.full((ROWS,), NEVER, A)
+    top_s = tl.full((ROWS,), MINUS_INF, A)
     top_t = top_s
     z_s = tl.zeros((ROWS, BLOCK), A)
     z_t = z_s
     weighted = z_s
     for start in range(0, CLASSES, BLOCK):
         s = load(student, row, start + lanes, on, STEP, CLASSES, A)
-        t = _load_target(target, row, start + lanes, on, TARGET_STEP, CLASSES, A, PROBS)
+        t = _load_target(target, indices, share, most, row, start + lanes, on, TARGET_STEP, CLASSES, A, K, PROBS)
         top_s, top_t, z_s, z_t, weighted = absorb_pair(s, t, top_s, top_t, z_s, z_t, weighted, inverse)
     sum_s = tl.sum(z_s, 1)
     sum_t = tl.sum(z_t, 1)
@@ -61,7 +91,7 @@ def _online(
         by_t = (factors * inverse / sum_t)[:, None]
         for start in range(0, CLASSES, BLOCK):
             s = load(student, row, start + lanes, on, STEP, CLASSES, A)
-            t = _load_target(target, row, start + lanes, on, TARGET_STEP, CLASSES, A, PROBS)
+            t = _load_target(target, indices, share, most, row, start + lanes, on, TARGET_STEP, CLASSES, A, K, PROBS)
             q = tl.exp((s - refer(top_s)[:, None]) * inverse)
             p = tl.exp((t - refer(top_t)[:, None]) * inverse)
             store(gradient, q * by_s - p * by_t, row, start + lanes, there, on, CLASSES)
@@ -69,7 +99,7 @@ def _online(
 
 def tempered_kl(
     student: Tensor, target: Tensor, tau: Tensor, weights: Tensor | None, mask: Tensor | None,
-    probs: bool, scale: str, reduction: str, grad: bool,
+    probs: bool, slack: float, scale: str, reduction: str, grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss and gradient of logits (..., C) against logits, or probabilities, of the same shape (Hinton et al., 2015).
 
@@ -78,9 +108,9 @@ def tempered_kl(
     check_shape("target", target, student.shape)
     check_tau(tau)
     if probs:
-        check_probabilities("probs", target, mask)
+        check_probabilities(target, mask, slack)
     theirs = as_rows(target)
     return run(
-        "tempered_kl", (_tile, _online), student, (theirs,), tau, weights, mask, scale, reduction, grad,
-        TARGET_STEP=theirs.stride(0), PROBS=probs,
+        "tempered_kl", (tile, online), student, (theirs,), tau, weights, mask, scale, reduction, grad, None,
+        TARGET_STEP=theirs.stride(0), K=0, OTHERS=0, PROBS=probs,
     )  # fmt: skip

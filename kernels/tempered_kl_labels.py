@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mekd.checks import check_tau, rows_with_label
-from mekd.kernels.rows import NEVER, check_shape, flat, load, load_one, rates, rows_here, run, store, store_losses
+from mekd.kernels.rows import MINUS_INF, check_shape, flat, load, load_one, rates, rows_here, run, store, store_losses
 from mekd.kernels.softmax import absorb, exponents, refer
 
 
@@ -16,7 +16,7 @@ def _tile(
     CLASSES: tl.constexpr, STEP: tl.constexpr, POWER: tl.constexpr, A: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, there, on = rows_here(rows, mask, ROWS)
+    row, there, on = rows_here(rows, mask, weights, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
     label = tl.load(labels + row, mask=on, other=0).to(tl.int32)
     col = tl.arange(0, BLOCK)
@@ -38,11 +38,11 @@ def _online(
     CLASSES: tl.constexpr, STEP: tl.constexpr, POWER: tl.constexpr, A: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, there, on = rows_here(rows, mask, ROWS)
+    row, there, on = rows_here(rows, mask, weights, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
     label = tl.load(labels + row, mask=on, other=0).to(tl.int32)
     lanes = tl.arange(0, BLOCK)
-    top = tl.full((ROWS,), NEVER, A)
+    top = tl.full((ROWS,), MINUS_INF, A)
     total = tl.zeros((ROWS, BLOCK), A)
     for start in range(0, CLASSES, BLOCK):
         s = load(student, row, start + lanes, on, STEP, CLASSES, A)

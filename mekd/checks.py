@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 SCALES = ("tau2", "tau", "one")
-REDUCTIONS = ("none", "mean", "batchmean", "sum")
+REDUCTIONS = ("rowmean", "none", "mean", "batchmean", "sum")
+#: Of losses that have no rows of classes: every sample counts.
+SAMPLE_REDUCTIONS = ("none", "mean", "batchmean", "sum")
 TOPK_RESTS = ("spread", "drop")
 
 
@@ -142,19 +144,75 @@ def check_tau(tau: Tensor) -> None:
         raise ValueError(f"tau is {tau.item()}; it must be above 0 and finite")
 
 
-def check_probabilities(name: str, probs: Tensor, mask: Tensor | None = None) -> None:
-    """Raise ValueError unless probabilities (..., C) are at least 0 in the rows (...) that count."""
+#: How far the sum of a row of probabilities may be from 1, before what is known of their rounding.
+SLACK = 1e-2
+
+
+def check_floor(floor: float) -> None:
+    """Raise ValueError unless floor is a number from 0 on and below 1."""
+    if not 0 <= floor < 1:
+        raise ValueError(f"floor is {floor}; it must be at least 0 and below 1: half the step of rounded probabilities")
+
+
+def slack_of(probs: Tensor, floor: float) -> float:
+    """How far the sum of a row of (..., C) may be from 1 where each value was rounded by at most floor."""
+    if probs.dtype == torch.float16:
+        floor = max(floor, 2.0**-25)  # half its least number
+    return SLACK + floor * probs.shape[-1] if floor > 0 else SLACK
+
+
+#: What to do about rounded probabilities.
+SAY_FLOOR = "for rounded ones say floor, half their step"
+SAY_CONFIDENCE = "of rounded ones give the largest as confidence"
+
+
+def check_probabilities(probs: Tensor, mask: Tensor | None, slack: float, advice: str = SAY_FLOOR) -> None:
+    """Raise ValueError unless the rows of probs (..., C) that count (...) hold no negative number and sum to 1."""
     if checks_values(probs):
-        _refuse(probs < 0, mask, probs, name, "probabilities are at least 0")
+        sums = _sums("probs", probs, mask)
+        allowed = f"a row of probabilities sums to 1, give or take {slack:g}; {advice}"
+        _refuse((sums - 1).abs() > slack, mask, sums, "probs", allowed, "sum to")
+
+
+def check_best(values: Tensor, mask: Tensor | None, slack: float, shared: bool) -> None:
+    """Raise ValueError unless top-k values (..., K) are parts of a distribution in the rows (...) that count.
+
+    shared: whether what is missing to 1 goes to other classes, so that there is a target without any value.
+    """
+    if checks_values(values):
+        sums = _sums("topk values", values, mask)
+        _refuse(
+            sums > 1 + slack, mask, sums, "topk values",
+            f"a row of probabilities sums to 1 at most, give or take {slack:g}; {SAY_FLOOR}", "sum to",
+        )  # fmt: skip
+        if not shared:
+            _refuse(
+                sums <= 0, mask, sums, "topk values", "where nothing is spread one of them must be above 0", "sum to"
+            )
+
+
+def check_confidence(confidence: Tensor, slack: float) -> None:
+    """Raise ValueError unless confidences are probabilities: between 0 and 1."""
+    if checks_values(confidence):
+        bad = (confidence < 0) | (confidence > 1 + slack)
+        _refuse(bad, None, confidence, "confidence", "a probability lies between 0 and 1")
+
+
+def _sums(name: str, probs: Tensor, mask: Tensor | None) -> Tensor:
+    """The sum of each row, and ValueError for a number below 0."""
+    rows = None if mask is None else mask.unsqueeze(-1)
+    _refuse(probs < 0, rows, probs, name, "probabilities are at least 0")
+    return probs.sum(-1, dtype=torch.float64 if probs.dtype == torch.float64 else torch.float32)
 
 
 def check_named_classes(indices: Tensor, classes: int, mask: Tensor | None = None) -> None:
     """Raise ValueError unless indices (..., K) name classes, and none twice, in the rows (...) that count."""
     if checks_values(indices):
-        _refuse((indices < 0) | (indices >= classes), mask, indices, "topk indices", f"classes are 0 to {classes - 1}")
+        rows = None if mask is None else mask.unsqueeze(-1)
+        _refuse((indices < 0) | (indices >= classes), rows, indices, "topk indices", f"classes are 0 to {classes - 1}")
         ordered = indices.sort(-1).values
         _refuse(
-            ordered[..., 1:] == ordered[..., :-1], mask, ordered[..., 1:], "topk indices", "a row names a class once"
+            ordered[..., 1:] == ordered[..., :-1], rows, ordered[..., 1:], "topk indices", "a row names a class once"
         )
 
 
@@ -168,8 +226,8 @@ def rows_with_label(labels: Tensor, mask: Tensor | None, ignore_index: int, clas
     return kept
 
 
-def _refuse(bad: Tensor, mask: Tensor | None, x: Tensor, name: str, allowed: str) -> None:
+def _refuse(bad: Tensor, mask: Tensor | None, x: Tensor, name: str, allowed: str, what: str = "hold") -> None:
     if mask is not None:
-        bad = bad & mask.unsqueeze(-1)
+        bad = bad & mask
     if bad.any():
-        raise ValueError(f"{name} hold {x[bad].flatten()[0].item():g}; {allowed}")
+        raise ValueError(f"{name} {what} {x[bad].flatten()[0].item():g}; {allowed}")

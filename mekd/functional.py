@@ -2,13 +2,14 @@
 
 Common to all: losses come as float32 (float64 for float64 inputs) whatever the inputs' dtype; a teacher that requires
 grad is refused, and so are second derivatives. weights (...) multiplies each row's loss, mask (...) is True for the
-rows that count, which may hold anything elsewhere. reduction: "none" gives (...), "sum" adds up, "batchmean" divides
-that by the rows that count, "mean" by all elements, as F.kl_div does. dim: where the classes are, 1 for dense
-predictions (B, C, H, W). tau: a float or a 0-d tensor; under torch.compile only the tensor changes without a
-recompile. impl names a backend, "reference", "cpp" or "triton", and is an error where that cannot run. Raises
-ValueError or TypeError naming the argument; values (labels, probabilities, indices, tau) are checked while they are
-read: on the CPU always, on a GPU with MEKD_CHECK=1 in the environment. Within torch.func and forward-mode
-differentiation the formula runs, which has derivatives of every order; within torch.func values are not checked.
+rows that count; a row that does not, or has a weight of 0, may hold anything. reduction: "none" gives (...), "sum" adds
+up, "rowmean" divides that by the rows that count, whatever their weights, and "batchmean" by the size of dimension 0
+and "mean" by all elements, both as F.kl_div does. dim: where the classes are, 1 for dense predictions (B, C, H, W).
+tau: a float or a 0-d tensor; under torch.compile only the tensor changes without a recompile. impl names a backend,
+"reference", "cpp" or "triton", and is an error where that cannot run. Raises ValueError or TypeError naming the
+argument; values (labels, probabilities, indices, tau) are checked while they are read: on the CPU always, on a GPU with
+MEKD_CHECK=1 in the environment. Within torch.func and forward-mode differentiation the formula runs, which has
+derivatives of every order; within torch.func values are not checked.
 """
 
 import math
@@ -19,16 +20,20 @@ from torch import Tensor
 from mekd import ops
 from mekd.checks import (
     REDUCTIONS,
+    SAMPLE_REDUCTIONS,
     SCALES,
+    SLACK,
     TOPK_RESTS,
     check_choice,
     check_device,
     check_floating,
+    check_floor,
     check_labels,
     check_rows,
     check_student,
     check_teacher,
     check_weight,
+    slack_of,
     tau_tensor,
 )
 from mekd.reference import accumulation_dtype
@@ -44,11 +49,12 @@ def kd_loss(
     tau: float | Tensor = 1.0,
     scale: str = "tau2",
     rest: str = "spread",
+    floor: float = 0.0,
     ignore_index: int = -100,
     weights: Tensor | None = None,
     mask: Tensor | None = None,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: str = "rowmean",
     impl: str | None = None,
 ) -> Tensor:
     """scale * KL(p_t^tau || softmax(student / tau)), the loss of Hinton et al. (2015), for any kind of answer.
@@ -56,7 +62,8 @@ def kd_loss(
     student: logits (..., C). Exactly one target: logits (..., C); probs (..., C), re-tempered as p^(1/tau);
     labels (...) int64, one-hot and not softened, ignore_index for rows that do not count; topk=(values, indices),
     both (..., K), whose missing mass is spread over the other classes (rest="spread") or dropped (rest="drop").
-    scale: "tau2", "tau" or "one". For the rest see mekd.functional.
+    A row of probs sums to 1, and one of values to 1 at most, give or take 1e-2 and floor a class: half the step of
+    values that were rounded (0.005 for two decimals). scale: "tau2", "tau" or "one". For the rest see mekd.functional.
     """
     if (logits is not None) + (probs is not None) + (labels is not None) + (topk is not None) != 1:
         given = {"logits": logits, "probs": probs, "labels": labels, "topk": topk}
@@ -64,6 +71,7 @@ def kd_loss(
         raise ValueError(f"targets given: {', '.join(names) or 'none'}; give exactly one of {', '.join(given)}")
     check_choice("scale", scale, SCALES)
     check_choice("reduction", reduction, REDUCTIONS)
+    check_floor(floor)
     student = _classes_last(student, dim)
     tau = tau_tensor(tau, student.device)
     check_student("student", student)
@@ -89,7 +97,7 @@ def kd_loss(
         check_teacher("topk values", values, values)
         check_device("topk values", values, student)
         return ops.run(
-            "tempered_kl_topk", student, values, indices, tau, weights, mask, rest, scale,
+            "tempered_kl_topk", student, values, indices, tau, weights, mask, rest, slack_of(values, floor), scale,
             reduction=reduction, impl=impl,
         )  # fmt: skip
     target = logits if logits is not None else probs
@@ -97,8 +105,9 @@ def kd_loss(
     target = _classes_last(target, dim)
     check_teacher("probs" if logits is None else "logits", target, student)
     return ops.run(
-        "tempered_kl", student, target, tau, weights, mask, logits is None, scale, reduction=reduction, impl=impl
-    )
+        "tempered_kl", student, target, tau, weights, mask, logits is None, slack_of(target, floor), scale,
+        reduction=reduction, impl=impl,
+    )  # fmt: skip
 
 
 def logit_standardized_kd_loss(
@@ -142,7 +151,7 @@ def dkd_loss(
     weights: Tensor | None = None,
     mask: Tensor | None = None,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: str = "rowmean",
     impl: str | None = None,
 ) -> Tensor:
     """scale * (alpha * KL of target against rest + beta * KL within the rest): decoupled KD (Zhao et al., 2022).
@@ -175,7 +184,7 @@ def jsd_loss(
     weights: Tensor | None = None,
     mask: Tensor | None = None,
     dim: int = -1,
-    reduction: str = "batchmean",
+    reduction: str = "rowmean",
     impl: str | None = None,
 ) -> Tensor:
     """scale * (beta KL(p || m) + (1 - beta) KL(q || m)), m = beta p + (1 - beta) q: generalised Jensen-Shannon.
@@ -216,7 +225,7 @@ def image_l1_loss(
     which spares an allocation of its size: nothing else may read student, and backward runs once. A float16 student
     keeps a gradient of its own, in float32; so does one that torch negates when it is read, or that has a tangent.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("reduction", reduction, SAMPLE_REDUCTIONS)
     check_floating("student", student)
     if student.dim() == 0:
         raise ValueError("student is 0-d; it must have shape (m, ...)")
@@ -245,7 +254,8 @@ def generator_loss(
 
     d_fake: the discriminator's logits (m,) for generated images. y is the teacher's top probability: given as
     confidence (m,), or taken from its answer, logits or probs (m, C); 1 when nothing is given (a teacher that
-    answers labels). minimax=True: G minimises log(1 - sigmoid(d)) instead of softplus(-d).
+    answers labels). minimax=True: G minimises log(1 - sigmoid(d)) instead of softplus(-d). ValueError for a confidence
+    above 1 or a row of probs that does not sum to 1, give or take 1e-2.
     """
     return _generator(d_fake, confidence, logits, probs, 1.0, alpha, minimax, reduction, impl)
 
@@ -274,7 +284,7 @@ def _generator(
     reduction: str,
     impl: str | None,
 ) -> Tensor:
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("reduction", reduction, SAMPLE_REDUCTIONS)
     check_floating("d_fake", d_fake)
     if d_fake.dim() == 0:
         raise ValueError("d_fake is 0-d; it must have shape (m,)")
@@ -292,7 +302,10 @@ def _generator(
             check_device(kind, response, d_fake)
             if response.dim() != 2 or response.shape[0] != d_fake.numel() or response.shape[1] == 0:
                 raise ValueError(f"{kind} has shape {tuple(response.shape)}; it must be ({d_fake.numel()}, C)")
-    return ops.run("gan_generator", d_fake, response, kind, base, float(alpha), minimax, reduction=reduction, impl=impl)
+    slack = SLACK if response is None else slack_of(response, 0.0)
+    return ops.run(
+        "gan_generator", d_fake, response, kind, slack, base, float(alpha), minimax, reduction=reduction, impl=impl
+    )
 
 
 def discriminator_loss(d_real: Tensor, d_fake: Tensor, *, reduction: str = "mean", impl: str | None = None) -> Tensor:

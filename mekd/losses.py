@@ -178,7 +178,9 @@ class MEKDLoss(nn.Module):
 
         kept: what teacher_image() drew for this answer before (m, ch, H, W); it is drawn here without it.
         """
-        kl = functional.kd_loss(student, logits, tau=self.kl_tau, scale=self.scale, rest=self.rest, **others)
+        kl = functional.kd_loss(
+            student, logits, tau=self.kl_tau, scale=self.scale, rest=self.rest, floor=self.floor, **others
+        )
         if self.image == 0:
             return kl.new_zeros(()), kl
         code, target, answer = self._resolve({"logits": logits, **others}, student.shape[-1])

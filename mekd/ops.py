@@ -111,16 +111,21 @@ class _Loss(torch.autograd.Function):
 
 
 def _scaled(ctx: Any, upstream: Tensor, looks: bool) -> list[Tensor]:
-    """The stored gradients times what comes from above; looks: whether that may be read, to spare a product with 1."""
+    """The stored gradients times what comes from above; looks: whether they are ours, to spare a product with 1."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "the losses of mekd have first derivatives only: call backward() or grad() without create_graph=True, "
             "or use the formulas in mekd.reference, which autograd can differentiate twice"
         )
     grads = ctx.saved_tensors
+    looks = looks and not torch.compiler.is_compiling()
     if upstream.dim() > 0:
         grads = [grad * upstream.reshape(upstream.shape + (1,) * (grad.dim() - upstream.dim())) for grad in grads]
-    elif not looks or upstream.device.type != "cpu" or _mapped(upstream) or upstream.item() != 1:
+    elif not looks or _mapped(upstream):
+        grads = [grad * upstream for grad in grads]
+    elif upstream.device.type != "cpu" or extension.INTERPRETED:
+        return [_on_device(grad, upstream, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+    elif upstream.item() != 1:
         grads = [grad * upstream for grad in grads]
     return [g if g.dtype == dtype else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
 
@@ -128,6 +133,28 @@ def _scaled(ctx: Any, upstream: Tensor, looks: bool) -> list[Tensor]:
 def _mapped(x: Tensor) -> bool:
     """Whether x stands for many: vmap over upstreams, by either of PyTorch's."""
     return torch._C._functorch.is_legacy_batchedtensor(x) or torch._C._functorch.is_batchedtensor(x)
+
+
+def _on_device(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product where upstream is not to be waited for; a second backward finds the stored gradient as it was."""
+    if grad.dtype != dtype:
+        return torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype))  # rounds in the same pass
+    if _graph_is_kept():
+        return grad * upstream
+    _scale_(grad, upstream)
+    return grad
+
+
+#: Whether the backward that is running leaves the stored tensors for another one (retain_graph=True).
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _scale_(x: Tensor, by: Tensor) -> None:
+    if _HAS_TRITON and (x.is_cuda or extension.INTERPRETED):
+        _kernel("scale_")(x, by)
+        torch.autograd.graph.increment_version(x)
+    elif by.device.type != "cpu" or by.item() != 1:
+        x.mul_(by)
 
 
 def _define(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], differentiable: int = 1) -> None:
@@ -230,9 +257,13 @@ def _fake_discriminator(real: Tensor, fake: Tensor, reduction: str, wanted: bool
 
 
 _ROWS = "Tensor tau, Tensor? weights, Tensor? mask"
-_define("tempered_kl", f"Tensor student, Tensor target, {_ROWS}, bool probs, str scale", _fake_rows)
+_define("tempered_kl", f"Tensor student, Tensor target, {_ROWS}, bool probs, float slack, str scale", _fake_rows)
 _define("tempered_kl_labels", f"Tensor student, Tensor labels, {_ROWS}, int ignore_index, str scale", _fake_rows)
-_define("tempered_kl_topk", f"Tensor student, Tensor values, Tensor indices, {_ROWS}, str rest, str scale", _fake_rows)
+_define(
+    "tempered_kl_topk",
+    f"Tensor student, Tensor values, Tensor indices, {_ROWS}, str rest, float slack, str scale",
+    _fake_rows,
+)
 _define(
     "dkd",
     f"Tensor student, Tensor teacher, Tensor labels, {_ROWS}, float alpha, float beta, int ignore_index, str scale",
@@ -240,7 +271,11 @@ _define(
 )
 _define("jsd", f"Tensor student, Tensor teacher, {_ROWS}, float beta, bool log_probs, str scale", _fake_rows)
 _define("tanh_l1", "Tensor a, Tensor b, Tensor? weights, bool tanh, bool finished", _fake_samples)
-_define("gan_generator", "Tensor d, Tensor? response, str kind, float base, float alpha, bool minimax", _fake_elements)
+_define(
+    "gan_generator",
+    "Tensor d, Tensor? response, str kind, float slack, float base, float alpha, bool minimax",
+    _fake_elements,
+)
 _define("gan_discriminator", "Tensor d_real, Tensor d_fake", _fake_discriminator, differentiable=2)
 _LIBRARY.define("tanh_l1_(Tensor(a!) a, Tensor b, Tensor? weights, bool tanh, bool finished, str reduction) -> Tensor")
 
@@ -289,8 +324,8 @@ class _InPlace(torch.autograd.Function):
             raise RuntimeError("image_l1_loss has first derivatives only: use create_graph=False")
         if upstream.dim() > 0:
             grad.mul_(upstream.reshape((-1,) + (1,) * (grad.dim() - 1)))
-        elif upstream.device.type != "cpu" or upstream.item() != 1:
-            grad.mul_(upstream)
+        else:
+            _scale_(grad, upstream)
         return grad, *[None] * 6
 
 

@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mekd.checks import check_named_classes, check_probabilities, check_tau, rows_with_label
+from mekd.checks import (
+    SAY_CONFIDENCE,
+    check_best,
+    check_choice,
+    check_confidence,
+    check_named_classes,
+    check_probabilities,
+    check_tau,
+    rows_with_label,
+)
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -84,23 +93,31 @@ def tanh_l1(a: Tensor, b: Tensor, tanh: bool = True, finished: bool = False) -> 
 def dkd(student: Tensor, teacher: Tensor, labels: Tensor, tau: Tensor | float, alpha: float, beta: float) -> Tensor:
     """Decoupled KD (Zhao et al., 2022): alpha * KL of target class against rest + beta * KL within the rest.
 
-    student, teacher: logits (N, C), labels (N,). With one class both parts are 0, with two the second one is.
+    student, teacher: logits (N, C), labels (N,). With one class both parts are 0, with two the second one is; so it is
+    in a row where either side masks all of the rest, in which there is then nothing to compare. A part of weight 0
+    counts nothing, even where it is infinite.
     """
     target = torch.arange(student.shape[-1], device=labels.device) == labels.unsqueeze(-1)
-    log_q, log_p = log_softmax(student, tau), log_softmax(teacher, tau).to(accumulation_dtype(student))
+    dtype = accumulation_dtype(student)
 
-    def split(log_probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the target and of all others together, without 1 - p, which would round to 0."""
-        hit = log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        return hit, log_probs.masked_fill(target, -math.inf).logsumexp(-1)
+    def split(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of the target against all others together (N, 2), the others' logits, and where none is."""
+        scaled = logits.to(accumulation_dtype(logits)) / tau
+        rest = scaled.masked_fill(target, -math.inf)
+        empty = (rest == -math.inf).all(-1)
+        rest = rest.masked_fill(empty.unsqueeze(-1), 0.0)
+        together = rest.logsumexp(-1).masked_fill(empty, -math.inf)
+        both = torch.stack([scaled.gather(-1, labels.unsqueeze(-1)).squeeze(-1), together], -1)
+        return F.log_softmax(both, -1).to(dtype), rest.to(dtype), empty
 
-    (hit_q, miss_q), (hit_p, miss_p) = split(log_q), split(log_p)
-    binary = _kl_term(hit_p, hit_q) + _kl_term(miss_p, miss_q)
-    if student.shape[-1] < 3:
-        return alpha * binary
-    hidden_p, hidden_q = ((x.to(log_q.dtype) / tau).masked_fill(target, -math.inf) for x in (teacher, student))
-    rest = tempered_kl(hidden_q, hidden_p, 1.0)
-    return alpha * binary + beta * rest
+    (log_q, rest_q, none_q), (log_p, rest_p, none_p) = split(student), split(teacher)
+    binary = _kl_term(log_p, log_q).sum(-1)
+    within = tempered_kl(rest_q, rest_p, 1.0).masked_fill(none_q | none_p, 0.0)
+    return _times(alpha, binary) + _times(beta if student.shape[-1] > 2 else 0.0, within)
+
+
+def _times(weight: float, losses: Tensor) -> Tensor:
+    return weight * (losses if weight else losses.masked_fill(torch.ones_like(losses, dtype=torch.bool), 0.0))
 
 
 def _kl_term(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -153,13 +170,14 @@ def gan_discriminator(d_real: Tensor, d_fake: Tensor) -> tuple[Tensor, Tensor]:
 
 def tempered_kl_loss(
     student: Tensor, target: Tensor, tau: Tensor, weights: Tensor | None, mask: Tensor | None,
-    probs: bool, scale: str, reduction: str,
+    probs: bool, slack: float, scale: str, reduction: str,
 ) -> Tensor:  # fmt: skip
-    """tempered_kl of (..., C), weighted, masked, scaled and reduced."""
+    """tempered_kl of (..., C), weighted, masked, scaled and reduced; slack: how far a row of probs may be from 1."""
     check_tau(tau)
     if probs:
-        check_probabilities("probs", target, mask)
-    student, target = _hide(student, mask, 0.0), _hide(target, mask, 1.0)
+        check_probabilities(target, mask, slack)
+    kept = _weighing(weights, mask)
+    student, target = _hide(student, kept, 0.0), _hide(target, kept, 1.0)
     return _rows(tempered_kl(student, target, tau, probs), student, tau, weights, mask, scale, reduction)
 
 
@@ -170,23 +188,27 @@ def tempered_kl_labels_loss(
     """tempered_kl_labels of (..., C) and labels (...), weighted, masked, scaled and reduced."""
     check_tau(tau)
     mask = rows_with_label(labels, mask, ignore_index, student.shape[-1])
-    student = _hide(student, mask, 0.0)
+    student = _hide(student, _weighing(weights, mask), 0.0)
     losses = tempered_kl_labels(student, labels.where(mask, 0), tau, -1)
     return _rows(losses, student, tau, weights, mask, scale, reduction)
 
 
 def tempered_kl_topk_loss(
     student: Tensor, values: Tensor, indices: Tensor, tau: Tensor, weights: Tensor | None, mask: Tensor | None,
-    rest: str, scale: str, reduction: str,
+    rest: str, slack: float, scale: str, reduction: str,
 ) -> Tensor:  # fmt: skip
-    """tempered_kl_topk of (..., C), values and indices (..., K), weighted, masked, scaled and reduced."""
+    """tempered_kl_topk of (..., C), values and indices (..., K), weighted, masked, scaled and reduced.
+
+    slack: how far above 1 the sum of a row of values may be.
+    """
     check_tau(tau)
-    check_probabilities("topk values", values, mask)
+    check_best(values, mask, slack, rest == "spread" and indices.shape[-1] < student.shape[-1])
     check_named_classes(indices, student.shape[-1], mask)
-    if mask is not None:
-        values = _hide(values, mask, 1.0)
-        indices = indices.where(mask.unsqueeze(-1), torch.arange(indices.shape[-1], device=indices.device))
-    student = _hide(student, mask, 0.0)
+    kept = _weighing(weights, mask)
+    if kept is not None:
+        values = _hide(values, kept, 1.0)
+        indices = indices.where(kept.unsqueeze(-1), torch.arange(indices.shape[-1], device=indices.device))
+    student = _hide(student, kept, 0.0)
     losses = tempered_kl_topk(student, values, indices, tau, rest)
     return _rows(losses, student, tau, weights, mask, scale, reduction)
 
@@ -198,7 +220,8 @@ def dkd_loss(
     """dkd of (..., C) and labels (...), weighted, masked, scaled and reduced."""
     check_tau(tau)
     mask = rows_with_label(labels, mask, ignore_index, student.shape[-1])
-    student, teacher = _hide(student, mask, 0.0), _hide(teacher, mask, 0.0)
+    kept = _weighing(weights, mask)
+    student, teacher = _hide(student, kept, 0.0), _hide(teacher, kept, 0.0)
     ours, theirs = (x.reshape(-1, x.shape[-1]) for x in (student, teacher))
     losses = dkd(ours, theirs, labels.where(mask, 0).reshape(-1), tau, alpha, beta).reshape(labels.shape)
     return _rows(losses, student, tau, weights, mask, scale, reduction)
@@ -210,7 +233,8 @@ def jsd_loss(
 ) -> Tensor:  # fmt: skip
     """jsd of (..., C), weighted, masked, scaled and reduced."""
     check_tau(tau)
-    student, teacher = _hide(student, mask, 0.0), _hide(teacher, mask, 0.0)
+    kept = _weighing(weights, mask)
+    student, teacher = _hide(student, kept, 0.0), _hide(teacher, kept, 0.0)
     losses = jsd(student, teacher, tau, beta, log_probs)
     return _rows(losses, student, tau, weights, mask, scale, reduction)
 
@@ -218,14 +242,19 @@ def jsd_loss(
 def tanh_l1_loss(a: Tensor, b: Tensor, weights: Tensor | None, tanh: bool, finished: bool, reduction: str) -> Tensor:
     """tanh_l1 of (m, ...), weighted and reduced."""
     losses = tanh_l1(a, b, tanh, finished)
-    losses = losses if weights is None else losses * weights.to(losses.dtype)
-    return _reduce(losses, reduction, a.numel(), a.shape[0])
+    if weights is not None:
+        losses = losses.masked_fill(weights == 0, 0.0) * weights.to(losses.dtype)
+    return _reduce(losses, reduction, a, a.shape[0])
 
 
 def gan_generator_loss(
-    d: Tensor, response: Tensor | None, kind: str, base: float, alpha: float, minimax: bool, reduction: str
-) -> Tensor:
-    """gan_generator with y from a response of this kind: confidence (m,), logits or probs (m, C); y = 1 without."""
+    d: Tensor, response: Tensor | None, kind: str, slack: float, base: float, alpha: float, minimax: bool,
+    reduction: str,
+) -> Tensor:  # fmt: skip
+    """gan_generator with y from a response of this kind: confidence (m,), logits or probs (m, C); y = 1 without.
+
+    slack: how far from 1 the sum of a row of probs, and how far above it a confidence, may be.
+    """
     if response is None:
         y = torch.ones_like(d)
     elif kind == "confidence":
@@ -234,22 +263,30 @@ def gan_generator_loss(
         y = (log_softmax(response).exp()).amax(-1).reshape(d.shape)
     else:
         y = response.amax(-1).reshape(d.shape)
-    if response is not None and kind != "logits":
-        check_probabilities(kind, response)
-    return _reduce(gan_generator(d, y, alpha, minimax, base), reduction, d.numel(), d.numel())
+    if response is not None and kind == "confidence":
+        check_confidence(response, slack)
+    if response is not None and kind == "probs":
+        check_probabilities(response, None, slack, SAY_CONFIDENCE)
+    return _reduce(gan_generator(d, y, alpha, minimax, base), reduction, d, d.numel())
 
 
 def gan_discriminator_loss(d_real: Tensor, d_fake: Tensor, reduction: str) -> Tensor:
     """Both sides of gan_discriminator, each reduced, and added."""
-    if reduction == "none":
-        raise ValueError("reduction is 'none'; the two batches have no loss for each sample in common")
+    check_choice("reduction", reduction, ("mean", "sum"))  # both batches have no loss for each sample in common
     real, fake = gan_discriminator(d_real, d_fake)
-    return _reduce(real, reduction, real.numel(), 1) + _reduce(fake, reduction, fake.numel(), 1)
+    return _reduce(real, reduction, real, 1) + _reduce(fake, reduction, fake, 1)
 
 
 def _hide(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
     """Rows that do not count may hold anything, NaN too: nothing of it may reach a loss or a gradient."""
     return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), value)
+
+
+def _weighing(weights: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """The rows that add to the loss: those that count, and of them those whose weight is not 0."""
+    if weights is None:
+        return mask
+    return weights != 0 if mask is None else mask & (weights != 0)
 
 
 def _rows(
@@ -262,15 +299,13 @@ def _rows(
         losses = losses * (weights if mask is None else weights.masked_fill(~mask, 0.0)).to(losses.dtype)
     tau = tau.to(losses)  # of one row, the losses are 0-d as tau is, and the wider dtype would win
     losses = losses * (tau * tau if scale == "tau2" else tau if scale == "tau" else 1.0)
-    return _reduce(losses, reduction, student.numel(), losses.numel() if mask is None else mask.sum())
+    return _reduce(losses, reduction, student, losses.numel() if mask is None else mask.sum())
 
 
-def _reduce(losses: Tensor, reduction: str, elements: int, rows: int | Tensor) -> Tensor:
-    """none, sum, batchmean (sum / rows that count), mean (sum / all elements); the loss of an empty batch is 0."""
+def _reduce(losses: Tensor, reduction: str, student: Tensor, rows: int | Tensor) -> Tensor:
+    """none, or the sum by nothing, all elements, dimension 0, or the rows that count; that of an empty batch is 0."""
     if reduction == "none":
         return losses
-    if reduction == "sum":
-        return losses.sum()
-    if reduction == "batchmean":
-        return losses.sum() / (rows.clamp_min(1) if isinstance(rows, Tensor) else max(rows, 1))
-    return losses.sum() / max(elements, 1)
+    divisors = {"sum": 1, "mean": student.numel(), "batchmean": student.shape[0], "rowmean": rows}
+    by = divisors[reduction]
+    return losses.sum() / (by.clamp_min(1) if isinstance(by, Tensor) else max(by, 1))

@@ -188,18 +188,19 @@ def truth(problem: Problem, reduction: str = "none", dtype: torch.dtype = torch.
 
     target, options = ({name: wide(x) for name, x in d.items()} for d in (problem.target, problem.options))
     if problem.kind == "discriminator":
-        real, fake = (_reduce(x, reduction, x.numel(), x.numel()) for x in reference.gan_discriminator(*students))
+        real, fake = (_reduce(x, reduction, x, len(x)) for x in reference.gan_discriminator(*students))
         loss = real + fake
     else:
         losses, counted = _losses(problem.kind, students[0], target, options)
-        loss = _reduce(losses, reduction, students[0].numel(), counted)
+        loss = _reduce(losses, reduction, students[0], counted)
     return [loss.detach(), *torch.autograd.grad(loss.sum(), students)]
 
 
-def _reduce(losses: Tensor, reduction: str, elements: int, counted: int) -> Tensor:
+def _reduce(losses: Tensor, reduction: str, student: Tensor, counted: int) -> Tensor:
     if reduction == "none":
         return losses
-    return losses.sum() / {"sum": 1, "mean": max(elements, 1), "batchmean": max(counted, 1)}[reduction]
+    divisors = {"sum": 1, "mean": student.numel(), "batchmean": student.shape[0], "rowmean": counted}
+    return losses.sum() / max(divisors[reduction], 1)
 
 
 def _losses(kind: str, x: Tensor, target: dict[str, Any], options: dict[str, Any]) -> tuple[Tensor, int]:

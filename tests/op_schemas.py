@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from mekd.checks import SLACK
 from op_grid import BETAS, IMAGE_KINDS, Problem
 
 
@@ -22,7 +23,7 @@ def direct(problem: Problem, reduction: str, grad: bool) -> tuple[Any, list[Any]
     if "tau" not in options:
         answer = next(((name, x) for name, x in target.items() if name != "minimax"), ("confidence", None))
         name, response = answer
-        return ops.gan_generator.default, [*students, response, name, 1.0, 0.5, "minimax" in target, *rest]
+        return ops.gan_generator.default, [*students, response, name, SLACK, 1.0, 0.5, "minimax" in target, *rest]
     rows = [
         torch.as_tensor(options["tau"], dtype=torch.float64, device=students[0].device),
         options.get("weights"),
@@ -32,7 +33,7 @@ def direct(problem: Problem, reduction: str, grad: bool) -> tuple[Any, list[Any]
     if kind == "labels":
         return ops.tempered_kl_labels.default, [*students, target["labels"], *rows, ignored, "tau2", *rest]
     if kind in ("spread", "drop"):
-        return ops.tempered_kl_topk.default, [*students, *target["topk"], *rows, kind, "tau2", *rest]
+        return ops.tempered_kl_topk.default, [*students, *target["topk"], *rows, kind, SLACK, "tau2", *rest]
     if kind == "dkd":
         return ops.dkd.default, [
             *students, target["teacher"], target["labels"], *rows, 1.0, options["beta"], ignored, "tau2", *rest,
@@ -41,4 +42,4 @@ def direct(problem: Problem, reduction: str, grad: bool) -> tuple[Any, list[Any]
         return ops.jsd.default, [
             *students, target["teacher"], *rows, options["beta"], options["log_probs"], "one", *rest,
         ]  # fmt: skip
-    return ops.tempered_kl.default, [*students, target[kind], *rows, kind == "probs", "tau2", *rest]
+    return ops.tempered_kl.default, [*students, target[kind], *rows, kind == "probs", SLACK, "tau2", *rest]

@@ -117,9 +117,20 @@ def test_occupancy(arch: str) -> None:
 def test_an_online_kernel_is_seen_to_read_twice() -> None:
     x = torch.empty(ROWS, 2 * ONE_PASS, dtype=torch.float32, device="meta")
     with compiling("sm_90") as launches:
-        tempered_kl.tempered_kl(x, x, torch.empty((), device="meta"), None, None, False, "one", "sum", True)
+        tempered_kl.tempered_kl(x, x, torch.empty((), device="meta"), None, None, False, 0.0, "one", "sum", True)
     rows = moved(launches[0]) / (ROWS * x.shape[1])
     assert 20 <= rows < 20.01  # both sides twice, and the gradient
+
+
+def test_a_backward_by_1_moves_one_number() -> None:
+    # Whatever is done with the gradient is done behind the comparison.
+    (scaled,) = (
+        code for code in compiled("sm_90") if code.variant.kernel == "scale_" and code.variant.dtype == torch.bfloat16
+    )
+    before, behind = scaled.launch.compiled.asm["ttir"].split("scf.if")
+    assert before.count("tt.load") == 1 and "tt.store" not in before
+    assert behind.count("tt.load") == behind.count("tt.store") == 1
+    assert scaled.variant.bytes_least == 2 * 2 * ROWS * 1000 + 4
 
 
 def test_scalars_that_change_from_step_to_step_compile_nothing_new() -> None:
@@ -194,4 +205,6 @@ def test_the_sheet_has_the_fields_that_were_agreed() -> None:
     # 2 + 2 bytes read and 4 written; a loss of 4 bytes for each row; tau.
     total = ROWS * (1000 * 8 + 4) + 8
     assert row["bytes_least"] == row["bytes_per_element"] == total / (ROWS * 1000)
+    # Its backward rounds the float32 gradient to float16.
+    assert row["backward_bytes"] == [6, 6]
     assert row["bound_us"] == pytest.approx({"H100": total / 3.35e6, "H200": total / 4.8e6})

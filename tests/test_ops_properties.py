@@ -93,8 +93,6 @@ def test_logits_log_probabilities_and_probabilities_are_one_teacher(
     wanted = rows(impl, student, teacher, tau=tau)
     same(rows(impl, student, teacher.log_softmax(-1), tau=tau), wanted)
     same(rows(impl, student, probs=teacher.softmax(-1), tau=tau), wanted)
-    # Whatever they sum to.
-    same(rows(impl, student, probs=3 * teacher.softmax(-1), tau=tau), wanted)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

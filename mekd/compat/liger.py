@@ -7,7 +7,7 @@ and a log_softmax in front of the loss takes it on to the logits. The teacher's 
 from torch import Tensor, nn
 
 from mekd import functional
-from mekd.checks import REDUCTIONS, check_choice, check_student, check_teacher
+from mekd.checks import SAMPLE_REDUCTIONS, check_choice, check_student, check_teacher
 from mekd.reference import accumulation_dtype
 
 
@@ -27,7 +27,7 @@ class LigerKLDIVLoss(nn.KLDivLoss):
         log_target: bool = False,
     ) -> None:
         super().__init__(size_average, reduce, reduction, log_target)
-        check_choice("reduction", self.reduction, REDUCTIONS)
+        check_choice("reduction", self.reduction, SAMPLE_REDUCTIONS)
         self.eps = eps
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:

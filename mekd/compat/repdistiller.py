@@ -1,7 +1,5 @@
 """DistillKL as in RepDistiller."""
 
-import math
-
 from torch import Tensor, nn
 
 from mekd import functional
@@ -20,4 +18,4 @@ class DistillKL(nn.Module):
 
     def forward(self, y_s: Tensor, y_t: Tensor) -> Tensor:
         """The loss of y_s (B, C, ...) against y_t."""
-        return functional.kd_loss(y_s, y_t, tau=self.T, dim=1) * math.prod(y_s.shape[2:])
+        return functional.kd_loss(y_s, y_t, tau=self.T, dim=1, reduction="batchmean")

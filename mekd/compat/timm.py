@@ -4,8 +4,6 @@ The formula is the one inside timm.task.LogitDistillationTask, a training task t
 the name under which the task's output holds the value, and temperature is the task's argument.
 """
 
-import math
-
 from torch import Tensor
 
 from mekd import functional
@@ -18,4 +16,4 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
     A task's loss is task_loss_weight * cross-entropy + distill_loss_weight * this, both weights 1 by default; of a task
     that is given task_loss_weight alone, distill_loss_weight is 1 - task_loss_weight.
     """
-    return functional.kd_loss(student_logits, teacher_logits, tau=temperature) * math.prod(student_logits.shape[1:-1])
+    return functional.kd_loss(student_logits, teacher_logits, tau=temperature, reduction="batchmean")

@@ -1,6 +1,5 @@
 """KDLoss as in torchdistill."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,8 +71,7 @@ class KDLoss(nn.Module):
     def _soft(self, student: Tensor, teacher: Tensor, scale: str) -> Tensor:
         if self.reduction == "none":
             return _elements(student, teacher, self.temperature)
-        loss = functional.kd_loss(student, teacher, tau=self.temperature, scale=scale, dim=1, reduction=self.reduction)
-        return loss * math.prod(student.shape[2:]) if self.reduction == "batchmean" else loss
+        return functional.kd_loss(student, teacher, tau=self.temperature, scale=scale, dim=1, reduction=self.reduction)
 
 
 def _elements(student: Tensor, teacher: Tensor, tau: float) -> Tensor:

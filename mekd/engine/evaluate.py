@@ -24,6 +24,7 @@ from mekd.metrics import accuracy, confusion
 from mekd.nets import build
 from mekd.oracle.base import Oracle
 from mekd.oracle.replay import Replay
+from mekd.oracle.response import floor_of
 from mekd.pixels import to_float
 from mekd.seeds import generator_at
 
@@ -129,7 +130,8 @@ def train_baseline(run: Run) -> nn.Module:
         generator = generator_at(run.config.seed, "baseline", step, parallel.rank())
         images, answers = store.read(torch.randint(count, (batch,), generator=generator))
         target = answers.to(run.device).target
-        loss = functional.kd_loss(learner(to_float(images.to(run.device))), **target)
+        logits = learner(to_float(images.to(run.device)))
+        loss = functional.kd_loss(logits, **target, floor=floor_of(run.config.oracle.decimals))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
