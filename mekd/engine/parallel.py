@@ -86,7 +86,11 @@ def data_parallel(module: nn.Module) -> nn.Module:
     Buffers are not synchronised: batch norm in training reads none of them, process 0 saves its own, and writing them
     in the second of two forwards would change what the first one saved for backward.
     """
-    return module if world() == 1 else DistributedDataParallel(module, forward_sync_buffers=False)
+    if world() == 1:
+        return module
+    wrapped = DistributedDataParallel(module)
+    wrapped.broadcast_buffers = False  # the argument's name depends on the release of torch
+    return wrapped
 
 
 def dropout_apart(seed: int) -> None:
