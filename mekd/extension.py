@@ -40,9 +40,9 @@ def _load() -> tuple[str | None, str]:
     if others:
         return None, (
             f"its C++ kernels were built for torch {', '.join(others)}, and this is torch {version()}; "
-            "install mekd again, with --no-build-isolation from source"
+            "install mekd from source again, which compiles them: pip install --force-reinstall --no-deps ."
         )
-    return None, "its C++ kernels are not built; install from source with a C++ compiler and --no-build-isolation"
+    return None, "its C++ kernels are not built; install from source, with a C++ compiler and without MEKD_NO_EXT=1"
 
 
 #: The build that runs, or None and why not. Filled by load(), after the schemas exist.

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from mekd import __version__, extension
+from mekd.errors import UsageError
 from mekd.ops import IMPLS
 from mekd.testing import IMAGE_KINDS, Problem, compare, make, result
 
@@ -43,17 +45,15 @@ LIMIT_S = 600.0  # for one op, compiling included
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the self-test; returns 0 if everything passed, else 1. ValueError where the backend cannot run here."""
+    """Run the self-test; returns 0 if everything passed, else 1. UsageError where the backend cannot run here."""
     parser = argparse.ArgumentParser(prog="mekd selftest", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
     parser.add_argument("--impl", choices=IMPLS, help="triton on cuda and cpp on the CPU, unless named")
     parser.add_argument("--only", nargs="+", choices=OPS, metavar="OP", help="these ops alone")
     parser.add_argument("--child", choices=OPS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device = device_named(options.device)
     impl = options.impl or ("triton" if device.type == "cuda" else "cpp")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {options.device!r}, and no CUDA device is visible; use --device cpu")
     if options.child:
         for line in op_lines(options.child, device, impl):
             print(json.dumps(line), flush=True)
@@ -66,6 +66,20 @@ def main(arguments: Sequence[str]) -> int:
         print(f"\n{line['op']}, {line['part']}:\n{line['failed']}")
     print(f"\n{len(lines) - len(failed)} of {len(lines)} parts passed")
     return 1 if failed else 0
+
+
+def device_named(text: str) -> torch.device:
+    """The device, made current if it is one of several cards; UsageError where it is not here."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise UsageError(f"device is {text!r}; it must be cpu, cuda or cuda:N")
+    device = torch.device(text)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device is {text!r}, and no CUDA device is visible; use --device cpu")
+    if device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise UsageError(f"device is {text!r}, and there are {torch.cuda.device_count()} CUDA devices, from cuda:0")
+        torch.cuda.set_device(device)  # events, which the speed is measured with, belong to the current one
+    return device
 
 
 def header(device: torch.device, impl: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What several tests need: a small teacher as an ONNX file, and the smallest run that has every stage."""
+"""What several tests need: a card or a reason, a small teacher as an ONNX file, the smallest run with every stage."""
 
 from pathlib import Path
 
@@ -8,6 +8,18 @@ import torch
 from forked import processes as processes
 from mekd.nets import build
 from mekd.oracle.export import Classifier, export
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch finds none")
+
+
+@pytest.fixture(autouse=True)
+def values_are_looked_at(request: pytest.FixtureRequest) -> None:
+    """On a GPU nobody looks at values unless told: the tests that run there expect the errors of the CPU."""
+    if request.node.get_closest_marker("gpu"):
+        request.getfixturevalue("monkeypatch").setenv("MEKD_CHECK", "1")
 
 
 @pytest.fixture(scope="session")

@@ -172,7 +172,6 @@ def test_importing_the_loaders_imports_no_library() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_gpu_gives_the_same_images(tmp_path: Path) -> None:
     listed = write_pictures(tmp_path)
     on_cpu = torch.cat([images for images, _ in opened(dali_loader, listed, 4, 64, crop="once")])

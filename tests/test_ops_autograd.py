@@ -26,7 +26,7 @@ def none_of(kind: str) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 def test_upstreams(kind: str, impl: str) -> None:
     problem = make(kind, dtype=torch.float64, device=DEVICES[impl])
-    exact = truth(problem, none_of(kind))[1:]
+    exact = [x.to(DEVICES[impl]) for x in truth(problem, none_of(kind))[1:]]
     students = leaves(problem)
     loss = problem.loss(*students, reduction=none_of(kind), impl=impl)
 
@@ -204,13 +204,13 @@ def test_bfloat16_gradients_of_a_sure_student_are_kept(kind: str, impl: str) -> 
         problem.students = [student]
     for name in ("logits", "teacher"):
         if name in problem.target and kind != "jsd-log":
-            problem.target[name] = student + torch.tensor([0.0625, 0.0, 0.0, 0.0], dtype=torch.bfloat16)
+            problem.target[name] = student + torch.tensor([0.0625, 0.0, 0.0, 0.0]).to(student)
     if "labels" in problem.target:
         problem.target["labels"] = torch.zeros(1, dtype=torch.int64, device=DEVICES[impl])
     (_, grad), exact, plain = result(problem, impl), truth(problem), truth(problem, dtype=torch.float32)
     within(grad, exact[1], plain[1], "gradient")
     if (kind, impl) != ("dkd", "reference"):  # its bfloat16 has a test of its own
-        torch.testing.assert_close(grad.double(), exact[1], rtol=2.0**-7, atol=1e-6)
+        torch.testing.assert_close(grad.cpu().double(), exact[1], rtol=2.0**-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

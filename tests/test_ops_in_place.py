@@ -184,7 +184,7 @@ def test_a_layout_that_cannot_be_written_in_place_is_refused_untouched(impl: str
     else:
         exact = truth(Problem("tanh", [before], problem.target, problem.options), "sum")
         (grad,) = torch.autograd.grad(loss, a)
-        torch.testing.assert_close(grad.double(), exact[1], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad.cpu().double(), exact[1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -206,4 +206,4 @@ def test_float16_gradients_wait_for_the_grad_scaler(reduction: str, weight: floa
     exact, plain = (65536.0 * truth(problem, reduction, dtype)[1] for dtype in (torch.float64, torch.float32))
     within(grad, exact, plain, "gradient")
     # To the digits that float16 has.
-    torch.testing.assert_close(grad.double(), exact, rtol=2.0**-8, atol=1e-6)
+    torch.testing.assert_close(grad.cpu().double(), exact, rtol=2.0**-8, atol=1e-6)

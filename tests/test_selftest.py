@@ -64,8 +64,27 @@ def test_a_process_that_dies_or_hangs_keeps_what_it_said(
     assert first["worst"] == 0.5 and last["part"] == "process" and said in last["failed"]
 
 
-def test_cuda_without_a_device_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    assert main(["selftest", "--device", "cuda"]) == 2
-    assert "no CUDA device is visible; use --device cpu" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("device", "cards", "said"),
+    [
+        ("cuda", 0, "no CUDA device is visible; use --device cpu"),
+        ("cuda:2", 2, "'cuda:2', and there are 2 CUDA devices, from cuda:0"),
+        ("gpu", 2, "device is 'gpu'; it must be cpu, cuda or cuda:N"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(
+    device: str, cards: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cards > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    assert main(["selftest", "--device", device]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_one_card_of_several_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert [str(selftest.device_named(name)) for name in ("cuda", "cuda:1", "cpu")] == ["cuda", "cuda:1", "cpu"]
+    assert current == [torch.device("cuda:1")]

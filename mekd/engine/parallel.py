@@ -88,7 +88,7 @@ def data_parallel(module: nn.Module) -> nn.Module:
     if world() == 1:
         return module
     wrapped = DistributedDataParallel(module)
-    wrapped.broadcast_buffers = False  # the name that every torch from 2.9 on knows
+    wrapped.broadcast_buffers = False  # the argument's name depends on the release of torch
     return wrapped
 
 
