@@ -90,8 +90,12 @@ class _Trial(Run):
     """A run over noise that says nothing; a teacher that is not there yet is played by an untrained one."""
 
     @property
-    def data(self) -> Any:  # type: ignore[override]
+    def data(self) -> Any:
         return _Noise(self.num_classes, self.image, self.device)
+
+    @property
+    def teacher_digest(self) -> str:
+        return super().teacher_digest if self.teacher_onnx.is_file() else "untrained"
 
     def open_oracle(self, account: Ledger, *arguments: Any, **options: Any) -> Oracle:
         if self.teacher_onnx.is_file():
@@ -225,8 +229,6 @@ def _trial(run: Run, out: Path, classes: int, image: tuple[int, int, int], batch
         out,
     )
     trial.__dict__.update(num_classes=classes, image=image)
-    if not trial.teacher_onnx.is_file():
-        trial.__dict__.update(teacher_digest="untrained")
     return trial
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import pytest
 
-from ledger_teacher import accounts
 from mekd import cli, files
 
 

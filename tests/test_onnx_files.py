@@ -118,7 +118,7 @@ def test_a_fixed_batch_is_filled_up_and_cut(tmp_path: Path, fixed: int, m: int) 
     oracle = asked(path)
     images = pixels(m, SMALL)
     torch.testing.assert_close(values(oracle.query(images)), expected_small(images))
-    assert oracle.ledger.counts["queries"] == m and oracle.ledger.counts["requests"] == 1
+    assert oracle.ledger.counts["queries"] == m and oracle.ledger.counts["calls"] == 1
 
 
 def softmax(name: str) -> onnx.NodeProto:

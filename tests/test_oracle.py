@@ -116,8 +116,8 @@ def test_only_the_question_can_be_reached(connect: Callable[..., Oracle]) -> Non
     oracle = connect()
     oracle.query(pixels(2))
     public = {name for name in dir(oracle) if not name.startswith("_")}
-    public_names = {"query", "ledger", "image", "num_classes", "response", "k", "decimals", "transport", "ahead"}
-    public_names |= {"notes"}
+    public_names = {"query", "ledger", "image", "num_classes", "response", "k", "decimals", "transport"}
+    public_names |= {"notes", "close"}
     assert public == public_names
     for name, value in [*vars(oracle).items(), *vars(oracle.ledger).items()]:
         assert not isinstance(value, nn.Module | nn.Parameter | ort.InferenceSession), name
@@ -198,8 +198,8 @@ def test_the_answer_counts_once_however_large_the_batch(connect: Callable[..., O
     oracle = connect("topk", k=2)
     for m in (1, 7):
         oracle.query(pixels(m))
-    assert oracle.ledger.totals() == {
-        "requests": 2,
+    assert oracle.ledger.counts == {
+        "calls": 2,
         "queries": 8,
         "bytes_up": 8 * 3 * 8 * 8,
         "bytes_down": 8 * 2 * (4 + 8),
@@ -225,10 +225,10 @@ def test_images_it_does_not_take_cost_nothing(
 ) -> None:
     oracle = connect()
     oracle.query(pixels(3))
-    before = oracle.ledger.totals()
+    before = dict(oracle.ledger.counts)
     with pytest.raises(error, match=says):
         oracle.query(images)
-    assert oracle.ledger.totals() == before
+    assert oracle.ledger.counts == before
 
 
 def test_transport_float_takes_no_pixels() -> None:
@@ -256,7 +256,7 @@ def test_an_answer_of_nan_is_uncertain() -> None:
         oracle.query(pixels(3))
     # The provider answered, and may bill it; we have no answer to count.
     assert oracle.ledger.counts["uncertain"] == 3 and oracle.ledger.counts["queries"] == 0
-    assert oracle.ledger.counts["requests"] == 0 and oracle.ledger.left == 2
+    assert oracle.ledger.counts["calls"] == 0 and oracle.ledger.left == 2
 
 
 def test_too_few_answers_are_refused() -> None:
@@ -296,10 +296,10 @@ def test_a_ledger_kept_elsewhere_is_the_one_that_counts(connect: Callable[..., O
     [
         ({"response": "scores"}, r"response is 'scores'; it must be one of 'logits', 'probs', 'topk', 'label'"),
         ({"transport": "jpeg"}, r"transport is 'jpeg'; it must be one of 'uint8', 'float'"),
-        ({"response": "topk", "k": 0}, r"k is 0; it must lie between 1 and the teacher's 5"),
-        ({"response": "topk", "k": 6}, r"k is 6; it must lie between 1 and the teacher's 5"),
-        ({"decimals": -1}, r"decimals is -1; it must lie between 0 and 7"),
-        ({"decimals": 8}, r"decimals is 8; it must lie between 0 and 7"),
+        ({"response": "topk", "k": 0}, r"k is 0 .*; it must lie between 1 and the teacher's 5"),
+        ({"response": "topk", "k": 6}, r"k is 6 .*; it must lie between 1 and the teacher's 5"),
+        ({"decimals": -1}, r"decimals is -1 .*; it must lie between 0 and 7"),
+        ({"decimals": 8}, r"decimals is 8 .*; it must lie between 0 and 7"),
     ],
 )
 def test_options_are_checked(connect: Callable[..., Oracle], options: dict[str, Any], says: str) -> None:

@@ -11,7 +11,9 @@ import torch
 from mekd.config import Config, DataConfig, EngineConfig, OracleConfig, TeacherConfig
 from mekd.engine.run import Run
 from mekd.oracle import batch as query_batch
+from mekd.oracle.base import Oracle
 from mekd.oracle.batch import BatchError, find_batch, stored_batch
+from mekd.oracle.ledger import Ledger
 from mekd.oracle.ort import ModelError, OnnxOracle, ProviderError
 from mekd.oracle.response import AnswerError
 from onnx_files import FLOAT, SMALL, asked, echo, expected_small, pixels, values
@@ -164,7 +166,7 @@ def test_pieces_answer_what_the_whole_answers(teacher_onnx: Path, batch: int, re
     pieces = oracle.query(images)
     for a, b in zip(pieces.tensors(), whole.tensors(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert len(pieces.labels) == 7 and oracle.ledger.counts["requests"] == 1 and oracle.ledger.counts["queries"] == 7
+    assert len(pieces.labels) == 7 and oracle.ledger.counts["calls"] == 1 and oracle.ledger.counts["queries"] == 7
     assert oracle.ledger.counts["bytes_up"] == images.nbytes
 
 
@@ -214,6 +216,17 @@ def run(teacher_onnx: Path, tmp_path: Path) -> Run:
     return Run(config, tmp_path / "run")
 
 
+def opened(run: Run, name: str) -> Oracle:
+    """The teacher with an account that is closed before it is opened again."""
+    for account in ACCOUNTS:
+        account.close()
+    ACCOUNTS[:] = [Ledger(name, run.out / "ledger")]
+    return run.open_oracle(ACCOUNTS[0])
+
+
+ACCOUNTS: list[Ledger] = []
+
+
 def counted(monkeypatch: pytest.MonkeyPatch, found: int) -> list[int]:
     """Let the search find that; the list grows by one at each search."""
     searches: list[int] = []
@@ -229,18 +242,18 @@ def counted(monkeypatch: pytest.MonkeyPatch, found: int) -> list[int]:
 
 def test_stages_share_what_the_first_one_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     searches = counted(monkeypatch, 2)
-    oracle = run.open_oracle("deprivatize", (1, 16, 16))
+    oracle = opened(run, "deprivatize")
     oracle.query(pixels(5, (1, 16, 16)))
-    assert oracle.ledger.counts["queries"] == 5 and oracle.ledger.counts["requests"] == 1
+    assert oracle.ledger.counts["queries"] == 5 and oracle.ledger.counts["calls"] == 1
     counted(monkeypatch, 64)
-    run.open_oracle("distill", (1, 16, 16))
-    run.open_oracle("deprivatize", (1, 16, 16))
+    opened(run, "distill")
+    opened(run, "deprivatize")
     assert searches == [2]
     assert json.loads((run.out / "oracle.json").read_text())["batch"] == 2
 
 
 def test_the_search_itself_in_a_run(run: Run) -> None:
-    assert run.open_oracle("distill", (1, 16, 16)).ledger.spent == 0
+    assert opened(run, "distill").ledger.spent == 0
     kept = json.loads((run.out / "oracle.json").read_text())
     assert 1 <= kept["batch"] <= 256
     belongs = {"teacher", "provider", "transport", "precision"}
@@ -250,25 +263,25 @@ def test_the_search_itself_in_a_run(run: Run) -> None:
 def test_a_size_of_the_users_is_not_measured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     searches = counted(monkeypatch, 2)
     chosen = Run(Config(**{**vars(run.config), "oracle": OracleConfig(provider="cpu", batch=3)}), run.out)
-    chosen.open_oracle("distill", (1, 16, 16)).query(pixels(5, (1, 16, 16)))
+    opened(chosen, "distill").query(pixels(5, (1, 16, 16)))
     assert searches == [] and not (run.out / "oracle.json").exists()
 
 
 def test_another_teacher_in_the_same_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     searches = counted(monkeypatch, 2)
-    run.open_oracle("distill", (1, 16, 16))
+    opened(run, "distill")
     with open(run.teacher_onnx, "ab") as file:  # another file with the same graph: an unknown field at its end
         file.write(bytes([0xFA, 0x07, 0x00]))
-    oracle = run.open_oracle("distill", (1, 16, 16))  # nothing was asked yet
+    oracle = opened(run, "distill")  # nothing was asked yet
     assert searches == [2, 2]
     oracle.query(pixels(1, (1, 16, 16)))
     with open(run.teacher_onnx, "ab") as file:
         file.write(bytes([0xFA, 0x07, 0x00]))
     with pytest.raises(ValueError, match=r"oracle.json holds a query batch found for another setting \(teacher was"):
-        run.open_oracle("distill", (1, 16, 16))
+        opened(run, "distill")
     assert searches == [2, 2]
     (run.out / "oracle.json").unlink()
-    run.open_oracle("distill", (1, 16, 16))
+    opened(run, "distill")
     assert searches == [2, 2, 2]
 
 

@@ -56,7 +56,7 @@ def test_what_is_written_is_read(tmp_path: Path, kind: str, decimals: int | None
     store.state_dict()
     # Opened anew, as after a restart.
     again = Replay(tmp_path / "replay", COUNT)
-    again.load_state_dict({})
+    again.load_state_dict({"begun": True})
     check(again.read(slice(None)), images, response)
     check(again.read(slice(3, 8)), images[3:8], response[3:8])
     rows = torch.tensor([10, 0, 4, 4])
@@ -122,7 +122,7 @@ def test_an_empty_folder_is_not_made_by_looking(tmp_path: Path) -> None:
     store = Replay(tmp_path / "replay", COUNT)
     assert not (tmp_path / "replay").exists()
     with pytest.raises(ValueError, match="replay is missing, but its checkpoint is there"):
-        store.load_state_dict({})
+        store.load_state_dict({"begun": True})
 
 
 @pytest.mark.parametrize("count", [COUNT - 1, COUNT + 1])

@@ -33,10 +33,10 @@ def preflight(run: Run, stages: Sequence[str]) -> None:
             f"oracle.num_classes is {config.oracle.num_classes}, but oracle.classes lists {len(run.class_names)}"
         )
     if not own_teacher and {"teacher", "export"} & set(stages) and not run.teacher_onnx.exists():
-        _built("teacher.arch", config.teacher.arch, len(run.data.classes), run.image[0])
         classes = len(run.data.classes)
+        teacher = _built("teacher.arch", config.teacher.arch, classes, run.image[0])
         if config.teacher.checkpoint is not None:
-            files.load_weights(config.teacher.checkpoint, "teacher.checkpoint")
+            run.load_weights(teacher, "teacher.checkpoint", config.teacher.checkpoint)
     elif {"deprivatize", "distill", "evaluate"} & set(stages):
         classes = run.num_classes
         if simulates and classes != len(run.data.classes):

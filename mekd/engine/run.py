@@ -14,11 +14,11 @@ from torch import Tensor
 
 from mekd import files
 from mekd.config import Config, dump_yaml, fingerprint, resolve
-from mekd.data import TREES, Source, open_source
+from mekd.data import TREES, Source, open_source, read_names
 from mekd.engine import parallel
 from mekd.errors import MekdError
 from mekd.nets import Generator
-from mekd.oracle import ledger
+from mekd.oracle import identity, ledger
 from mekd.oracle.base import Oracle
 from mekd.oracle.batch import find_batch, stored_batch
 from mekd.oracle.ledger import Ledger
@@ -95,18 +95,20 @@ class Run:
     def class_names(self) -> list[str] | None:
         """The teacher's classes, where oracle.classes lists them."""
         path = self.config.oracle.classes
-        return None if path is None else read_names(path)
+        return None if path is None else read_names(path, "oracle.classes")
 
     @functools.cached_property
     def num_classes(self) -> int:
         """The teacher's classes, as its file or the configuration says: nothing is asked."""
         oracle = self.open_oracle(Ledger("nothing", budget=0), batch=None, provider="cpu")
+        for note in oracle.notes:
+            self.log(f"teacher: {note}")
         return oracle.num_classes
 
-    @functools.cached_property
+    @property
     def teacher_digest(self) -> str:
         """A hash of the black box, by which a checkpoint knows its teacher."""
-        return hashlib.sha256(self.teacher_onnx.read_bytes()).hexdigest()[:16]
+        return identity.digest(self.teacher_onnx)
 
     # -- what a stage opens --------------------------------------------------------------------------------
 
@@ -130,6 +132,8 @@ class Run:
             classes=self.class_names,
             num_classes=settings.num_classes if self.class_names is None else len(self.class_names),
             output=settings.output,
+            output_name=settings.output_name,
+            device=self.device,
             mean=settings.mean,
             std=settings.std,
             k=settings.k,
@@ -174,11 +178,10 @@ class Run:
         return generator.to(self.device).eval().requires_grad_(False)
 
     def load_weights(self, module: torch.nn.Module, name: str, path: str) -> None:
-        """Load a state_dict that the user gave as the setting called name; StageError if it is none or does not fit."""
+        """Load weights that the user gave as the setting called name; MekdError where there are none that fit."""
+        weights = files.load_weights(Path(path), name)
         try:
-            module.load_state_dict(files.load(Path(path)))
-        except FileNotFoundError as error:
-            raise StageError(f"{name} is {path!r}; no such file") from error
+            module.load_state_dict(weights, assign=any(x.is_meta for x in module.parameters()))
         except RuntimeError as error:
             raise StageError(f"{name} {path!r} does not fit the network: {error}") from error
 
@@ -260,11 +263,3 @@ class Run:
         """A small result, if it is there."""
         path = self.out / name
         return json.loads(path.read_text("utf-8")) if path.exists() else None
-
-
-def read_names(path: str) -> list[str]:
-    """Class names, one a line."""
-    file = Path(path)
-    if not file.is_file():
-        raise StageError(f"oracle.classes is {path!r}; no such file. It lists the teacher's class names, one a line")
-    return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]

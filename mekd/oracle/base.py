@@ -42,6 +42,7 @@ class Oracle(ABC):
             raise UsageError(f"decimals is {decimals} (oracle.decimals); it must lie between 0 and 7")
         self.image, self.num_classes = image, num_classes
         self.response, self.k, self.decimals, self.transport = response, k, decimals, transport
+        self.notes: list[str] = []  # how the teacher is read, for people
         self.ledger = ledger or Ledger("query", budget=budget)
 
     def query(self, images: Tensor) -> Response:

@@ -28,7 +28,6 @@ class TorchOracle(Oracle):
         **options: Any,
     ) -> None:
         super().__init__(image, num_classes, response, **options)
-        self.notes: list[str] = []
         module.eval()
         kind, k, decimals = self.response, self.k, self.decimals
 

@@ -107,7 +107,7 @@ class OnnxOracle(Oracle):
             super().__init__(image, reading.classes or 0, response, **options)
             if dtype == torch.uint8 and self.transport == "float":
                 raise ModelError(f"{path} takes uint8 images; transport must be 'uint8': --oracle.transport uint8")
-            self.ahead, self.notes = stream is not None, [reading.note]
+            self.notes = [reading.note]
             row, kind = reading.row, reading.dtype
             if reading.kind == "names":
                 ask = _asking_names(session, source.name, reading.name, list(classes or []))

@@ -127,7 +127,8 @@ def answer(
         raise AnswerError(
             f"the teacher's probabilities run from {scores.min():.4g} to {scores.max():.4g} and a row sums to "
             f"{scores.sum(-1)[off.argmax()]:.4g}; they must lie between 0 and 1, and a row must sum to 1 within "
-            f"{limit:.2g}. If it answers logits, say --oracle.output logits; if it rounds, --oracle.decimals"
+            f"{limit:.2g}. Start anew with another --out, and --oracle.output logits if it answers logits or "
+            "--oracle.decimals N if it rounds: what was answered before was read otherwise"
         )
     if kind == "logits":
         if output != "logits":
