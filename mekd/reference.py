@@ -97,7 +97,7 @@ def dkd(student: Tensor, teacher: Tensor, labels: Tensor, tau: Tensor | float, a
     in a row where either side masks all of the rest, in which there is then nothing to compare. A part of weight 0
     counts nothing, even where it is infinite.
     """
-    target = torch.nn.functional.one_hot(labels, student.shape[-1]).bool()
+    target = torch.arange(student.shape[-1], device=labels.device) == labels.unsqueeze(-1)
     dtype = accumulation_dtype(student)
 
     def split(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
