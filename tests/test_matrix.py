@@ -30,7 +30,7 @@ def test_rows_are_put_in_order_and_the_text_stays() -> None:
     ("output", "told"),
     [
         # pytest: the counts, and the first error.
-        ("E   TypeError: a | b\nE   ValueError: c\n2 failed, 7 passed", "FAILED: 2 failed, 7 passed, E   TypeError: a / b"),
+        ("E  TypeError: a|b\nE  ValueError: c\n1 failed, 7 passed", "FAILED: 1 failed, 7 passed, E  TypeError: a/b"),
         # A traceback, with a line of the launcher behind it.
         ("x.py:3\nmekd.errors.UsageError: no data\nRoot Cause", "FAILED: mekd.errors.UsageError: no data"),
         # Neither.
