@@ -4,10 +4,11 @@ BIN := .venv/bin
 # What starts runs of its own, kills them and starts them again.
 PROCESSES := $(addprefix tests/test_,$(addsuffix .py,resume parallel ahead tree_run))
 # What the Triton kernels are interpreted for, in a process of its own: it can do nothing else with Triton.
-INTERPRETED := $(addprefix tests/test_ops_,$(addsuffix .py,values rows regimes layouts errors autograd in_place memory properties torch))
+INTERPRETED := $(addprefix tests/test_ops_,$(addsuffix .py,values rows layouts errors autograd in_place memory properties torch))
+INTERPRETED_ALONE := tests/test_ops_regimes.py
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: setup demo test compiled processes interpreted lint bench kernels asan clean
+.PHONY: setup demo test compiled processes interpreted slow wheel gpu matrix lint bench kernels asan clean
 
 setup: .venv/ready
 
@@ -20,18 +21,36 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/mekd run --config configs/digits.yaml
 
-# Two at a time, of one thread each: Triton either compiles or interprets, and two pools of threads would fight.
+# Two at a time, of one thread each: Triton either compiles or interprets, and two pools of threads would fight. A card
+# is hidden, so that these tests are the same everywhere; make gpu is for the card.
 test: setup
-	OMP_NUM_THREADS=1 $(MAKE) -j2 --no-print-directory compiled processes interpreted
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(MAKE) -j2 --no-print-directory compiled processes interpreted
 
 compiled: setup
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(PROCESSES))
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(PROCESSES) $(INTERPRETED_ALONE))
 
 processes: setup
 	$(BIN)/python -m pytest $(PROCESSES)
 
 interpreted: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) -k "not reference and not cpp"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) $(INTERPRETED_ALONE) -k "not reference and not cpp"
+
+# What takes too long for every change: marked slow, the wheel among it.
+slow: setup
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
+
+# What is installed: sdist, wheel, an environment outside this folder, a run there.
+wheel: setup
+	$(BIN)/python -m pytest -m slow tests/test_wheel.py
+
+# On a machine with a card: the tests that need one, and every loss on it against float64.
+gpu: setup
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/mekd selftest --device cuda
+
+# Each torch that mekd is for, in an environment of its own: docs/matrix.md. Takes hours, and 6 GB at a time.
+matrix: setup
+	$(BIN)/python -m bench matrix
 
 lint: setup
 	$(BIN)/ruff check .

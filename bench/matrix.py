@@ -25,22 +25,22 @@ RUN = (
     "--deprivatize.batch 8 --deprivatize.width 0.1 --distill.student resnet8 --distill.steps 6 --distill.batch 8 "
     "--distill.holdout 20 --evaluate.enabled true --evaluate.baseline_steps 4 --engine.device cpu --out"
 )
-#: A column, its environment and what python is told, {out} being a folder of its own.
+#: A column, its environment and what python is told: {out} is a folder of its own, + a space within a word.
 PARTS = (
-    ("C++ kernels", {}, f"{PYTEST} tests/test_ops_values.py tests/test_ops_torch.py tests/test_ops_autograd.py -k cpp"),
     (
-        "Triton, interpreted",
-        {"TRITON_INTERPRET": "1"},
-        f"{PYTEST} tests/test_ops_values.py tests/test_ops_autograd.py -k triton",
+        "C++ kernels", {},
+        f"{PYTEST} tests/test_ops_values.py tests/test_ops_torch.py tests/test_ops_autograd.py "
+        "-k cpp+or+opcheck+or+compiled",
     ),
+    ("Triton, interpreted", {"TRITON_INTERPRET": "1"}, f"{PYTEST} tests/test_ops_values.py -k triton+and+reductions"),
     ("Triton, compiled for sm_90", {}, f"{PYTEST} tests/test_kernels_aot.py -k sm_90"),
-    ("self-test", {}, "-m mekd selftest --device cpu"),
-    ("self-test, interpreted", {}, "-m mekd selftest --device cpu --impl triton --only tempered_kl_topk tanh_l1_"),
-    ("bench losses", {}, "-m bench losses --quick --repeats 2 --out {out}"),
+    ("self-test", {}, "-m mekd selftest --device cpu --only tempered_kl jsd tanh_l1_"),
+    ("self-test, interpreted", {}, "-m mekd selftest --device cpu --impl triton --only tempered_kl_topk"),
+    ("bench losses", {}, "-m bench losses --quick --repeats 2 --only dkd gan_generator tanh_l1_ --out {out}"),
     ("bench steps", {}, "-m bench steps --quick --repeats 2"),
     ("run", {}, RUN + " {out}"),
     ("run, two processes", {}, f"-m torch.distributed.run --standalone --nproc-per-node 2 {RUN} {{out}}"),
-)
+)  # fmt: skip
 VERSIONS = (
     "import platform, torch, triton, numpy; print(platform.python_version(), triton.__version__, numpy.__version__)"
 )
@@ -67,9 +67,8 @@ def said(output: str) -> str:
 def why(output: str) -> str:
     """The first line that names an error, or the last one."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    error = next(
-        (line for line in lines if re.match(r"(E  +)?\S*(Error|Exception)\b", line)), lines[-1] if lines else ""
-    )
+    errors = [line for line in lines if re.match(r"(E  +)?\S*(Error|Exception)\b", line)]
+    error = [*errors, *lines[-1:], "nothing was printed"][0]
     counts = re.findall(r"\d+ failed(?:, \d+ passed)?", output)
     return f"FAILED: {counts[-1] + ', ' if counts else ''}{error[:160]}".replace("|", "/")
 
@@ -113,7 +112,8 @@ def row(torch: str, python: str) -> dict[str, str]:
             cells["Python, triton, numpy"] = ", ".join(do(own, "-c", VERSIONS)[1].split())
             for title, environment, words in PARTS:
                 out = str(Path(folder, re.sub(r"\W", "", title)))
-                well, output = do(own, *words.format(out=out).split(), **environment)
+                command = [word.replace("+", " ").format(out=out) for word in words.split()]
+                well, output = do(own, *command, **environment)
                 cells[title] = said(output) if well else why(output)
         logs = ROOT / "results" / "matrix"
         logs.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Times tiles of the Triton kernels on this GPU, and writes the fastest of each to the table that the kernels read."""
 
 import argparse
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from mekd.files import write_text
 from mekd.selftest import OPS, median_seconds
-from mekd.testing import make, result
+from mekd.testing import Problem, make, result
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ELEMENTS = 1 << 24  # of the student, so that the whole card is busy
@@ -58,9 +59,15 @@ def tune(table: dict[str, Any], arch: str, kernels: Sequence[str], measure: Meas
                 print(f"{kernel:<20}{dtype!s:<16}{size:>6}  {sizes[size]}, {1e6 * seconds:.1f} us", flush=True)
 
 
+@functools.lru_cache(maxsize=1)
+def problem_of(kernel: str, dtype: torch.dtype, classes: int) -> Problem:
+    """One for all tiles: drawing 16 million numbers takes longer than to time them."""
+    return make(OPS[kernel][0], (max(1, ELEMENTS // classes), classes), dtype, device="cuda")
+
+
 def on_this_gpu(kernel: str, dtype: torch.dtype, classes: int) -> float:
     """Seconds of loss and gradient."""
-    problem = make(OPS[kernel][0], (max(1, ELEMENTS // classes), classes), dtype, device="cuda")
+    problem = problem_of(kernel, dtype, classes)
     return median_seconds(lambda: result(problem, "triton", "mean"), torch.device("cuda"), repeats=10)
 
 

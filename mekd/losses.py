@@ -39,7 +39,7 @@ class _TemperedLoss(nn.Module):
 
 
 class KDLoss(_TemperedLoss):
-    """functional.kd_loss with tau and settings (scale, rest, ignore_index, dim, reduction, impl) held.
+    """functional.kd_loss with tau and settings (scale, rest, floor, ignore_index, dim, reduction, impl) held.
 
     Call it with student logits (..., C) and one target: logits, probs=, labels= or topk=; weights= and mask= too.
     """

@@ -82,9 +82,8 @@ def test_a_failing_fill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: 
     path = tmp_path / "file"
     if earlier:
         path.write_bytes(b"old")
-    monkeypatch.setattr(
-        torch, "save", lambda state, file: breaks(error)(file)
-    )  # it makes a RuntimeError of a full disk
+    # torch makes a RuntimeError of a full disk.
+    monkeypatch.setattr(torch, "save", lambda state, file: breaks(error)(file))
     with pytest.raises(WriteError, match="could not be written") as caught:
         files.save(path, {})
     assert str(path) in str(caught.value) and "Free some space" in str(caught.value)
@@ -200,9 +199,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
         "zeros": bytes(len(whole)),
     }
     path.write_bytes(changed[damage])
-    with pytest.raises(
-        ValueError, match=r"is damaged or no checkpoint .*; put a copy back, or delete it to begin"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"is damaged or no checkpoint .*; put a copy back, or delete") as caught:
         files.load(path)
     assert str(path) in str(caught.value)
 

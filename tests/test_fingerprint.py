@@ -100,7 +100,8 @@ BEFORE = {
     "data.path", "data.loader", "data.size", "data.local_fraction",
     "teacher.onnx", "teacher.arch", "teacher.checkpoint", "teacher.lr",
     "oracle.response", "oracle.output", "oracle.output_name", "oracle.num_classes", "oracle.classes",
-    "oracle.mean", "oracle.std", "oracle.transport", "oracle.decimals", "deprivatize.alpha", "deprivatize.lr", "distill.lr", "evaluate.enabled",
+    "oracle.mean", "oracle.std", "oracle.transport", "oracle.decimals",
+    "deprivatize.alpha", "deprivatize.lr", "distill.lr", "evaluate.enabled",
 }  # fmt: skip
 
 

@@ -31,6 +31,8 @@ COMPILED: dict[str, list[tuple[torch.dtype, tuple[int, ...]]]] = {
     # ... and the others where registers are scarcest and where loads are asked to be wide.
     **{arch: [(torch.bfloat16, (1000, ONE_PASS, CLASSES[4]))] for arch in ARCHS if arch != "sm_90"},
 }
+#: In make test the one with every regime; the others take as long again each.
+EACH = [pytest.param(arch, marks=[] if arch == "sm_90" else pytest.mark.slow) for arch in ARCHS]
 #: Numbers of a row that are read a second time, by the class that the answer names.
 AGAIN = {"tempered_kl_labels": 1, "dkd": 2, "tempered_kl_topk": TOPK}
 
@@ -57,7 +59,7 @@ def compiled(arch: str) -> list[Code]:
     return found
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", EACH)
 def test_nothing_spills(arch: str) -> None:
     spilt = [str(code) for code in compiled(arch) if code.taken.spill_bytes]
     assert not spilt
@@ -69,7 +71,7 @@ def wide(launch: Launch, tensors: int, dtype: torch.dtype) -> int:
     return tensors * max(1, tile * dtype.itemsize // (16 * 32 * launch.compiled.metadata.num_warps))
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", EACH)
 def test_a_thousand_classes_and_images_move_128_bits_at_a_time(arch: str) -> None:
     narrow, seen = [], 0
     for code in compiled(arch):
@@ -88,7 +90,7 @@ def test_a_thousand_classes_and_images_move_128_bits_at_a_time(arch: str) -> Non
     assert not narrow
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", EACH)
 def test_what_fits_is_read_and_written_once(arch: str) -> None:
     for code in compiled(arch):
         variant = code.variant
@@ -103,7 +105,7 @@ def test_what_fits_is_read_and_written_once(arch: str) -> None:
             assert 0 <= more <= again, f"{more} bytes more: {code}"
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", EACH)
 def test_occupancy(arch: str) -> None:
     low = []
     for code in compiled(arch):

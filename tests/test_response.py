@@ -151,7 +151,7 @@ def test_how_far_from_1_a_row_may_sum(sum_of_row: float, options: dict[str, floa
         assert len(answer(scores, "probs", output="probs", **options)) == 2  # type: ignore[arg-type]
         return
     with pytest.raises(
-        AnswerError, match=r"a row must sum to 1 within 0.0\d+\. If .*; if it rounds, --oracle.decimals"
+        AnswerError, match=r"a row must sum to 1 within 0.0\d+\. Start anew .* --oracle.decimals N if it rounds"
     ):
         answer(scores, "probs", output="probs", **options)  # type: ignore[arg-type]
 

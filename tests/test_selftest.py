@@ -19,7 +19,9 @@ def test_every_op_is_tested() -> None:
     assert set(selftest.OPS) == {*REGISTERED, "tanh_l1_"}
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference", "cpp"])
+@pytest.mark.parametrize(
+    "impl", ["cpp", *(pytest.param(impl, marks=pytest.mark.slow) for impl in ("triton", "reference"))]
+)
 def test_the_table(impl: str, capsys: pytest.CaptureFixture[str]) -> None:
     if impl == "cpp" and extension.LOADED is None:
         pytest.skip(extension.WHY_NOT)
