@@ -14,7 +14,7 @@ SAMPLE_REDUCTIONS = ("none", "mean", "batchmean", "sum")
 TOPK_RESTS = ("spread", "drop")
 
 
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raise ValueError unless value is one of the allowed names."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")

@@ -10,9 +10,8 @@ from typing import Any
 from mekd.checks import SCALES, check_choice
 from mekd.codes import CODES
 from mekd.errors import UsageError
+from mekd.pixels import SIDES
 
-#: Sides of an image in pixels that there is a generator and a discriminator for.
-SIZES = (16, 32, 64, 128, 224)
 #: Hyper-parameters by name: ours, the paper's (Ma et al., 2024) and those of the authors' public code.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {"tau": 5.0, "kl_tau": 1.0, "beta": 1.0, "scale": "tau2", "reduction": "mean"},
@@ -49,8 +48,7 @@ class DataConfig:
     on_error: str = "raise"
 
     def __post_init__(self) -> None:
-        if self.size not in SIZES:
-            raise ValueError(f"data.size is {self.size}; it must be one of {', '.join(map(str, SIZES))}")
+        check_choice("data.size", self.size, SIDES)
         check_choice("data.loader", self.loader, ("dali", "torchvision"))
         check_choice("data.on_error", self.on_error, ("raise", "skip"))
         _between("data.local_fraction", self.local_fraction, 0, 1)

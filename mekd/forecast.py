@@ -67,8 +67,8 @@ class _Noise:
     def count(self, part: str) -> int:
         return SMALL
 
-    def skipped(self) -> int:
-        return 0
+    def left_out(self) -> set[str]:
+        return set()
 
 
 class _NoiseBatches:
@@ -276,7 +276,7 @@ def print_data(run: Run) -> bool:
         if bad:
             kept = set(readable.files)
             first = next(file for file in listed.files if file not in kept)
-            line += f"; {bad} CANNOT be read, {first} first (data.on_error is {settings.on_error})"
+            line += f"; {bad} CANNOT be read, {files.shown(first)} first (data.on_error is {settings.on_error})"
         print(line)
     return True
 

@@ -42,6 +42,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
+@pytest.mark.slow
 def test_a_few_steps_of_both_stages(words: list[str], tmp_path: Path) -> None:
     for stage in ("deprivatize", "distill"):
         assert cli.main([stage, *words, "--out", str(tmp_path)]) == 0
@@ -72,8 +73,18 @@ def test_doctor_says_what_it_will_need(words: list[str], tmp_path: Path, capsys:
     # 2 steps of 2 in step 1, 4 held out, 2 steps of 2 in step 2; 3 x 32 x 32 bytes up, 10 probabilities down.
     assert "deprivatize: 4 queries, 0.00 GB up" in said and "distill: 8 queries" in said
     table = [line[:38].strip() for line in said.splitlines() if line[38:49].endswith(" M")]
-    assert table == ["deprivatize, G and D", "the teacher's answers, in torch", "distill, mobilenet_v3_small and G"]
+    assert table == ["deprivatize, G and D", "distill, mobilenet_v3_small and G", "of both, the teacher's answers"]
     assert "it fits" in said
+
+
+def test_doctor_does_not_say_that_it_fits_of_data_it_did_not_see(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data.name", "folder", "--data.path", str(tmp_path / "nowhere"), "--data.size", "16"]
+    words += ["--teacher.arch", "resnet8", "--deprivatize.width", "0.1", "--engine.device", "cpu"]
+    assert cli.main(["doctor", *words]) == 1
+    said = capsys.readouterr().out
+    assert "nowhere' was NOT looked at" in said and "1000 classes are assumed" in said
 
 
 def test_memory_that_does_not_suffice_is_said(
@@ -93,7 +104,7 @@ def test_memory_that_does_not_suffice_is_said(
     assert "does NOT fit" in said and "teacher, resnet8" in said
     assert "budget 10: it will NOT reach to the end" in said
     # The queries of both stages and the bytes, to the last one: 20,000 steps of 64, and 512 + 100.
-    assert forecast.asks(config) == [("deprivatize", 1280000), ("distill", 612)]
+    assert forecast.owed(config) == [("deprivatize", 1280000), ("distill", 612)]
     assert f"{1280000 * 256 / 1e9:.2f} GB up, {1280000 * 40 / 1e9:.2f} GB down" in said
 
 

@@ -6,10 +6,7 @@ import pytest
 import torch
 
 from mekd import cli
-from mekd.config import SIZES
 from mekd.nets import build
-from mekd.nets.discriminator import WIDTHS
-from mekd.nets.generator import STAGES
 from mekd.oracle.export import Classifier, export
 
 
@@ -67,7 +64,3 @@ def test_an_experiment_whose_teacher_is_trained_is_looked_at_too(
     assert cli.main([*words, "--teacher.checkpoint", str(tmp_path / "none.pt")]) == 2
     assert "teacher.checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_sizes_are_those_of_the_networks() -> None:
-    assert tuple(STAGES) == tuple(WIDTHS) == SIZES

@@ -59,10 +59,6 @@ class Source(Protocol):
         """The images of "training", "local" or "test"."""
         ...
 
-    def skipped(self) -> int:
-        """Images that this process left out because they cannot be read, each counted once."""
-        ...
-
     def left_out(self) -> set[str]:
         """Their names; with several processes an image may be in the set of more than one."""
         ...
@@ -108,16 +104,12 @@ class ArraySource:
         """As Source.count."""
         return len({"training": self.data.train_images, "local": self._local, "test": self.data.test_images}[part])
 
-    def skipped(self) -> int:
-        """Nothing is ever left out."""
-        return 0
-
     def left_out(self) -> set[str]:
-        """As skipped."""
+        """Nothing is ever left out."""
         return set()
 
     def notes(self) -> list[str]:
-        """As skipped."""
+        """Nothing is ever left out."""
         return []
 
     def _mine(self, count: int) -> slice:
@@ -187,10 +179,6 @@ class TreeSource:
     def left_out(self) -> set[str]:
         """As Source.left_out."""
         return self._left_out
-
-    def skipped(self) -> int:
-        """As Source.skipped."""
-        return len(self.left_out())
 
     def notes(self) -> list[str]:
         """As Source.notes."""

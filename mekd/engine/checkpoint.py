@@ -60,11 +60,11 @@ class Checkpoint:
                 self._restore_own(processes[parallel.rank()], log)
             else:
                 self.run.log(
-                    f"{self.name}: {parallel.world()} processes go on from the checkpoint of {len(processes)}; the "
-                    "data's epoch begins anew"
+                    f"{self.name}: {parallel.world()} processes go on from the checkpoint of {len(processes)}; answers "
+                    "that came after it are not used"
                 )
-                for feed in self.feeds.values():
-                    feed.load_state_dict(None)
+                for feed_name, feed in self.feeds.items():
+                    feed.load_state_dict(processes[0]["feeds"][feed_name], own=False)
         log.begin(self.step, seconds)
         log.forget(self.step)
         return self.step

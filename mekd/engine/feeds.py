@@ -69,8 +69,8 @@ class Feed(Protocol):
         """The place behind the last step that was taken."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Go on from a place; None: from that of another number of processes, which is nobody's."""
+    def load_state_dict(self, state: dict[str, Any], own: bool = True) -> None:
+        """Go on from a place; own: this process's, and not the first one's of another number of processes."""
         ...
 
     def settle(self) -> None:
@@ -93,7 +93,7 @@ class Free:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+    def load_state_dict(self, state: dict[str, Any], own: bool = True) -> None:
         pass
 
     def settle(self) -> None:
@@ -114,9 +114,8 @@ class Images(Free):
     def state_dict(self) -> dict[str, Any]:
         return self._batches.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        if state is not None:
-            self._batches.load_state_dict(state)
+    def load_state_dict(self, state: dict[str, Any], own: bool = True) -> None:
+        self._batches.load_state_dict(state)  # a batch is the same in any number of processes
 
 
 class Unasked(Free):
@@ -158,11 +157,11 @@ class Fresh:
     def state_dict(self) -> dict[str, Any]:
         return {"calls": self.oracle.ledger.next}
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        if state is None:
-            self.oracle.ledger.pass_over()  # other processes ask in other batches
-        else:
+    def load_state_dict(self, state: dict[str, Any], own: bool = True) -> None:
+        if own:
             self.oracle.ledger.rewind(state["calls"])
+        else:
+            self.oracle.ledger.pass_over()  # other processes ask in other batches
 
     def settle(self) -> None:
         self.oracle.ledger.settle()

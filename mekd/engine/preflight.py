@@ -27,7 +27,8 @@ def preflight(run: Run, stages: Sequence[str]) -> None:
     for stage in ("teacher",) * trains + tuple(name for name in ("deprivatize", "distill") if name in stages):
         parallel.share(f"{stage}.batch", getattr(config, stage).batch)
     if trains or simulates or "deprivatize" in stages:
-        _ = run.data
+        for note in run.data.notes():
+            run.log(f"data: {note}")
     if run.class_names is not None and config.oracle.num_classes not in (None, len(run.class_names)):
         raise UsageError(
             f"oracle.num_classes is {config.oracle.num_classes}, but oracle.classes lists {len(run.class_names)}"

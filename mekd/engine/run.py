@@ -243,10 +243,11 @@ class Run:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def log_skipped(self) -> None:
-        """Say how many files data.on_error=skip left out, if any."""
-        (skipped,) = parallel.sum_of(self.data.skipped())
-        if skipped:
-            self.log(f"data: {skipped:.0f} files could not be read and were left out (data.on_error is skip)")
+        """Say which files data.on_error=skip left out so far, if any."""
+        names = sorted({name for process in parallel.gather(self.data.left_out()) for name in process})
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            self.log(f"data: {len(names)} files could not be read and were left out (data.on_error is skip): {shown}")
 
     def save_config(self) -> None:
         """Write the resolved configuration into the run's folder."""

@@ -39,9 +39,9 @@ class RunLog:
         """The sums since the last line."""
         return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in self._sums.items()}
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Go on with them; None begins anew."""
-        self._sums = dict(state or {})
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with them."""
+        self._sums = dict(state)
 
     def add(self, **values: Tensor) -> None:
         """Add a step's losses, 0-d, to the means. Raises Diverged; on a GPU a step later, so that nobody waits."""
