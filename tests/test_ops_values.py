@@ -120,8 +120,8 @@ def test_shapes(kind: str, shape: tuple[int, ...], impl: str) -> None:
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_values(kind: str, classes: int, values: str, impl: str) -> None:
-    for dtype in DTYPES:
-        check(make(kind, (8, classes), dtype, values, DEVICES[impl], seed=1), impl, reductions(kind)[0])
+    for dtype in DTYPES:  # rows enough, so that plain arithmetic is exact in none of them by luck
+        check(make(kind, (16, classes), dtype, values, DEVICES[impl], seed=1), impl, reductions(kind)[0])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
