@@ -328,61 +328,6 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
-#: Settings that an interrupted run may be resumed with: where things are, what they cost, how long it shall take, and
-#: what runs the teacher, which changes its answers by rounding alone.
-FREE = {
-    "data.path", "data.workers", "data.on_error",
-    "oracle.price", "oracle.provider", "oracle.batch", "oracle.precision", "oracle.cuda_graph",
-    "deprivatize.steps", "deprivatize.budget", "distill.budget",
-}  # fmt: skip
-_ANSWERS = (
-    "oracle.response", "oracle.k", "oracle.decimals", "oracle.transport", "oracle.output", "oracle.output_name",
-    "oracle.num_classes", "oracle.classes", "oracle.mean", "oracle.std",
-)  # fmt: skip
-_COMPUTED = ("engine.device", "engine.batch_norm")
-#: What changes the result of a stage, sections or settings; run.depends() adds the digests of what it begins with.
-_DEPENDS = {
-    "teacher": ("seed", "data", "teacher", *_COMPUTED),
-    "deprivatize": ("seed", "data", "deprivatize", "engine.compile", *_COMPUTED),
-    "holdout": ("seed", "distill.holdout", *_ANSWERS),
-    "replay": ("seed", "distill.replay", *_ANSWERS),
-    "distill": ("seed", "distill", *_ANSWERS, *_COMPUTED),
-    "baseline": ("seed", "data", "distill", "evaluate.baseline_steps", *_ANSWERS, *_COMPUTED),
-}
-
-
-def asks(config: Config) -> bool:
-    """Whether step 1 asks the teacher: a label says nothing about confidence, so y = 1 for every image."""
-    return config.deprivatize.alpha > 0 and config.oracle.response != "label"
-
-
-def fingerprint(config: Config, stage: str) -> dict[str, Any]:
-    """The settings that change a stage's result, by dotted name."""
-    depends = _DEPENDS[stage]
-    if stage == "deprivatize" and asks(config):
-        depends = (*depends, *_ANSWERS)
-    flat = dict(flatten(dataclasses.asdict(config)))
-    chosen = {key: value for key, value in flat.items() if key in depends or key.split(".")[0] in depends}
-    found = {key: value for key, value in chosen.items() if key not in FREE}
-    if "engine.device" in found:
-        found["engine.device"] = found["engine.device"].split(":")[0]  # one card rounds as another
-    return found
-
-
-def resolve(config: Config) -> Config:
-    """The configuration with what its defaults mean on this machine decided, once for the whole run."""
-    import torch
-
-    engine = config.engine
-    device = engine.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    mode = engine.compile
-    if mode == "auto":
-        mode = "default" if device.startswith("cuda") else "off"
-    return dataclasses.replace(config, engine=dataclasses.replace(engine, device=device, compile=mode))
-
-
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Settings by section as pairs of a dotted name and a value."""
     found: list[tuple[str, Any]] = []

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from mekd import files
-from mekd.config import Config, asks
+from mekd.config import Config
 from mekd.data import TREES, Batches, listing
 from mekd.engine.deprivatize import deprivatize
 from mekd.engine.distill import train_student
 from mekd.engine.profile import peak_mb
 from mekd.engine.run import Run
 from mekd.engine.teacher import classifier, train_teacher
+from mekd.fingerprint import asks
 from mekd.oracle.base import Oracle
 from mekd.oracle.ledger import Ledger
 from mekd.oracle.module import TorchOracle

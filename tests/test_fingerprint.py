@@ -9,7 +9,8 @@ import pytest
 
 import mekd
 from flat_settings import settings
-from mekd.config import FREE, Config, fingerprint
+from mekd.config import Config
+from mekd.fingerprint import FREE, fingerprint
 
 STAGES = ["teacher", "deprivatize", "holdout", "replay", "distill", "baseline"]
 #: May change when an interrupted run goes on: where things are, what they cost, what computes the teacher, how long it

@@ -13,7 +13,7 @@ import torch
 from forked import Server
 from ledger_teacher import accounts, metrics
 from mekd import files
-from mekd.config import Config
+from mekd.config import Config, DistillConfig
 from mekd.engine import feeds, parallel
 from mekd.engine.run import Run
 from mekd.oracle.ledger import Ledger
@@ -187,6 +187,7 @@ def test_rows_and_budgets_are_dealt_out_without_a_remainder(monkeypatch: pytest.
     monkeypatch.setattr(parallel, "rank", lambda: state["rank"])
     monkeypatch.setattr(parallel, "sum_of", lambda *numbers: list(numbers))
     monkeypatch.setattr(parallel, "barrier", lambda: None)
-    account = feeds.open_account(Run(Config(), tmp_path), "distill", "distill.budget", 20)
+    config = Config(distill=DistillConfig(budget=20))
+    account = feeds.open_account(Run(config, tmp_path), "distill", "distill")
     assert account.left == 3 and account.elsewhere == 11
     account.close()

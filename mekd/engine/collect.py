@@ -32,9 +32,9 @@ def collect(run: Run, name: str, draw: nn.Module, count: int) -> Replay:
         with torch.no_grad():
             return draw(run.latents(name, step, rows(step)))
 
-    count_steps, budget = -(-count // batch), run.config.distill.budget
+    count_steps = -(-count // batch)
     if not finished(run, name, count_steps):
-        with fresh(run, name, count_steps, drawn, mine, setting="distill.budget", budget=budget) as feed:
+        with fresh(run, "distill", name, count_steps, drawn, mine) as feed:
             log = RunLog(run, name, count_steps, batch, {"queries": feed})
             checkpoint = Checkpoint(run, name, {"store": store}, {"queries": feed}, run.depends(name))
             checkpoint.restore(log)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mekd.config import asks
 from mekd.engine import parallel
 from mekd.engine.checkpoint import Checkpoint, steps
 from mekd.engine.feeds import Fresh, Images, Unasked, fresh
 from mekd.engine.run import Run
 from mekd.engine.runlog import RunLog
 from mekd.engine.train import adam
+from mekd.fingerprint import asks
 from mekd.losses import DeprivatizationLoss
 from mekd.nets import Discriminator, Generator
 from mekd.oracle.ledger import describe
@@ -132,8 +132,5 @@ def answers(run: Run, draw: Callable[[int], Tensor]) -> Iterator[Fresh | Unasked
     if not asks(run.config):
         yield Unasked(draw)
         return
-    budget = config.budget
-    with fresh(
-        run, "deprivatize", config.steps, draw, lambda step: mine, setting="deprivatize.budget", budget=budget
-    ) as feed:
+    with fresh(run, "deprivatize", "deprivatize", config.steps, draw, lambda step: mine) as feed:
         yield feed

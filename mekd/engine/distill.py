@@ -127,8 +127,5 @@ def answers(run: Run, draw: nn.Module, loss: MEKDLoss) -> Iterator[Fresh | Repla
         with torch.no_grad():
             return draw(run.latents("distill", step, config.batch))
 
-    with fresh(
-        run, "distill", config.steps, drawn, lambda step: mine,
-        setting="distill.budget", budget=config.budget, ahead=True,
-    ) as feed:  # fmt: skip
+    with fresh(run, "distill", "distill", config.steps, drawn, lambda step: mine, ahead=True) as feed:
         yield feed

@@ -102,7 +102,7 @@ def ask_private(run: Run) -> tuple[Replay, int]:
 @contextlib.contextmanager
 def asking(run: Run, name: str) -> Iterator[Oracle]:
     """The oracle with the account NAME, which has no budget: what was answered before is found there."""
-    account = open_account(run, name, name, None)
+    account = open_account(run, "evaluate", name)
     try:
         with parallel.first_alone():
             oracle = run.open_oracle(account)

@@ -15,7 +15,6 @@ from mekd.engine.pictures import Pictures
 from mekd.engine.run import Run
 from mekd.engine.worker import Worker
 from mekd.errors import Diverged
-from mekd.oracle import ledger
 from mekd.oracle.base import Oracle
 from mekd.oracle.ledger import Ledger
 from mekd.oracle.replay import Replay
@@ -23,9 +22,6 @@ from mekd.oracle.response import Response
 from mekd.oracle.session import provider_names, runs_on_cuda
 from mekd.pixels import to_uint8
 from mekd.seeds import generator_at
-
-#: The accounts that share a budget, by its setting.
-ACCOUNTS = {"deprivatize.budget": ("deprivatize",), "distill.budget": ("holdout", "replay", "distill")}
 
 
 class Asked(NamedTuple):
@@ -264,21 +260,21 @@ def _waiting(feed: Feed) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fresh(
-    run: Run, name: str, steps: int, draw: Callable[[int], Tensor], queries: Callable[[int], int], *,
-    setting: str, budget: int | None, ahead: bool = False,
+    run: Run, stage: str, name: str, steps: int, draw: Callable[[int], Tensor], queries: Callable[[int], int], *,
+    ahead: bool = False,
 ) -> Iterator[Fresh]:  # fmt: skip
-    """A feed of fresh queries with the account NAME and what is left of a budget; on CUDA asked ahead if it may be.
+    """A feed of fresh queries with the account NAME, one of a stage's; on CUDA asked ahead if it may be.
 
     Every process must come here: the budget is one for all. An ONNX Runtime session lives on the thread that asks.
     """
-    account = open_account(run, name, setting, budget)
+    account = open_account(run, stage, name)
     worker = Worker("oracle") if ahead and asks_ahead(run) else None
     try:
         with parallel.first_alone():  # it measures the teacher's batch, and writes TensorRT's engine
             if worker is None:
                 feed = Fresh(name, draw, queries, run.open_oracle(account))
             else:
-                oracle = worker.submit(lambda: run.open_oracle(account)).result()
+                oracle = worker.submit(lambda: _opened(run, account)).result()
                 every, device = run.config.engine.checkpoint_every, run.device
                 feed = Ahead(name, draw, queries, oracle, worker=worker, every=every, steps=steps, device=device)
                 del oracle
@@ -289,20 +285,26 @@ def fresh(
         account.close()
 
 
+def _opened(run: Run, account: Ledger) -> Oracle:
+    if run.device.type == "cuda":
+        torch.cuda.set_device(run.device)  # a thread begins on the first card
+    return run.open_oracle(account)
+
+
 def asks_ahead(run: Run) -> bool:
     """Whether the teacher works on another processor than the one that trains, so that asking ahead saves time."""
     return runs_on_cuda(provider_names(run.config.oracle.provider))
 
 
-def open_account(run: Run, name: str, setting: str, budget: int | None) -> Ledger:
-    """This process's account NAME, with its share of what all accounts of the budget, in all processes, have left."""
-    folder, rank, world = run.out / "ledger", parallel.rank(), parallel.world()
-    account = Ledger(name, folder, budget, setting=setting, rank=rank)
+def open_account(run: Run, stage: str, name: str) -> Ledger:
+    """This process's account NAME, with its share of what all accounts of the stage, in all processes, have left."""
+    budget = getattr(getattr(run.config, stage), "budget", None)
+    account = Ledger(name, run.ledger, budget, setting=f"{stage}.budget", rank=parallel.rank())
     (own,) = map(int, parallel.sum_of(account.spent))  # all are open now, and nobody has asked
-    counts = ledger.totals(folder, *ACCOUNTS.get(setting, (name,)))
+    counts = run.asked(stage)
     parallel.barrier()
     everywhere = counts["queries"] + counts["uncertain"]
     account.elsewhere = everywhere - own
     if budget is not None:
-        account.reserved = budget - account.spent - max(0, budget - everywhere) // world
+        account.reserved = budget - account.spent - max(0, budget - everywhere) // parallel.world()
     return account

@@ -6,11 +6,11 @@ import torch
 
 from mekd import files
 from mekd.codes import resolve_code
-from mekd.config import asks
 from mekd.engine import parallel
 from mekd.engine.checkpoint import check_depends
 from mekd.engine.run import Run, StageError
 from mekd.errors import UsageError
+from mekd.fingerprint import asks
 from mekd.nets import build
 
 
@@ -20,6 +20,13 @@ def preflight(run: Run, stages: Sequence[str]) -> None:
     own_teacher = config.teacher.onnx is not None
     trains = "teacher" in stages and not (own_teacher or config.teacher.checkpoint)
     simulates = "evaluate" in stages and config.evaluate.enabled
+    if run.device.type == "cuda":
+        if parallel.world() > 1 and ":" in config.engine.device:
+            raise UsageError(
+                f"engine.device is {config.engine.device!r} with {parallel.world()} processes, of which each takes the "
+                "card of its number: say --engine.device cuda, and choose the cards with CUDA_VISIBLE_DEVICES"
+            )
+        torch.cuda.set_device(run.device)
     if config.engine.batch_norm == "synchronised" and parallel.world() > 1 and run.device.type != "cuda":
         raise StageError(
             "engine.batch_norm is 'synchronised', which PyTorch does on CUDA alone; on the CPU it must be 'local'"

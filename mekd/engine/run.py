@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from mekd import files
-from mekd.config import Config, dump_yaml, fingerprint, resolve
+from mekd.config import Config, dump_yaml
 from mekd.data import TREES, Source, open_source, read_names
 from mekd.engine import parallel
 from mekd.errors import MekdError
+from mekd.fingerprint import fingerprint, resolve
 from mekd.nets import Generator
 from mekd.oracle import identity, ledger
 from mekd.oracle.base import Oracle
@@ -27,7 +28,7 @@ from mekd.oracle.session import provider_names
 from mekd.seeds import generator_at
 
 Module = TypeVar("Module", bound=torch.nn.Module)
-#: The accounts whose queries are spent by a stage.
+#: The accounts of each stage, which share its budget.
 ACCOUNTS = {
     "deprivatize": ("deprivatize",),
     "distill": ("holdout", "replay", "distill"),
@@ -226,9 +227,14 @@ class Run:
             hashed.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
         return hashed.hexdigest()[:16]
 
+    @property
+    def ledger(self) -> Path:
+        """Where the accounts lie."""
+        return self.out / "ledger"
+
     def asked(self, *stages: str) -> dict[str, int]:
         """The counts of what stages asked so far, over all processes."""
-        return ledger.totals(self.out / "ledger", *(name for stage in stages for name in ACCOUNTS[stage]))
+        return ledger.totals(self.ledger, *(name for stage in stages for name in ACCOUNTS[stage]))
 
     # -- what is written -----------------------------------------------------------------------------------
 
