@@ -102,7 +102,7 @@ BEFORE = {
     "teacher.onnx", "teacher.arch", "teacher.checkpoint", "teacher.lr",
     "oracle.response", "oracle.output", "oracle.output_name", "oracle.num_classes", "oracle.classes",
     "oracle.mean", "oracle.std", "oracle.transport", "oracle.decimals",
-    "deprivatize.alpha", "deprivatize.lr", "distill.lr", "evaluate.enabled",
+    "deprivatize.alpha", "deprivatize.lr", "distill.lr", "evaluate.enabled", "engine.device",
 }  # fmt: skip
 
 
