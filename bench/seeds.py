@@ -16,7 +16,7 @@ def main(arguments: Sequence[str]) -> int:
     runs = parser.parse_args(arguments).runs
     if unfinished := [str(run) for run in runs if not (run / "summary.json").exists()]:
         parser.error(f"no summary.json in {', '.join(unfinished)}: name folders of finished runs")
-    rows = [(run, json.loads((run / "summary.json").read_text())) for run in runs]
+    rows = [(run, json.loads((run / "summary.json").read_text("utf-8"))) for run in runs]
     print("| run | seed | response | teacher | baseline | student | agreement | queries | seconds |")
     print("|---|---|---|---|---|---|---|---|---|")
     for run, summary in rows:

@@ -139,15 +139,15 @@ def of(setting: Setting, folder: Path) -> Iterator[Work]:
         adams = [adam(net, 2e-4) for net in (g, d)]
         sides.append((g, d, *adams))
     (slow_g, slow_d, slow_adam_g, slow_adam_d), (g, d, adam_g, adam_d) = sides
-    ways = deprivatize.passes(g, d, DeprivatizationLoss())
+    compute = deprivatize.passes(g, d, DeprivatizationLoss())
 
     def slow_gan() -> None:
         latents = torch.randn(count, classes)
         plain.gan_step(slow_g, slow_d, teacher, slow_adam_g, slow_adam_d, real, latents)
 
     def gan() -> None:
-        fake = ways.draw(torch.randn(count, classes))
-        deprivatize.take_step(ways, d, adam_g, adam_d, real, fake, oracle.query(fake).confidence)
+        fake = compute.draw(torch.randn(count, classes))
+        deprivatize.take_step(compute, d, adam_g, adam_d, real, fake, oracle.query(fake).confidence)
 
     def pull_g() -> None:
         g(torch.randn(count, classes)).sum().backward()

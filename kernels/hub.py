@@ -45,13 +45,13 @@ __all__ = [{names}]
 def files() -> dict[str, str]:
     """The project: text by path."""
     here, package = Path(__file__).parent, Path("torch-ext/mekd")
-    sources = {f"{name}.py": (here / f"{name}.py").read_text() for name in (*OPS, *SHARED)}
-    sources |= {Path(module.__file__).name: Path(module.__file__).read_text() for module in (checks, extension)}
+    sources = {f"{name}.py": (here / f"{name}.py").read_text("utf-8") for name in (*OPS, *SHARED)}
+    sources |= {Path(module.__file__).name: Path(module.__file__).read_text("utf-8") for module in (checks, extension)}
     project = {str(package / name): _relative(text) for name, text in sources.items()}
     imports = "\n".join(f"from .{name} import {name}" + ", tanh_l1_" * (name == "tanh_l1") for name in OPS)
     names = ", ".join(f'"{name}"' for name in (*OPS, "tanh_l1_"))
     project[str(package / "__init__.py")] = INIT.format(imports=imports, names=names)
-    project[str(package / "tuning.json")] = (here / "tuning.json").read_text()
+    project[str(package / "tuning.json")] = (here / "tuning.json").read_text("utf-8")
     return {**project, "build.toml": BUILD, "flake.nix": FLAKE}
 
 

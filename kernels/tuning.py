@@ -42,7 +42,7 @@ def tile_of(kernel: str, dtype: str, size: str, arch: int) -> Tile:
 @functools.cache
 def table() -> dict[str, Any]:
     """kernel -> arch -> dtype -> size class -> [rows, block, warps, stages], as in the file."""
-    return json.loads(FILE.read_text())
+    return json.loads(FILE.read_text("utf-8"))
 
 
 def dumps(content: dict[str, Any]) -> str:

@@ -164,7 +164,7 @@ def stages(run: Run, classes: int, image: tuple[int, int, int]) -> Iterator[Need
     yield _measured(run, classes, image, "deprivatize, G and D", "deprivatize", pair, deprivatize)
     name = f"distill, {config.distill.student.removeprefix('torchvision:')} and G"
     yield _measured(run, classes, image, name, "distill", ("student",), train_student)
-    asked = sum(count for _, count in owed(config))
+    asked = sum(count for _, count in queries_of(config))
     with tempfile.TemporaryDirectory() as folder:
         trial = _trial(run, Path(folder), classes, image, LARGE, STEPS)
         oracle = trial.open_oracle(Ledger("query"), batch=config.oracle.batch)
@@ -233,7 +233,7 @@ def _trial(run: Run, out: Path, classes: int, image: tuple[int, int, int], batch
     return trial
 
 
-def owed(config: Config) -> list[tuple[str, int]]:
+def queries_of(config: Config) -> list[tuple[str, int]]:
     """The queries of each stage, exactly."""
     step1, step2 = config.deprivatize, config.distill
     second = step2.replay or step2.steps * step2.batch
@@ -249,7 +249,9 @@ def queries(config: Config, classes: int, image: tuple[int, int, int]) -> list[s
     up = pixel * image[0] * image[1] * image[2]
     down = {"label": 8, "topk": 12 * config.oracle.k}.get(config.oracle.response, 4 * classes)
     lines = []
-    for (stage, count), budget in zip(owed(config), (config.deprivatize.budget, config.distill.budget), strict=True):
+    for (stage, count), budget in zip(
+        queries_of(config), (config.deprivatize.budget, config.distill.budget), strict=True
+    ):
         line = f"{stage}: {count:,} queries, {count * up / 1e9:.2f} GB up, {count * down / 1e9:.2f} GB down"
         if config.oracle.price is not None:
             line += f", cost {count * config.oracle.price:.2f}"

@@ -16,13 +16,13 @@ from mekd.nets import Discriminator, Generator
 def train(mode: str, steps: int) -> tuple[dict[str, torch.Tensor], list[float]]:
     torch.manual_seed(0)
     generator, discriminator = Generator(6, 16, width=0.25), Discriminator(16, dropout=0.0)
-    ways = passes(generator, discriminator, DeprivatizationLoss(), mode)
+    compute = passes(generator, discriminator, DeprivatizationLoss(), mode)
     adams = adam(generator, 2e-4), adam(discriminator, 2e-4)
     real, losses = torch.rand(8, 3, 16, 16) * 2 - 1, []
     for _ in range(steps):
-        fake = ways.draw(torch.randn(8, 6))
+        fake = compute.draw(torch.randn(8, 6))
         confidence = torch.rand(8)
-        losses += [x.item() for x in take_step(ways, discriminator, *adams, real, fake, confidence).values()]
+        losses += [x.item() for x in take_step(compute, discriminator, *adams, real, fake, confidence).values()]
     return copy.deepcopy({**generator.state_dict(), **discriminator.state_dict()}), losses
 
 

@@ -104,7 +104,7 @@ def test_memory_that_does_not_suffice_is_said(
     assert "does NOT fit" in said and "teacher, resnet8" in said
     assert "budget 10: it will NOT reach to the end" in said
     # The queries of both stages and the bytes, to the last one: 20,000 steps of 64, and 512 + 100.
-    assert forecast.owed(config) == [("deprivatize", 1280000), ("distill", 612)]
+    assert forecast.queries_of(config) == [("deprivatize", 1280000), ("distill", 612)]
     assert f"{1280000 * 256 / 1e9:.2f} GB up, {1280000 * 40 / 1e9:.2f} GB down" in said
 
 

@@ -152,8 +152,8 @@ def steps(checkpoint: Checkpoint, log: RunLog) -> Iterator[int]:
 
 def _check_stop(checkpoint: Checkpoint, log: RunLog) -> None:
     paying = next((feed for feed in checkpoint.feeds.values() if feed.ledger is not None), None)
-    owed = paying.owes(checkpoint.step) if paying is not None else 0
-    spent = owed > 0 and paying is not None and paying.ledger is not None and not paying.ledger.affords(owed)
+    needs = paying.owes(checkpoint.step) if paying is not None else 0
+    spent = needs > 0 and paying is not None and paying.ledger is not None and not paying.ledger.affords(needs)
     spent, stop = parallel.any_of(spent, _asked_to_stop.is_set())
     if not spent and not stop:
         return
@@ -163,7 +163,7 @@ def _check_stop(checkpoint: Checkpoint, log: RunLog) -> None:
         raise Interrupted(f"{checkpoint.name} stopped at {place}; the same command goes on")
     assert paying is not None and paying.ledger is not None
     ledger = paying.ledger
-    total, needed = map(int, parallel.sum_of(ledger.spent, owed))
+    total, needed = map(int, parallel.sum_of(ledger.spent, needs))
     raise BudgetSpent(
         f"{ledger.setting} is {ledger.budget} queries and {total + ledger.elsewhere} are spent; the next step of "
         f"{checkpoint.name} needs {needed}. It stands at {place}. To go on, run the same command with a larger "
