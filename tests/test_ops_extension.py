@@ -11,11 +11,21 @@ import torch
 
 import mekd
 from mekd import extension
-from op_grid import make
+from op_grid import KERNELS, check, make
 
 HERE = Path(__file__).parent
 PACKAGE = Path(mekd.__file__).parent
 PORTABLE = next(iter(PACKAGE.glob(extension.name("DEFAULT") + ".*")), None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="no GPU here: the Triton kernels are tested interpreted alone, with TRITON_INTERPRET=1, as make test does",
+)
+def test_the_tests_of_the_ops_include_the_triton_kernels() -> None:
+    assert any(param.values == ("triton",) for param in KERNELS)
+    check(make("logits", device="cuda"), "triton")
 
 
 def python(code: str, *arguments: str, path: Path = PACKAGE.parent, **environment: str) -> str:

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
+from mekd import extension
 from mekd.functional import dkd_loss, image_l1_loss, jsd_loss, kd_loss
 from op_grid import DEVICES, IMPLS
 
 #: The same examples every time; no deadline, since the machine may be busy.
-FEW = settings(max_examples=20, deadline=None, derandomize=True, database=None)
+FEW = settings(max_examples=8 if extension.INTERPRETED else 20, deadline=None, derandomize=True, database=None)
 TAUS = st.sampled_from([1.0, 0.5, 4.0, 20.0])
 
 

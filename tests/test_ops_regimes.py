@@ -6,16 +6,18 @@ import torch
 from mekd import extension
 from op_grid import DEVICES, DTYPES, ROW_KINDS, check, make, result
 
-pytestmark = pytest.mark.skipif(not extension.INTERPRETED, reason="TRITON_INTERPRET=1 interprets, as make test does")
+if not extension.INTERPRETED:
+    pytest.skip("TRITON_INTERPRET=1 interprets, as make test does", allow_module_level=True)
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 TILES = [
     # Online, with a tail: three rounds over 20 classes.
-    (1, 8),
+    (1, 8, (F32, F64)),
     # Online, several rows in one program, in which the last one does not fill it.
-    (2, 16),
+    (2, 16, (F32, BF16, F16)),
     # One row in registers.
-    (1, 32),
+    (1, 32, (F32, BF16, F16)),
     # Many rows in one program.
-    (4, 32),
+    (4, 32, (F32, F64)),
 ]
 
 
@@ -25,11 +27,13 @@ def force(monkeypatch: pytest.MonkeyPatch, rows: int, block: int) -> None:
     monkeypatch.setattr(tuning, "tile", lambda *_: tuning.Tile(rows, block, 1, 1))
 
 
-@pytest.mark.parametrize(("rows", "block"), TILES)
+@pytest.mark.parametrize(("rows", "block", "dtypes"), TILES, ids=lambda x: str(x) if isinstance(x, int) else "")
 @pytest.mark.parametrize("kind", ROW_KINDS)
-def test_each_regime_is_the_truth(kind: str, rows: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_regime_is_the_truth(
+    kind: str, rows: int, block: int, dtypes: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     force(monkeypatch, rows, block)
-    for dtype in DTYPES:
+    for dtype in dtypes:
         check(make(kind, (3, 20), dtype, device=DEVICES["triton"]), "triton")
     for values in ("near", "gap"):
         check(make(kind, (3, 20), values=values, device=DEVICES["triton"]), "triton")

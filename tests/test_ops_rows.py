@@ -6,7 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from op_grid import DEVICES, GAN_KINDS, IGNORED, IMPLS, ROW_KINDS, Problem, check, make, result, truth, within
+from op_grid import (
+    DEVICES,
+    GAN_KINDS,
+    IGNORED,
+    IMPLS,
+    KERNELS,
+    ROW_KINDS,
+    Problem,
+    check,
+    compiled_only,
+    make,
+    result,
+    truth,
+    within,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -66,11 +80,10 @@ def spoiled(value: Any, row: int) -> Any:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("filling", [NAN, INF, -INF])
-@pytest.mark.parametrize("classes", [10, 2500])
+@pytest.mark.parametrize(("classes", "filling"), [(10, NAN), (10, INF), (10, -INF), (2500, NAN)])
 @pytest.mark.parametrize("kind", ROW_KINDS)
 def test_masked_rows_may_hold_anything(kind: str, classes: int, filling: float, impl: str) -> None:
-    clean = make(kind, (6, classes), device=DEVICES[impl], mask=torch.tensor([True, False, True, True, True, True]))
+    clean = make(kind, (3, classes), device=DEVICES[impl], mask=torch.tensor([True, False, True]))
     clean.options["mask"] = clean.options["mask"].to(DEVICES[impl])
     dirty = Problem(kind, [clean.students[0].clone()], dict(clean.target), clean.options)
     dirty.students[0][1] = filling
@@ -144,7 +157,7 @@ def test_ignored_labels(kind: str, ignored: int, impl: str) -> None:
             check(problem, impl, reduction)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize(
     "masked",
     [
@@ -157,8 +170,7 @@ def test_ignored_labels(kind: str, ignored: int, impl: str) -> None:
         # The whole first block: an online softmax has no finite maximum yet.
         (2500, list(range(1024))),
         # The block in the middle, and the last one.
-        (2500, list(range(1024, 2048))),
-        (2500, list(range(2048, 2500))),
+        *compiled_only((2500, list(range(1024, 2048))), (2500, list(range(2048, 2500)))),
         # All but a few at the end.
         (2500, list(range(2490))),
     ],
@@ -168,7 +180,7 @@ def test_ignored_labels(kind: str, ignored: int, impl: str) -> None:
 def test_masked_classes(kind: str, masked: tuple[int, list[int]], impl: str) -> None:
     classes, gone = masked
     left = [c for c in range(classes) if c not in set(gone)]
-    whole, few = (make(kind, (4, n), device=DEVICES[impl]) for n in (classes, len(left)))
+    whole, few = (make(kind, (2 if n > 100 else 4, n), device=DEVICES[impl]) for n in (classes, len(left)))
     loss, grad = result(_without(few, whole, gone, left), impl)
     # The same as if these classes did not exist.
     (exact, exact_grad), (plain, plain_grad) = truth(few), truth(few, dtype=torch.float32)
@@ -253,18 +265,17 @@ NANS = [
 ]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("bits", NANS)
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize(
-    ("classes", "column"),
+    ("classes", "column", "bits"),
     [
         # The only class.
-        (1, 0),
+        (1, 0, NANS[0]),
         # In a tail.
-        (10, 9),
+        *((10, 9, bits) for bits in NANS),
         # In the first block, and in the last.
-        (2500, 3),
-        (2500, 2499),
+        (2500, 3, NANS[1]),
+        (2500, 2499, NANS[0]),
     ],
 )
 @pytest.mark.parametrize("kind", ROW_KINDS)
@@ -288,7 +299,7 @@ def test_nan_spoils_its_row_alone(kind: str, classes: int, column: int, bits: in
             assert torch.equal(loss[i], clean[0][i]) and torch.equal(grad[i], clean[1][i]), where
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("bits", NANS)
 @pytest.mark.parametrize("kind", ["tanh", "finished", "images", "confidence", "gan-logits", "gan-probs", "gan-label"])
 def test_nan_spoils_its_sample_alone(kind: str, bits: int, impl: str) -> None:
