@@ -38,6 +38,8 @@ def test_a_budget_is_hard(tmp_path: Path, kept: bool) -> None:
     # Neither sent, nor counted, nor booked.
     assert teacher.seen == 4 and ledger.counts == before
     if kept:
+        assert ledger._booked is not None
+        ledger._booked.result()
         assert totals(tmp_path, "distill") == before
     # The request that just fits is allowed, and the next image is not.
     oracle.query(batch(1, 3))

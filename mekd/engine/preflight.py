@@ -33,9 +33,9 @@ def preflight(run: Run, stages: Sequence[str]) -> None:
         )
     for stage in ("teacher",) * trains + tuple(name for name in ("deprivatize", "distill") if name in stages):
         parallel.share(f"{stage}.batch", getattr(config, stage).batch)
+    notes = []  # written when nothing speaks against the run
     if trains or simulates or "deprivatize" in stages:
-        for note in run.data.notes():
-            run.log(f"data: {note}")
+        notes += [f"data: {note}" for note in run.data.notes()]
     if run.class_names is not None and config.oracle.num_classes not in (None, len(run.class_names)):
         raise UsageError(
             f"oracle.num_classes is {config.oracle.num_classes}, but oracle.classes lists {len(run.class_names)}"
@@ -47,6 +47,7 @@ def preflight(run: Run, stages: Sequence[str]) -> None:
             run.load_weights(teacher, "teacher.checkpoint", config.teacher.checkpoint)
     elif {"deprivatize", "distill", "evaluate"} & set(stages):
         classes = run.num_classes
+        notes += [f"teacher: {note}" for note in run.teacher_notes]
         if simulates and classes != len(run.data.classes):
             raise StageError(
                 f"the teacher has {classes} classes, the data {len(run.data.classes)}: evaluate cannot compare them. "
@@ -61,6 +62,8 @@ def preflight(run: Run, stages: Sequence[str]) -> None:
         _check_checkpoints(run, stage)
     if stages and tuple(stages) != ("report",):
         run.save_config()
+    for note in notes:
+        run.log(note)
 
 
 def _check_distill(run: Run, classes: int) -> None:

@@ -101,10 +101,17 @@ class Run:
     @functools.cached_property
     def num_classes(self) -> int:
         """The teacher's classes, as its file or the configuration says: nothing is asked."""
+        return self._looked_at[0]
+
+    @property
+    def teacher_notes(self) -> list[str]:
+        """How the teacher's file is read, for people."""
+        return self._looked_at[1]
+
+    @functools.cached_property
+    def _looked_at(self) -> tuple[int, list[str]]:
         oracle = self.open_oracle(Ledger("nothing", budget=0), batch=None, provider="cpu")
-        for note in oracle.notes:
-            self.log(f"teacher: {note}")
-        return oracle.num_classes
+        return oracle.num_classes, oracle.notes
 
     @property
     def teacher_digest(self) -> str:
