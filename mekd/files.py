@@ -93,8 +93,8 @@ def load(path: Path) -> dict[str, Any]:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             raise DamagedError(
-                f"{path} is damaged or no checkpoint ({type(error).__name__}); put a copy back, or delete it to begin "
-                "that stage anew"
+                f"{path} is damaged or no checkpoint ({type(error).__name__}); put a copy back, or start anew with "
+                "another --out"
             ) from error
     if not isinstance(state, dict):
         raise DamagedError(f"{path} holds a {type(state).__name__}, not a dict; it is no checkpoint")

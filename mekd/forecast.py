@@ -125,7 +125,12 @@ class _FromPixels(torch.nn.Module):
 
 def forecast(config: Config) -> int:
     """Print what a run of config needs on this machine; returns 0 if it fits into its memory and its data is there."""
-    run = Run(config, Path("."))
+    with tempfile.TemporaryDirectory() as nowhere:  # no teacher lies there that was not given
+        return _forecast(Run(config, Path(nowhere)))
+
+
+def _forecast(run: Run) -> int:
+    config = run.config
     looked = print_data(run)
     image = (3, config.data.size, config.data.size) if not looked else run.image
     classes = run.num_classes if run.teacher_onnx.is_file() else len(run.data.classes) if looked else IMAGENET

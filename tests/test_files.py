@@ -199,7 +199,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
         "zeros": bytes(len(whole)),
     }
     path.write_bytes(changed[damage])
-    with pytest.raises(ValueError, match=r"is damaged or no checkpoint .*; put a copy back, or delete") as caught:
+    with pytest.raises(ValueError, match=r"is damaged or no checkpoint .*; put a copy back, or start") as caught:
         files.load(path)
     assert str(path) in str(caught.value)
 
