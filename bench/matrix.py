@@ -42,7 +42,9 @@ PARTS = (
     ("run, two processes", {}, f"-m torch.distributed.run --standalone --nproc-per-node 2 {RUN} {{out}}"),
 )  # fmt: skip
 VERSIONS = (
-    "import platform, torch, triton, numpy; print(platform.python_version(), triton.__version__, numpy.__version__)"
+    "import importlib.util, platform, numpy; from importlib.metadata import version; "
+    "print(platform.python_version(), version('triton') if importlib.util.find_spec('triton') else 'none', "
+    "numpy.__version__)"
 )
 TITLES = ("torch", "Python, triton, numpy", "build", *(title for title, _, _ in PARTS))
 
