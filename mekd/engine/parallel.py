@@ -36,6 +36,7 @@ def join(device: str) -> None:
         # The count is that of one machine's torchrun alone; several have to be told not to share it (docs/imagenet.md).
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=own, world_size=count)
+    barrier()  # one that is refused at once would end while another still connects, which would then say only that
 
 
 def leave() -> None:
