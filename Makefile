@@ -4,7 +4,7 @@ BIN := .venv/bin
 # What starts runs of its own, kills them and starts them again.
 PROCESSES := $(addprefix tests/test_,$(addsuffix .py,resume parallel ahead tree_run))
 # What the Triton kernels are interpreted for, in a process of its own: it can do nothing else with Triton.
-INTERPRETED := $(addprefix tests/test_ops_,$(addsuffix .py,values rows layouts errors autograd in_place memory properties torch))
+INTERPRETED := $(filter-out tests/test_ops_extension.py,$(wildcard tests/test_ops_*.py))
 INTERPRETED_ALONE := tests/test_ops_regimes.py
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 
@@ -33,7 +33,7 @@ processes: setup
 	$(BIN)/python -m pytest $(PROCESSES)
 
 interpreted: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) $(INTERPRETED_ALONE) -k "not reference and not cpp"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) -k "not reference and not cpp"
 
 # What takes too long for every change: marked slow, the wheel among it.
 slow: setup

@@ -118,6 +118,7 @@ class Eps(float):
 @pytest.fixture
 def device() -> str:
     """Where Liger's kernels run."""
+    installed("liger_kernel", "liger-kernel")
     if torch.cuda.is_available():
         return "cuda"
     if os.environ.get("TRITON_INTERPRET") != "1":

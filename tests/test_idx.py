@@ -251,7 +251,9 @@ def test_idx_files_that_do_not_fit(tmp_path: Path, arrays: dict[str, Any], parts
         assert part in str(caught.value)
 
 
-@pytest.mark.skipif(not FASHION.is_dir(), reason=f"{FASHION} is not there: the real Fashion-MNIST")
+@pytest.mark.skipif(
+    not FASHION.is_dir(), reason=f"{FASHION} is not there: the real Fashion-MNIST, Debian's dataset-fashion-mnist"
+)
 def test_the_real_fashion_mnist() -> None:
     data = load("fashion_mnist", str(FASHION), 28)
     assert data.train_images.shape == (60_000, 1, 28, 28)

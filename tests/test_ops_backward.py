@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from op_grid import DEVICES, IMPLS, KINDS, TRITON_RUNS, make
 
 GPU = DEVICES["triton"]
-TRITON = pytest.mark.skipif(not TRITON_RUNS, reason="no GPU here; TRITON_INTERPRET=1 interprets, as make test does")
+TRITON = pytest.mark.skipif(
+    not TRITON_RUNS, reason="no GPU here: interpreted alone, with TRITON_INTERPRET=1, as make test does"
+)
 
 
 class Seen(TorchDispatchMode):

@@ -7,7 +7,7 @@ from mekd import extension
 from op_grid import DEVICES, DTYPES, ROW_KINDS, check, make, result
 
 if not extension.INTERPRETED:
-    pytest.skip("TRITON_INTERPRET=1 interprets, as make test does", allow_module_level=True)
+    pytest.skip("interpreted alone, with TRITON_INTERPRET=1, as make test does", allow_module_level=True)
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 TILES = [
     # Online, with a tail: three rounds over 20 classes.
