@@ -98,9 +98,9 @@ class _Trial(Run):
     def teacher_digest(self) -> str:
         return super().teacher_digest if self.teacher_onnx.is_file() else "untrained"
 
-    def open_oracle(self, account: Ledger, *arguments: Any, **options: Any) -> Oracle:
+    def open_oracle(self, account: Ledger, look: bool = False) -> Oracle:
         if self.teacher_onnx.is_file():
-            return super().open_oracle(account, *arguments, **options)
+            return super().open_oracle(account, look)
         settings = self.config.oracle
         net = self.place(classifier(self.config.teacher, self.num_classes, self.image))
         return TorchOracle(
@@ -172,7 +172,7 @@ def stages(run: Run, classes: int, image: tuple[int, int, int]) -> Iterator[Need
     asked = sum(count for _, count in queries_of(config))
     with tempfile.TemporaryDirectory() as folder:
         trial = _trial(run, Path(folder), classes, image, LARGE, STEPS)
-        oracle = trial.open_oracle(Ledger("query"), batch=config.oracle.batch)
+        oracle = trial.open_oracle(Ledger("query"))
 
         def ask(m: int) -> None:
             oracle.query(torch.randint(0, 256, (m, *image), dtype=torch.uint8).to(run.device))

@@ -1,6 +1,8 @@
 """What several tests need: a card or a reason, a small teacher as an ONNX file, the smallest run with every stage."""
 
+import importlib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -20,6 +22,20 @@ def values_are_looked_at(request: pytest.FixtureRequest) -> None:
     """On a GPU nobody looks at values unless told: the tests that run there expect the errors of the CPU."""
     if request.node.get_closest_marker("gpu"):
         request.getfixturevalue("monkeypatch").setenv("MEKD_CHECK", "1")
+
+
+LOADERS = {
+    "dali": ("nvidia.dali", "pip install 'mekd[dali]'"),
+    "torchvision": ("torchvision", "pip install 'mekd[vision]'"),
+}
+
+
+@pytest.fixture(params=LOADERS)
+def loader(request: pytest.FixtureRequest) -> ModuleType:
+    """Each of the modules that read images of files."""
+    package, how = LOADERS[request.param]
+    pytest.importorskip(package, reason=f"{package} is not installed: {how}")
+    return importlib.import_module(f"mekd.data.{request.param}_loader")
 
 
 @pytest.fixture(scope="session")

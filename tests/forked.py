@@ -62,16 +62,23 @@ for line in sys.stdin:
 
 MAIN = "import sys\nfrom mekd.cli import main\nraise SystemExit(main(sys.argv[1:]))\n"
 
-# Runs the command line, and kills itself at the nth call of a function: before it, or once it has returned.
-KILL = """
+# Finds the function MODULE:NAME, and counts its calls down.
+FIND = """
 import importlib, os, signal, sys
-target, count, when, *words = sys.argv[1:]
+target, count, *words = sys.argv[1:]
 module, _, path = target.partition(":")
 owner = importlib.import_module(module)
 *parents, name = path.split(".")
 for parent in parents:
     owner = getattr(owner, parent)
 original, left = getattr(owner, name), [int(count)]
+"""
+
+# Runs the command line, and kills itself at the nth call of a function: before it, or once it has returned.
+KILL = (
+    FIND
+    + """
+when, *words = words
 def patched(*args, **kwargs):
     left[0] -= 1
     if left[0] == 0 and when == "before":
@@ -84,6 +91,7 @@ setattr(owner, name, patched)
 from mekd.cli import main
 raise SystemExit(main(words))
 """
+)
 
 
 class Done(NamedTuple):

@@ -1,7 +1,6 @@
 """Trees as people have them: what macOS and notebooks leave, links, every format, names of any bytes, what vanishes."""
 
 import dataclasses
-import importlib
 import os
 import subprocess
 import sys
@@ -18,18 +17,6 @@ from mekd.config import Config, DataConfig
 from mekd.data import listing, open_source, read_names
 from mekd.data.arrays import DataError
 from mekd.data.names import IMAGES, NATIVE
-
-NEEDS = {
-    "dali": ("nvidia.dali", "pip install 'mekd[dali]'"),
-    "torchvision": ("torchvision", "pip install 'mekd[vision]'"),
-}
-
-
-@pytest.fixture(params=NEEDS)
-def loader(request: pytest.FixtureRequest) -> Any:
-    package, how = NEEDS[request.param]
-    pytest.importorskip(package, reason=f"{package} is not installed: {how}")
-    return importlib.import_module(f"mekd.data.{request.param}_loader")
 
 
 def put(file: Path) -> None:

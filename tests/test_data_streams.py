@@ -1,6 +1,5 @@
 """Streams of both loaders: what they give, in which order, from any place on, and what bad files do to them."""
 
-import importlib
 import io
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,6 @@ from mekd.data.arrays import DataError
 from mekd.data.listing import Listing
 
 COUNTS = {"train": {"a": 6, "b": 5, "c": 12}, "val": {"a": 3, "b": 3, "c": 4}}
-NEEDS = {
-    "dali": ("nvidia.dali", "pip install 'mekd[dali]'"),
-    "torchvision": ("torchvision", "pip install 'mekd[vision]'"),
-}
-
-
-@pytest.fixture(params=NEEDS)
-def loader(request: pytest.FixtureRequest) -> Any:
-    package, how = NEEDS[request.param]
-    pytest.importorskip(package, reason=f"{package} is not installed: {how}")
-    return importlib.import_module(f"mekd.data.{request.param}_loader")
 
 
 @pytest.fixture

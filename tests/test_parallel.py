@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from forked import Server
+from forked import FIND, Server
 from ledger_teacher import accounts, metrics
 from mekd import files
 from mekd.config import Config, DistillConfig
@@ -21,15 +21,9 @@ from mekd.oracle.response import Response
 from test_resume import assert_equal_trees
 
 # Runs the command line; process 1 of the first attempt kills itself at the nth call of a function.
-DRIVER = """
-import importlib, os, signal, sys
-target, count, *words = sys.argv[1:]
-module, _, path = target.partition(":")
-owner = importlib.import_module(module)
-*parents, name = path.split(".")
-for parent in parents:
-    owner = getattr(owner, parent)
-original, left = getattr(owner, name), [int(count)]
+DRIVER = (
+    FIND
+    + """
 def patched(*args, **kwargs):
     left[0] -= 1
     if left[0] == 0 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -40,6 +34,7 @@ setattr(owner, name, patched)
 from mekd.cli import main
 raise SystemExit(main(words))
 """
+)
 
 
 def torchrun(*words: str, processes: int = 2, restarts: int = 0) -> subprocess.CompletedProcess[str]:

@@ -140,9 +140,9 @@ class Fresh:
 
     def take(self, step: int) -> Asked:
         """The images, uint8 if they are sent so, but for those that G learns from, and the answer to them."""
-        images = self._images(step)
+        images, sent = self._images(step)
         with _waiting(self):
-            return Asked(images, self.oracle.query(images))
+            return Asked(images, self.oracle.query(sent))
 
     def owes(self, step: int) -> int:
         return self._queries(step)
@@ -162,16 +162,16 @@ class Fresh:
     def settle(self) -> None:
         self.oracle.ledger.settle()
 
-    def _images(self, step: int) -> Tensor:
+    def _images(self, step: int) -> tuple[Tensor, Tensor]:
+        """What the step gets, and what is sent."""
         images = self._draw(step)
         if not bool(images.detach().isfinite().all()):  # before NaN becomes a black pixel, and is paid for
             raise Diverged(
                 f"{self.name}: the generator draws NaN at step {step}, nothing was sent. It diverged: start anew with "
                 "another --out and a smaller --deprivatize.lr"
             )
-        if self.oracle.transport == "uint8" and not images.requires_grad:
-            images = to_uint8(images)  # the student sees what the teacher sees
-        return images
+        sent = to_uint8(images.detach()) if self.oracle.transport == "uint8" else images
+        return (images if images.requires_grad else sent), sent  # the student sees what the teacher sees
 
 
 class Ahead(Fresh):
@@ -216,8 +216,8 @@ class Ahead(Fresh):
     def _begin(self, step: int) -> None:
         def ask() -> Asked:
             with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-                images = self._images(step)
-                return Asked(images, self.oracle.query(images))
+                images, sent = self._images(step)
+                return Asked(images, self.oracle.query(sent))
 
         self._asked = step, self._worker.submit(ask)
 

@@ -105,25 +105,21 @@ def _check_budgets(run: Run, stages: Sequence[str]) -> None:
 
 def _check_checkpoints(run: Run, stage: str) -> None:
     """Hold the checkpoints that a stage would go on from against what they depend on now."""
-    for name in {"distill": ("holdout", "replay", "distill"), "evaluate": ("baseline",)}.get(stage, (stage,)):
-        path = run.checkpoint(name)
-        if not path.exists():
-            continue
-        if name == "teacher" and (run.config.teacher.onnx or run.config.teacher.checkpoint):
-            continue
-        if name == "replay" and not run.config.distill.replay:
-            continue
-        if stage != "teacher" and not run.teacher_onnx.exists():
-            continue
-        if stage == "distill" and (stands := _generator_steps(run)) != run.config.deprivatize.steps:
+    config = run.config
+    if stage == "teacher" and (config.teacher.onnx or config.teacher.checkpoint):
+        return
+    if stage != "teacher" and not run.teacher_onnx.exists():
+        return
+    names = {"distill": ("holdout", "replay", "distill"), "evaluate": ("baseline",)}.get(stage, (stage,))
+    found = [name for name in names if run.checkpoint(name).exists() and (name != "replay" or config.distill.replay)]
+    if found and stage == "distill":
+        path = run.checkpoint("deprivatize")
+        stands = files.load(path)["step"] if path.exists() else 0
+        if stands != config.deprivatize.steps:
             raise StageError(
-                f"{path} is of the generator at step {stands}; with deprivatize.steps {run.config.deprivatize.steps} "
-                "it becomes another one, whose answers are paid for anew. Say --deprivatize.steps "
-                f"{stands}, or start anew with another --out"
+                f"{run.checkpoint(found[0])} is of the generator at step {stands}; with deprivatize.steps "
+                f"{config.deprivatize.steps} it becomes another one, whose answers are paid for anew. Say "
+                f"--deprivatize.steps {stands}, or start anew with another --out"
             )
-        check_depends(run, name, files.load(path)["depends"], run.depends(name))
-
-
-def _generator_steps(run: Run) -> int:
-    path = run.checkpoint("deprivatize")
-    return files.load(path)["step"] if path.exists() else 0
+    for name in found:
+        check_depends(run, name, files.load(run.checkpoint(name))["depends"], run.depends(name))

@@ -110,7 +110,7 @@ class Run:
 
     @functools.cached_property
     def _looked_at(self) -> tuple[int, list[str]]:
-        oracle = self.open_oracle(Ledger("nothing", budget=0), batch=None, provider="cpu")
+        oracle = self.open_oracle(Ledger("nothing", budget=0), look=True)
         return oracle.num_classes, oracle.notes
 
     @property
@@ -120,10 +120,8 @@ class Run:
 
     # -- what a stage opens --------------------------------------------------------------------------------
 
-    def open_oracle(
-        self, account: Ledger, batch: int | str | None = "as configured", provider: str | None = None
-    ) -> Oracle:
-        """The black box with an account; batch and provider in place of those of the configuration."""
+    def open_oracle(self, account: Ledger, look: bool = False) -> Oracle:
+        """The black box with an account; look: only to see what it is, on the CPU, and nothing is measured."""
         settings = self.config.oracle
         path = self.teacher_onnx
         if not path.is_file():
@@ -131,11 +129,10 @@ class Run:
                 f"{path} is missing: run `mekd export` first, or give your classifier with --teacher.onnx FILE"
             )
         measured = functools.partial(self._query_batch, self.image)
-        plain = provider is not None
         oracle = OnnxOracle(
             path,
             settings.response,
-            providers=provider or settings.provider,
+            providers="cpu" if look else settings.provider,
             image=self.image,
             classes=self.class_names,
             num_classes=settings.num_classes if self.class_names is None else len(self.class_names),
@@ -147,13 +144,13 @@ class Run:
             k=settings.k,
             decimals=settings.decimals,
             transport=settings.transport,
-            batch=batch if not isinstance(batch, str) else settings.batch or measured,
-            precision="float32" if plain else settings.precision,
-            cuda_graph=settings.cuda_graph and not plain,
+            batch=None if look else settings.batch or measured,
+            precision="float32" if look else settings.precision,
+            cuda_graph=settings.cuda_graph and not look,
             cache=self.out / "tensorrt" / f"rank{parallel.rank()}",
             ledger=account,
         )
-        return oracle if plain else self.wrap_oracle(oracle)
+        return oracle if look else self.wrap_oracle(oracle)
 
     def _query_batch(self, image: tuple[int, int, int], run_blank: Callable[[int], object]) -> int:
         """The images that the teacher gets at once: measured when the run first asks, then kept.

@@ -1,6 +1,6 @@
 """Running an ONNX Runtime session on the memory of torch tensors; on CUDA the host does not wait for it.
 
-Images go in and answers come out where they lie. What copies: a recorded graph, at both ends, and a request in pieces,
+Images go in and answers come out where they lie. What copies: a recorded graph, at both ends, and a call in pieces,
 whose answers are put together.
 """
 

@@ -173,8 +173,7 @@ class Ledger:
             database.execute("DELETE FROM settled")
             insert(database, "settled", (settled,))
 
-        self._book(write)
-        self._cut_log()
+        self._book(write, cut=True)
 
     def pass_over(self) -> None:
         """Leave the answers since the checkpoint unused, though counted: other processes ask in other batches."""
@@ -196,8 +195,11 @@ class Ledger:
             self._database.close()
             self._lock.close()
 
-    def _book(self, write: Callable[[sqlite3.Connection], None]) -> "Future[Any]":
-        """Let the writer do a transaction. An earlier one that failed is an error here, before anything follows it."""
+    def _book(self, write: Callable[[sqlite3.Connection], None], cut: bool = False) -> "Future[Any]":
+        """Let the writer do a transaction. An earlier one that failed is an error here, before anything follows it.
+
+        cut: then move what is booked into the file itself; from there on it survives a power cut too.
+        """
         if self._writer is None:
             done: Future[Any] = Future()
             done.set_result(None)
@@ -205,23 +207,17 @@ class Ledger:
         booked, self._booked = self._booked, None
         if booked is not None:
             booked.result()
+        self._written = 0 if cut or self._written == LOG else self._written + 1
+        cut = self._written == 0
 
         def transaction() -> None:
             with self._database:
                 write(self._database)
+            if cut:
+                self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
-        self._written += 1
-        if self._written % LOG == 0:
-            self._cut_log()
         self._booked = self._writer.submit(self._attempted, transaction)
         return self._booked
-
-    def _cut_log(self) -> None:
-        """Move what is booked into the file itself; from then on it survives a power cut too."""
-        assert self._writer is not None
-        self._written = 0
-        cut = "PRAGMA wal_checkpoint(TRUNCATE)"
-        self._booked = self._writer.submit(self._attempted, lambda: self._database.execute(cut).fetchall())
 
     def _attempted(self, work: Callable[[], Result]) -> Result:
         try:

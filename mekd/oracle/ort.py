@@ -46,8 +46,8 @@ class OnnxOracle(Oracle):
     and checked where it does not. classes: the names of the classes in order, for a model that answers names.
     providers: "auto", "cpu", "cuda", "tensorrt", or ONNX Runtime's own names in order; the first must run. On CUDA
     images and answers stay in torch's memory, on device (the current one if it is None), and the work has a stream of
-    its own. batch: images that the teacher gets at once, or a function that measures it; None for a whole request. A
-    request remains one request to the ledger. precision: "float16" is compared with float32 on the CPU first.
+    its own. batch: images that the teacher gets at once, or a function that measures it; None for a whole call,
+    which remains one call to the ledger. precision: "float16" is compared with float32 on the CPU first.
     cuda_graph: the work is recorded once and replayed, every piece filled up to batch, and the oracle is asked on the
     thread that opened it; TensorRT builds an engine for one size. cache: a folder for that engine. The rest as in
     Oracle. notes: sentences for the log on how the file was read. Raises ModelError, ProviderError.
