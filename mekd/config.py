@@ -12,11 +12,13 @@ from mekd.codes import CODES
 from mekd.errors import UsageError
 from mekd.pixels import SIDES
 
+#: What the convolutions of a step are computed in; auto is decided once, by a measurement.
+PRECISIONS = ("auto", "float32", "bfloat16")
 #: Hyper-parameters by name: ours, the paper's (Ma et al., 2024) and those of the authors' public code.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "default": {"tau": 5.0, "kl_tau": 1.0, "beta": 1.0, "scale": "tau2", "reduction": "mean"},
-    "paper": {"tau": 5.0, "kl_tau": 1.0, "beta": 0.5, "scale": "one", "reduction": "batchmean"},
-    "authors": {"tau": 5.0, "kl_tau": 5.0, "beta": 1.0, "scale": "tau", "reduction": "mean"},
+    "default": {"tau": 5.0, "kl_tau": 1.0, "beta": 1.0, "scale": "tau2", "reduction": "mean", "image": 5.0},
+    "paper": {"tau": 5.0, "kl_tau": 1.0, "beta": 0.5, "scale": "one", "reduction": "batchmean", "image": 1.0},
+    "authors": {"tau": 5.0, "kl_tau": 5.0, "beta": 1.0, "scale": "tau", "reduction": "mean", "image": 1.0},
 }
 
 
@@ -73,6 +75,7 @@ class TeacherConfig:
         resize: side in pixels that arch wants, inside the exported graph; null for data.size
         mean: per channel, subtracted from pixels in [0, 1], inside the exported graph
         std: per channel, divides them, inside the exported graph
+        precision: of the convolutions in a step: float32, bfloat16, or auto: bfloat16 where this machine is faster so
     """
 
     onnx: str | None = None
@@ -85,8 +88,10 @@ class TeacherConfig:
     resize: int | None = None
     mean: list[float] = field(default_factory=lambda: [0.5])
     std: list[float] = field(default_factory=lambda: [0.5])
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
+        check_choice("teacher.precision", self.precision, PRECISIONS)
         _positive("teacher", self, "batch", "lr")
 
 
@@ -148,7 +153,10 @@ class DeprivatizeConfig:
         lr: Adam's learning rate
         alpha: weight of the information term; 0 asks the teacher nothing
         minimax: G minimises log(1 - D) instead of -log D
+        nuisance: entries of G's second input, drawn from N(0, I), so that one code has many images; 0: the paper
         width: multiplies the generator's channels
+        d_width: multiplies the discriminator's channels
+        precision: of the convolutions in a step: float32, bfloat16, or auto, as in teacher.precision
         dropout: share of the discriminator's channels that is left out; 0 where private images are many
         ema: decay of an average of G's weights, used in step 2; 0 for the last weights
         latents: D and G learn from the same images of a step (shared), or G from others of its own (fresh)
@@ -161,14 +169,20 @@ class DeprivatizeConfig:
     latents: str = "shared"
     alpha: float = 0.5
     minimax: bool = False
+    nuisance: int = 54
     width: float = 1.0
+    d_width: float = 4.0
+    precision: str = "auto"
     dropout: float = 0.25
-    ema: float = 0.0
+    ema: float = 0.999
     budget: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("deprivatize.latents", self.latents, ("shared", "fresh"))
-        _positive("deprivatize", self, "steps", "batch", "lr", "width")
+        check_choice("deprivatize.precision", self.precision, PRECISIONS)
+        _positive("deprivatize", self, "steps", "batch", "lr", "width", "d_width")
+        if self.nuisance < 0:
+            raise ValueError(f"deprivatize.nuisance is {self.nuisance}; it must be at least 0 entries")
         _between("deprivatize.dropout", self.dropout, 0, 1)
         _between("deprivatize.ema", self.ema, 0, 1)
         if self.alpha < 0:
@@ -199,7 +213,8 @@ class DistillConfig:
         image: weight of the image distance
         code: auto, logits, log_probs, onehot or standardized
         rest: what top-k answers leave out is spread or dropped
-        precision: of the convolutions in a step: float32, bfloat16 or float16 (with a scaler)
+        precision: of the convolutions in a step: float32, bfloat16, float16 (with a scaler), or auto, as in
+            teacher.precision
         budget: queries at most, the holdout's included; null for no limit
     """
 
@@ -219,17 +234,17 @@ class DistillConfig:
     beta: float | None = None
     scale: str | None = None
     reduction: str | None = None
-    image: float = 1.0
+    image: float | None = None
     code: str = "auto"
     rest: str = "spread"
-    precision: str = "float32"
+    precision: str = "auto"
     budget: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("distill.preset", self.preset, tuple(PRESETS))
         check_choice("distill.code", self.code, CODES)
         check_choice("distill.rest", self.rest, ("spread", "drop"))
-        check_choice("distill.precision", self.precision, ("float32", "bfloat16", "float16"))
+        check_choice("distill.precision", self.precision, (*PRECISIONS, "float16"))
         check_choice("distill.keep", self.keep, ("none", "uint8", "bfloat16"))
         if self.scale is not None:
             check_choice("distill.scale", self.scale, SCALES)
@@ -247,16 +262,16 @@ class DistillConfig:
         _positive("distill", self, "steps", "batch", "lr", "holdout", "eval_every")
         if self.replay < 0:
             raise ValueError(f"distill.replay is {self.replay}; it must be at least 0")
-        if self.keep != "none" and not (self.replay and self.image):
+        if self.keep != "none" and not (self.replay and weights["image"]):
             raise ValueError(
                 f"distill.keep is {self.keep!r}, with nothing to keep: distill.replay and distill.image must be above 0"
             )
 
     def loss_options(self) -> dict[str, Any]:
         """The keyword arguments of MEKDLoss: the preset's, and what was set besides."""
-        own = {name: getattr(self, name) for name in ("tau", "kl_tau", "beta", "scale", "reduction")}
+        own = {name: getattr(self, name) for name in ("tau", "kl_tau", "beta", "scale", "reduction", "image")}
         chosen = {**PRESETS[self.preset], **{name: value for name, value in own.items() if value is not None}}
-        return {**chosen, "image": self.image, "code": self.code, "rest": self.rest}
+        return {**chosen, "code": self.code, "rest": self.rest}
 
 
 @dataclass(frozen=True)
@@ -376,6 +391,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"{path} must hold settings by name, it holds a {type(tree).__name__}")
     check_keys(tree, str(path))
     return tree
+
+
+def read_saved(path: Path) -> dict[str, Any]:
+    """The configuration that a run was saved with; empty where there is none that can be read."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
 
 
 def dump_yaml(config: Config) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mekd import checks, functional
 from mekd.codes import CODES, FLOAT32_FLOOR, resolve_code, student_code, teacher_code
 from mekd.nets.frozen import FrozenGenerator, freeze
-from mekd.nets.generator import Generator
+from mekd.nets.generator import Generator, nuisance_of
 
 log = logging.getLogger("mekd")
 
@@ -112,8 +112,9 @@ class MEKDLoss(nn.Module):
     stop requiring grad. It stays the caller's: no part of this module's state_dict(), train(), to() or double(). Codes
     are given to it in its dtype, and it must be where the student's logits are. A mekd.nets.Generator is rewritten by
     nets.frozen.freeze when it first draws, and when its weights have changed since (what is written through .data shows
-    to nobody). Another one that has a method preactivation(code) is asked for that, and the tanh is left to the loss.
-    tau divides the code, kl_tau the logits of the KL; beta, scale ("tau2", "tau", "one") and image weigh the terms
+    to nobody); what freeze() made is taken as it is. Another one that has a method preactivation(code) is asked for
+    that, and the tanh is left to the loss. A generator with a nuisance (an attribute of that name: its entries) draws
+    both pictures with the same one, generator(code, n). tau divides the code, kl_tau the logits of the KL; beta, scale ("tau2", "tau", "one") and image weigh the terms
     (image=0: KL alone, the generator is not run). code: "auto", or one of mekd.codes.CODES. floor: the smallest
     probability that the teacher's answer can tell from 0. reduction of the image term: "mean" over pixels or
     "batchmean" (sum over pixels). Raises ValueError naming the argument.
@@ -144,7 +145,7 @@ class MEKDLoss(nn.Module):
             raise ValueError(f"beta is {beta} and image is {image}; both must be at least 0, and one above 0")
         if not 0 < floor < 1:
             raise ValueError(f"floor is {floor}; it must lie between 0 and 1")
-        if image > 0 and not isinstance(generator, Generator):
+        if image > 0 and not isinstance(generator, Generator | FrozenGenerator):
             log.warning(
                 "generator is a %s and not a mekd.nets.Generator: it is used as it is, without being folded, which is "
                 "several times slower",
@@ -166,17 +167,22 @@ class MEKDLoss(nn.Module):
         probs: Tensor | None = None,
         labels: Tensor | None = None,
         topk: tuple[Tensor, Tensor] | None = None,
+        n: Tensor | None = None,
     ) -> Tensor:
-        """The loss of student logits (m, C) against one target: logits, probs, labels or topk, as in kd_loss."""
-        image, kl = self.terms(student, logits, probs=probs, labels=labels, topk=topk)
+        """The loss of student logits (m, C) against one target: logits, probs, labels or topk, as in kd_loss.
+
+        n: the nuisance (m, entries) that the student's images were drawn with; drawn from N(0, I) without it.
+        """
+        image, kl = self.terms(student, logits, probs=probs, labels=labels, topk=topk, n=n)
         return self.image * image + self.beta * kl
 
     def terms(
-        self, student: Tensor, logits: Tensor | None = None, *, kept: Tensor | None = None, **others: Any
-    ) -> tuple[Tensor, Tensor]:
+        self, student: Tensor, logits: Tensor | None = None, *, n: Tensor | None = None, kept: Tensor | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The image distance and the scaled KL, unweighted, with the arguments of forward.
 
-        kept: what teacher_image() drew for this answer before (m, ch, H, W); it is drawn here without it.
+        kept: what teacher_image() drew for this answer and this n before (m, ch, H, W); it is drawn here without it.
         """
         kl = functional.kd_loss(
             student, logits, tau=self.kl_tau, scale=self.scale, rest=self.rest, floor=self.floor, **others
@@ -184,20 +190,26 @@ class MEKDLoss(nn.Module):
         if self.image == 0:
             return kl.new_zeros(()), kl
         code, target, answer = self._resolve({"logits": logits, **others}, student.shape[-1])
-        draw, tau, frozen = self._drawing(code)
+        if kept is not None and n is None and self._entries:
+            raise ValueError("kept was drawn with a nuisance, and n is None: pass the n that teacher_image() was given")
+        draw, tau, frozen = self._drawing(code, self._nuisance(student, n))
         tanh = frozen or hasattr(self._generator[0], "preactivation")
         own = draw(self._fed(student_code(student, code, target, tau, self.floor)))
-        theirs = self._teacher_drawing(answer, code, target, student.shape[-1]) if kept is None else kept
+        theirs = kept
+        if theirs is None:
+            theirs = self._teacher_drawing(draw, tau, answer, code, target, student.shape[-1])
         image = functional.image_l1_loss(
             own, theirs.to(own.dtype), tanh=tanh, finished=tanh and kept is not None, reduction=self.reduction,
             inplace=frozen,  # freeze() needs its picture no more; of another generator, nobody knows
         )  # fmt: skip
         return image, kl
 
-    def teacher_image(self, num_classes: int, **target: Any) -> Tensor:
-        """What the generator draws from the teacher's answer: (m, ch, H, W) in [-1, 1], to be kept."""
+    def teacher_image(self, num_classes: int, n: Tensor | None = None, **target: Any) -> Tensor:
+        """What the generator draws from the teacher's answer and n: (m, ch, H, W) in [-1, 1], to be kept."""
         code, kind, answer = self._resolve(target, num_classes)
-        drawn = self._teacher_drawing(answer, code, kind, num_classes)
+        rows = answer[0] if isinstance(answer, tuple) else answer
+        draw, tau, _ = self._drawing(code, self._nuisance(rows, n))
+        drawn = self._teacher_drawing(draw, tau, answer, code, kind, num_classes)
         return drawn.tanh() if hasattr(self._generator[0], "preactivation") else drawn
 
     def _resolve(self, given: dict[str, Any], num_classes: int) -> tuple[str, str, Any]:
@@ -205,12 +217,25 @@ class MEKDLoss(nn.Module):
         return resolve_code(self.code, target, num_classes), target, answer
 
     @torch.no_grad()
-    def _teacher_drawing(self, answer: Any, code: str, target: str, num_classes: int) -> Tensor:
-        draw, tau, _ = self._drawing(code)
-        return draw(self._fed(teacher_code(answer, code, target, tau, self.floor, num_classes, self.rest)))
+    def _teacher_drawing(
+        self, draw: Callable[[Tensor], Tensor], tau: float | Tensor, answer: Any, code: str, target: str, classes: int
+    ) -> Tensor:
+        return draw(self._fed(teacher_code(answer, code, target, tau, self.floor, classes, self.rest)))
+
+    @property
+    def _entries(self) -> int:
+        """The entries of the generator's nuisance."""
+        return int(getattr(self._generator[0], "nuisance", 0))
+
+    def _nuisance(self, rows: Tensor, n: Tensor | None) -> Tensor | None:
+        """The nuisance for so many rows, the same for both pictures; None for a generator that takes none."""
+        if n is None and not self._entries:
+            return None
+        like = torch.empty(len(rows), 0, device=rows.device)
+        return self._fed(nuisance_of(like, self._entries, n))
 
     def _fed(self, code: Tensor) -> Tensor:
-        """The code as the generator takes it: in the dtype of its weights."""
+        """A code or a nuisance as the generator takes it: in the dtype of its weights."""
         weight = next((x for x in self._generator[0].parameters() if x.is_floating_point()), None)
         if weight is None:
             return code
@@ -221,20 +246,34 @@ class MEKDLoss(nn.Module):
             )
         return code.to(weight.dtype)
 
-    def _drawing(self, code: str) -> tuple[Callable[[Tensor], Tensor], float | Tensor, bool]:
-        """What draws the pictures of codes, what is left to divide those by, and whether freeze() made it."""
+    def _drawing(self, code: str, n: Tensor | None) -> tuple[Callable[[Tensor], Tensor], float | Tensor, bool]:
+        """What draws pictures with n, what is left to divide codes by, and whether it is freeze()'s."""
         (generator,) = self._generator
         tau = self.tau if code in ("logits", "log_probs") else 1.0
-        if not isinstance(generator, Generator):
-            return getattr(generator, "preactivation", generator), tau, False
+        if not isinstance(generator, Generator | FrozenGenerator):
+            draw = getattr(generator, "preactivation", generator)
+            return (draw if n is None else lambda code: draw(code, n)), tau, False
+        # A tensor may change its value between two calls: it is divided by each time.
+        frozen = self._folded(1.0 if isinstance(tau, Tensor) else tau)
+        tau = tau if isinstance(tau, Tensor) else 1.0
+        if n is None:
+            return frozen.preactivation, tau, True
+        with torch.no_grad():
+            offset = frozen.offset(n)  # the same for both pictures
+        return (lambda code: frozen.preactivation_at(code, offset)), tau, True
+
+    def _folded(self, tau: float) -> FrozenGenerator:
+        """The generator as freeze() leaves it, dividing codes by tau; folded anew where its weights have changed."""
+        (generator,) = self._generator
         of = [_version(x) for x in chain(generator.parameters(), generator.buffers())]
         if of != self._frozen_of:
             self._frozen, self._frozen_of = {}, of
-        # A tensor may change its value between two calls: it is divided by each time.
-        folded = 1.0 if isinstance(tau, Tensor) else tau
-        if folded not in self._frozen:
-            self._frozen[folded] = freeze(generator, folded)
-        return self._frozen[folded].preactivation, tau if isinstance(tau, Tensor) else 1.0, True
+        if tau not in self._frozen:
+            whole = next(iter(self._frozen.values()), None)
+            if whole is None:
+                whole = generator if isinstance(generator, FrozenGenerator) else freeze(generator, tau)
+            self._frozen[tau] = whole.divided_by(tau)
+        return self._frozen[tau]
 
 
 def _version(x: Tensor) -> tuple[Any, ...]:

@@ -185,7 +185,7 @@ def _curves(run: Run, path: Path) -> Any:
 def _class_grid(run: Run, classes: tuple[str, ...], path: Path, columns: int = 12) -> Any:
     import matplotlib.pyplot as plt
 
-    images, answer = Replay(run.out / "holdout", run.config.distill.holdout).read(slice(None))
+    images, answer, _ = Replay(run.out / "holdout", run.config.distill.holdout).read(slice(None))
     shown = classes[:20]
     size, channels = images.shape[-1], images.shape[1]
     canvas = np.full((len(shown) * (size + 2), columns * (size + 2), channels), 255, np.uint8)
@@ -213,7 +213,7 @@ def _confusion(run: Run, classes: tuple[str, ...], path: Path) -> Any:
     if evaluated:
         counts, title = np.array(evaluated["confusion"]), "on the test images"
     else:
-        images, answer = Replay(run.out / "holdout", run.config.distill.holdout).read(slice(None))
+        images, answer, _ = Replay(run.out / "holdout", run.config.distill.holdout).read(slice(None))
         student = build(run.config.distill.student, len(classes), images.shape[1])
         student.load_state_dict(files.load(run.out / "student.pt"))
         counts = confusion(answer.labels, predict(student, images, convert=as_float), len(classes)).numpy()

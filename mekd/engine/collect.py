@@ -28,9 +28,10 @@ def collect(run: Run, name: str, draw: nn.Module, count: int) -> Replay:
     def mine(step: int) -> int:
         return len(range(rows(step))[parallel.part(rows(step))])
 
-    def drawn(step: int) -> Tensor:
+    def drawn(step: int) -> tuple[Tensor, Tensor]:
+        code, n = run.latents(name, step, rows(step))
         with torch.no_grad():
-            return draw(run.latents(name, step, rows(step)))
+            return draw(code, n), n
 
     count_steps = -(-count // batch)
     if not finished(run, name, count_steps):
@@ -41,11 +42,11 @@ def collect(run: Run, name: str, draw: nn.Module, count: int) -> Replay:
             for step in steps(checkpoint, log):
                 asked = []
                 if mine(step):
-                    images, answer, _ = feed.take(step)
+                    images, answer, n, _ = feed.take(step)
                     assert answer is not None
-                    asked = [(images.cpu(), answer.to("cpu"))]
+                    asked = [(images.cpu(), answer.to("cpu"), n.cpu())]
                 parts = [part for process in parallel.gather(asked) for part in process]
                 if parts:
-                    sent, answers = (list(column) for column in zip(*parts, strict=True))
-                    store.write(step * batch, torch.cat(sent), concatenate(answers))
+                    sent, answers, nuisances = (list(column) for column in zip(*parts, strict=True))
+                    store.write(step * batch, torch.cat(sent), concatenate(answers), torch.cat(nuisances))
     return store if parallel.rank() == 0 else Replay(store.folder, count)

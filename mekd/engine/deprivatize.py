@@ -11,13 +11,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mekd.engine import parallel
 from mekd.engine.checkpoint import Checkpoint, steps
-from mekd.engine.feeds import Fresh, Images, Unasked, fresh
+from mekd.engine.feeds import Draw, Fresh, Images, Unasked, fresh
 from mekd.engine.run import Run
 from mekd.engine.runlog import RunLog
-from mekd.engine.train import adam
+from mekd.engine.train import adam, computed_in
 from mekd.fingerprint import asks
 from mekd.losses import DeprivatizationLoss
-from mekd.nets import Discriminator, Generator
+from mekd.nets import Discriminator
 from mekd.oracle.ledger import describe
 from mekd.pixels import to_float
 
@@ -25,7 +25,7 @@ from mekd.pixels import to_float
 class Passes(NamedTuple):
     """What torch.compile takes of a step, each a graph of its own: backward and the optimisers stay outside."""
 
-    draw: Callable[[Tensor], Tensor]
+    draw: Callable[[Tensor, Tensor], Tensor]
     loss_d: Callable[[Tensor, Tensor], Tensor]
     loss_g: Callable[[Tensor, Tensor | None], Tensor]
 
@@ -41,21 +41,32 @@ class _Judge(nn.Module):
         return self.loss.discriminator(self.discriminator(real), self.discriminator(fake))
 
 
-def passes(generator: nn.Module, discriminator: nn.Module, loss: DeprivatizationLoss, mode: str = "off") -> Passes:
-    """draw(z), loss_d(real, fake) and loss_g(fake, confidence); mode: off, default or reduce-overhead.
+def passes(
+    generator: nn.Module, discriminator: nn.Module, loss: DeprivatizationLoss, mode: str = "off",
+    precision: str = "float32",
+) -> Passes:  # fmt: skip
+    """draw(code, n), loss_d(real, fake) and loss_g(fake, confidence), all float32 outside.
 
-    With several processes the gradients of G and of D are averaged over them, each in its own backward.
+    mode: off, default or reduce-overhead; precision: of the convolutions, float32 or bfloat16. With several processes
+    the gradients of G and of D are averaged over them, each in its own backward.
     """
 
     def loss_g(fake: Tensor, confidence: Tensor | None) -> Tensor:
         return loss(discriminator(fake), confidence)
 
-    judge = _Judge(discriminator, loss)
-    if mode == "off":
-        return Passes(parallel.data_parallel(generator), parallel.data_parallel(judge), loss_g)
-    compiled: Any = functools.partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
-    draw, loss_d = parallel.data_parallel(compiled(generator)), parallel.data_parallel(compiled(judge))
-    return Passes(draw, loss_d, compiled(loss_g))
+    def computed(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def in_precision(*arguments: Any) -> Tensor:
+            with computed_in(precision, device):
+                return call(*arguments).float()
+
+        return in_precision
+
+    device = next(generator.parameters()).device
+    compiled: Any = lambda part: part  # noqa: E731
+    if mode != "off":
+        compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
+    draw, loss_d = (parallel.data_parallel(compiled(part)) for part in (generator, _Judge(discriminator, loss)))
+    return Passes(computed(draw), computed(loss_d), computed(compiled(loss_g)))
 
 
 def take_step(
@@ -85,10 +96,10 @@ def deprivatize(run: Run) -> None:
     config = run.config.deprivatize
     private = Images(run.data.local(config.batch))
     torch.manual_seed(run.config.seed + 1)
-    generator = run.place(Generator(run.num_classes, run.config.data.size, run.image[0], config.width))
-    discriminator = run.place(Discriminator(run.config.data.size, run.image[0], config.dropout))
+    generator = run.place(run.new_generator())
+    discriminator = run.place(Discriminator(run.config.data.size, run.image[0], config.dropout, config.d_width))
     loss = DeprivatizationLoss(config.alpha, config.minimax)
-    compute = passes(generator, discriminator, loss, run.config.engine.compile)
+    compute = passes(generator, discriminator, loss, run.config.engine.compile, config.precision)
     adam_g, adam_d = adam(generator, config.lr), adam(discriminator, config.lr)
     state = {"generator": generator, "discriminator": discriminator, "adam_g": adam_g, "adam_d": adam_d}
     if config.ema:
@@ -96,8 +107,9 @@ def deprivatize(run: Run) -> None:
         state["average"] = average
     parallel.dropout_apart(run.config.seed)
 
-    def drawn(step: int) -> Tensor:
-        return compute.draw(run.latents("generator", step, config.batch))
+    def drawn(step: int) -> tuple[Tensor, Tensor]:
+        code, n = run.latents("generator", step, config.batch)
+        return compute.draw(code, n), n
 
     with answers(run, drawn) as feed:
         feeds = {"data": private, "answers": feed}
@@ -110,7 +122,7 @@ def deprivatize(run: Run) -> None:
             other: Tensor | None = None
             if config.latents == "fresh":
                 with torch.no_grad():
-                    other = compute.draw(run.latents("discriminator", step, config.batch)).clone()
+                    other = compute.draw(*run.latents("discriminator", step, config.batch)).clone()
             asked = feed.take(step)
             losses = take_step(compute, discriminator, adam_g, adam_d, real, asked.images, asked.confidence, other)
 
@@ -125,7 +137,7 @@ def deprivatize(run: Run) -> None:
 
 
 @contextlib.contextmanager
-def answers(run: Run, draw: Callable[[int], Tensor]) -> Iterator[Fresh | Unasked]:
+def answers(run: Run, draw: Draw) -> Iterator[Fresh | Unasked]:
     """The images that G learns from, and what the teacher says of them where that says more than a label."""
     config = run.config.deprivatize
     mine = parallel.share("deprivatize.batch", config.batch)

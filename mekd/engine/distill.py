@@ -1,6 +1,7 @@
 """Step 2: the generator is frozen, and the student learns to make it draw what the teacher makes it draw."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from mekd.engine.feeds import Fresh, Replayed, fresh
 from mekd.engine.pictures import Pictures
 from mekd.engine.run import Run
 from mekd.engine.runlog import RunLog
-from mekd.engine.train import predict, set_cosine_lr, sgd
+from mekd.engine.train import computed_in, predict, set_cosine_lr, sgd
 from mekd.losses import MEKDLoss
 from mekd.nets import build
 from mekd.nets.frozen import freeze
@@ -31,10 +32,12 @@ def take_step(
 ) -> dict[str, Tensor]:  # fmt: skip
     """One step of the student on images (m, ch, H, W) and the answer to them; returns the losses.
 
-    precision: of the convolutions of S and G, "float32", "bfloat16" or "float16", which needs a scaler.
+    precision: of the student's convolutions, "float32", "bfloat16" or "float16", which needs a scaler; the generator in
+    loss has its own.
     """
-    with torch.autocast(images.device.type, getattr(torch, precision), enabled=precision != "float32"):
-        image, kl = loss.terms(student(images.contiguous(memory_format=torch.channels_last)), **target)
+    with computed_in(precision, images.device):
+        logits = student(images.contiguous(memory_format=torch.channels_last))
+    image, kl = loss.terms(logits.float(), **target)
     total = loss.image * image + loss.beta * kl
     optimizer.zero_grad()
     if scaler is None:
@@ -65,11 +68,12 @@ def distill(run: Run) -> None:
 def train_student(run: Run) -> tuple[nn.Module, dict[str, Any], bool]:
     """The student after its last step, the best one's agreement, step and weights, and whether a step was taken."""
     config = run.config.distill
-    generator = run.load_generator()
-    draw = freeze(generator)
-    loss = MEKDLoss(generator, floor=floor_of(run.config.oracle.decimals), **config.loss_options())
+    # Folded once, in float32; the images that are sent are drawn so, the pictures of the loss in the step's precision.
+    draw = freeze(run.load_generator())
+    pictured = copy.deepcopy(draw).to(getattr(torch, config.precision))
+    loss = MEKDLoss(pictured, floor=floor_of(run.config.oracle.decimals), **config.loss_options())
     holdout = collect(run, "holdout", draw, config.holdout)
-    held_images, held_answer = holdout.read(slice(None))
+    held_images, held_answer, _ = holdout.read(slice(None))
     student = new_student(run)
     optimizer = sgd(student, config.lr, config.weight_decay)
     best: dict[str, Any] = {"agreement": -1.0, "step": 0, "weights": None}
@@ -123,9 +127,10 @@ def answers(run: Run, draw: nn.Module, loss: MEKDLoss) -> Iterator[Fresh | Repla
         yield Replayed(run, store, config.batch, pictures)
         return
 
-    def drawn(step: int) -> Tensor:
+    def drawn(step: int) -> tuple[Tensor, Tensor]:
+        code, n = run.latents("distill", step, config.batch)
         with torch.no_grad():
-            return draw(run.latents("distill", step, config.batch))
+            return draw(code, n), n
 
     with fresh(run, "distill", "distill", config.steps, drawn, lambda step: mine, ahead=True) as feed:
         yield feed

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from mekd import files, functional
-from mekd.data import Source
+from mekd.data import Source, arrays
 from mekd.engine import parallel
 from mekd.engine.checkpoint import Checkpoint, steps
 from mekd.engine.feeds import open_account
 from mekd.engine.run import Run, StageError
 from mekd.engine.runlog import RunLog
-from mekd.engine.train import predict, set_cosine_lr, sgd
+from mekd.engine.train import computed_in, predict, set_cosine_lr, sgd
 from mekd.metrics import accuracy, confusion
 from mekd.nets import build
 from mekd.oracle.base import Oracle
@@ -112,7 +112,10 @@ def asking(run: Run, name: str) -> Iterator[Oracle]:
 
 
 def train_baseline(run: Run) -> nn.Module:
-    """The plain baseline: the student trained by KL on the teacher's answers to the private images."""
+    """The plain baseline: the student trained by KL on the teacher's answers to the private images.
+
+    Augmented: it sees them shifted, and mirrored where data.flip says so, with the answer to the original.
+    """
     config = run.config.distill
     count_steps = run.config.evaluate.baseline_steps or config.steps
     store, count = ask_private(run)
@@ -128,10 +131,12 @@ def train_baseline(run: Run) -> nn.Module:
     for step in steps(checkpoint, log):
         set_cosine_lr(optimizer, config.lr, step, count_steps)
         generator = generator_at(run.config.seed, "baseline", step, parallel.rank())
-        images, answers = store.read(torch.randint(count, (batch,), generator=generator))
+        images, answers, _ = store.read(torch.randint(count, (batch,), generator=generator))
+        images = arrays.moved(images, arrays.moves(batch, run.image[-1], run.config.data.flip, generator))
         target = answers.to(run.device).target
-        logits = learner(to_float(images.to(run.device)))
-        loss = functional.kd_loss(logits, **target, floor=floor_of(run.config.oracle.decimals))
+        with computed_in(config.precision, run.device):
+            logits = learner(to_float(images.to(run.device)))
+        loss = functional.kd_loss(logits.float(), **target, floor=floor_of(run.config.oracle.decimals))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -25,10 +25,11 @@ from mekd.seeds import generator_at
 
 
 class Asked(NamedTuple):
-    """Images (m, ch, S, S), the teacher's answer to them, and what G drew from it before, if that was kept."""
+    """Images (m, ch, S, S), the teacher's answer, the nuisance that G drew the images with, and a kept picture of it."""
 
     images: Tensor
     answer: Response | None
+    n: Tensor
     kept: Tensor | None = None
 
     @property
@@ -40,7 +41,12 @@ class Asked(NamedTuple):
     def target(self) -> dict[str, Any]:
         """The arguments of MEKDLoss.terms."""
         assert self.answer is not None
-        return self.answer.target | ({} if self.kept is None else {"kept": self.kept})
+        own = {"n": self.n} if self.n.shape[1] else {}
+        return self.answer.target | own | ({} if self.kept is None else {"kept": self.kept})
+
+
+#: What G draws for a step: images (m, ch, S, S), and the nuisance (m, entries) that they are drawn with.
+Draw = Callable[[int], tuple[Tensor, Tensor]]
 
 
 class Feed(Protocol):
@@ -117,12 +123,13 @@ class Images(Free):
 class Unasked(Free):
     """Images that draw(step) makes, about which the teacher is asked nothing."""
 
-    def __init__(self, draw: Callable[[int], Tensor]) -> None:
+    def __init__(self, draw: Draw) -> None:
         self._draw = draw
 
     def take(self, step: int) -> Asked:
         """The images alone."""
-        return Asked(self._draw(step), None)
+        images, n = self._draw(step)
+        return Asked(images, None, n)
 
 
 class Fresh:
@@ -133,16 +140,16 @@ class Fresh:
 
     waits_for, waited = "teacher", 0.0
 
-    def __init__(self, name: str, draw: Callable[[int], Tensor], queries: Callable[[int], int], oracle: Oracle) -> None:
+    def __init__(self, name: str, draw: Draw, queries: Callable[[int], int], oracle: Oracle) -> None:
         self.name, self.oracle = name, oracle
         self.ledger: Ledger | None = oracle.ledger
         self._draw, self._queries = draw, queries
 
     def take(self, step: int) -> Asked:
         """The images, uint8 if they are sent so, but for those that G learns from, and the answer to them."""
-        images, sent = self._images(step)
+        images, sent, n = self._images(step)
         with _waiting(self):
-            return Asked(images, self.oracle.query(sent))
+            return Asked(images, self.oracle.query(sent), n)
 
     def owes(self, step: int) -> int:
         return self._queries(step)
@@ -162,16 +169,16 @@ class Fresh:
     def settle(self) -> None:
         self.oracle.ledger.settle()
 
-    def _images(self, step: int) -> tuple[Tensor, Tensor]:
-        """What the step gets, and what is sent."""
-        images = self._draw(step)
+    def _images(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the step gets, what is sent, and the nuisance of both."""
+        images, n = self._draw(step)
         if not bool(images.detach().isfinite().all()):  # before NaN becomes a black pixel, and is paid for
             raise Diverged(
                 f"{self.name}: the generator draws NaN at step {step}, nothing was sent. It diverged: start anew with "
                 "another --out and a smaller --deprivatize.lr"
             )
         sent = to_uint8(images.detach()) if self.oracle.transport == "uint8" else images
-        return (images if images.requires_grad else sent), sent  # the student sees what the teacher sees
+        return (images if images.requires_grad else sent), sent, n  # the student sees what the teacher sees
 
 
 class Ahead(Fresh):
@@ -195,7 +202,7 @@ class Ahead(Fresh):
         if self._stream is not None:
             here = torch.cuda.current_stream(self._stream.device)
             here.wait_stream(self._stream)  # the thread is idle: all that the stream holds is this answer
-            for tensor in (asked.images, *(asked.answer.tensors() if asked.answer else ())):
+            for tensor in (asked.images, asked.n, *(asked.answer.tensors() if asked.answer else ())):
                 tensor.record_stream(here)
         following = step + 1
         if following < self._steps and following % self._every and self.oracle.ledger.affords(self._queries(following)):
@@ -216,8 +223,8 @@ class Ahead(Fresh):
     def _begin(self, step: int) -> None:
         def ask() -> Asked:
             with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-                images, sent = self._images(step)
-                return Asked(images, self.oracle.query(sent))
+                images, sent, n = self._images(step)
+                return Asked(images, self.oracle.query(sent), n)
 
         self._asked = step, self._worker.submit(ask)
 
@@ -237,13 +244,13 @@ class Replayed(Free):
         """The images as they were sent, and the answer to them."""
         now, then = self._rows(step), self._rows(step + 1)
         with _waiting(self):
-            images, answer = self._store.read(now)
+            images, answer, n = self._store.read(now)
             self._store.will_need(then)
             kept = None
             if self._pictures is not None:
                 kept = self._pictures.read(now).to(self._device)
                 self._pictures.will_need(then)
-            return Asked(images.to(self._device), answer.to(self._device), kept)
+            return Asked(images.to(self._device), answer.to(self._device), n.to(self._device), kept)
 
     def _rows(self, step: int) -> Tensor:
         # Of the step alone, so that those of the next one are known.
@@ -260,7 +267,7 @@ def _waiting(feed: Feed) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fresh(
-    run: Run, stage: str, name: str, steps: int, draw: Callable[[int], Tensor], queries: Callable[[int], int], *,
+    run: Run, stage: str, name: str, steps: int, draw: Draw, queries: Callable[[int], int], *,
     ahead: bool = False,
 ) -> Iterator[Fresh]:  # fmt: skip
     """A feed of fresh queries with the account NAME, one of a stage's; on CUDA asked ahead if it may be.

@@ -48,8 +48,9 @@ class Pictures:
 def _draw(path: Path, store: Replay, loss: MEKDLoss, num_classes: int, keep: str, device: torch.device) -> None:
     def fill(file: BinaryIO) -> None:
         for start in range(0, len(store), 256):
-            _, answer = store.read(slice(start, min(start + 256, len(store))))
-            drawn = loss.teacher_image(num_classes, **answer.to(device).target).cpu().contiguous()
+            _, answer, n = store.read(slice(start, min(start + 256, len(store))))
+            own = {"n": n.to(device)} if n.shape[1] else {}
+            drawn = loss.teacher_image(num_classes, **own, **answer.to(device).target).float().cpu().contiguous()
             rows = (to_uint8(drawn) if keep == "uint8" else drawn.bfloat16().view(torch.int16)).numpy()
             if start == 0:
                 shape = (len(store), *rows.shape[1:])

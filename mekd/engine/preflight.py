@@ -71,7 +71,7 @@ def _check_distill(run: Run, classes: int) -> None:
     student = _built("distill.student", config.student, classes, run.image[0])
     if config.checkpoint is not None:
         run.load_weights(student, "distill.checkpoint", config.checkpoint)
-    if config.image > 0:
+    if config.loss_options()["image"] > 0:
         response = run.config.oracle.response
         try:
             resolve_code(config.code, {"label": "labels"}.get(response, response), classes)

@@ -7,15 +7,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from mekd import files
-from mekd.config import Config, dump_yaml
+from mekd.config import Config, dump_yaml, read_saved
 from mekd.data import TREES, Source, open_source, read_names
 from mekd.engine import parallel
+from mekd.engine.train import faster_in_bfloat16
 from mekd.errors import MekdError
 from mekd.fingerprint import fingerprint, resolve
 from mekd.nets import Generator
@@ -36,6 +37,13 @@ ACCOUNTS = {
 }
 
 
+class Latents(NamedTuple):
+    """What G draws from: codes (m, num_classes) and nuisances (m, deprivatize.nuisance)."""
+
+    code: Tensor
+    n: Tensor
+
+
 class StageError(MekdError, RuntimeError):
     """A stage cannot begin: something that it needs is not there, or belongs to another run."""
 
@@ -52,7 +60,8 @@ class Run:
     wrap_oracle: Callable[[Oracle], Oracle] = lambda oracle: oracle
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "config", resolve(self.config))
+        kept = read_saved(self.out / "config.yaml")
+        object.__setattr__(self, "config", resolve(self.config, kept, faster_in_bfloat16))
 
     # -- what there is -------------------------------------------------------------------------------------
 
@@ -110,6 +119,13 @@ class Run:
 
     @functools.cached_property
     def _looked_at(self) -> tuple[int, list[str]]:
+        if not self.teacher_onnx.is_file():  # step 1 may ask nothing, and then needs no more of it
+            settings = self.config.oracle
+            known = settings.num_classes if self.class_names is None else len(self.class_names)
+            if known is None and self.config.teacher.onnx is None:
+                known = len(self.data.classes)  # the teacher that this run trains
+            if known is not None:
+                return known, []
         oracle = self.open_oracle(Ledger("nothing", budget=0), look=True)
         return oracle.num_classes, oracle.notes
 
@@ -178,9 +194,14 @@ class Run:
         if settings.ema:
             averaged = saved["state"]["average"]
             weights = {name: averaged[f"module.{name}"] for name in weights}
-        generator = Generator(self.num_classes, self.config.data.size, self.image[0], settings.width)
+        generator = self.new_generator()
         generator.load_state_dict(weights)
         return generator.to(self.device).eval().requires_grad_(False)
+
+    def new_generator(self) -> Generator:
+        """G as deprivatize describes it, untrained."""
+        settings = self.config.deprivatize
+        return Generator(self.num_classes, self.config.data.size, self.image[0], settings.width, settings.nuisance)
 
     def load_weights(self, module: torch.nn.Module, name: str, path: str) -> None:
         """Load weights that the user gave as the setting called name; MekdError where there are none that fit."""
@@ -200,11 +221,13 @@ class Run:
             return placed
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(placed)
 
-    def latents(self, purpose: str, step: int, count: int) -> Tensor:
-        """This process's part of a step's count latent codes, each drawn from N(0, I): (m, num_classes)."""
+    def latents(self, purpose: str, step: int, count: int) -> Latents:
+        """This process's part of a step's count latents, each drawn from N(0, I)."""
         generator = generator_at(self.config.seed, purpose, step, device=self.device)
-        codes = torch.randn(count, self.num_classes, generator=generator, device=self.device)
-        return codes[parallel.part(count)]
+        sizes = (self.num_classes, self.config.deprivatize.nuisance)
+        return Latents(
+            *(torch.randn(count, size, generator=generator, device=self.device)[parallel.part(count)] for size in sizes)
+        )
 
     # -- where a stage stands ------------------------------------------------------------------------------
 
@@ -219,6 +242,8 @@ class Run:
             found["teacher"] = self.teacher_digest
         if self.class_names is not None and "oracle.classes" in found:  # the names, wherever their file lies
             found["oracle.classes"] = hashlib.sha256(repr(self.class_names).encode()).hexdigest()[:16]
+        if name == "deprivatize":
+            found["classes"] = self.num_classes
         if name in ("holdout", "replay", "distill"):
             found["generator"] = self.generator_digest
         return found

@@ -10,7 +10,7 @@ from mekd.engine.checkpoint import Checkpoint, steps
 from mekd.engine.feeds import Images
 from mekd.engine.run import Run, StageError
 from mekd.engine.runlog import RunLog
-from mekd.engine.train import predict, set_cosine_lr, sgd
+from mekd.engine.train import computed_in, predict, set_cosine_lr, sgd
 from mekd.nets import build
 from mekd.oracle.export import Classifier, export
 
@@ -32,7 +32,9 @@ def train_teacher(run: Run) -> None:
     for step in steps(checkpoint, log):
         set_cosine_lr(optimizer, config.lr, step, config.steps)
         images, labels = batches.take(step)
-        loss = F.cross_entropy(learner(images), labels)
+        with computed_in(config.precision, run.device):
+            logits = learner(images)
+        loss = F.cross_entropy(logits.float(), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -15,19 +15,19 @@ WIDTHS: dict[int, tuple[int, ...]] = {
 class Discriminator(nn.Module):
     """Stride-2 convolutions with leaky ReLU 0.2 and dropout of whole channels, then one linear layer.
 
-    Images (m, channels, size, size) to logits (m,). There is no batch norm: real and generated images come in
+    Images (m, channels, size, size) to logits (m,). width multiplies the channels of its layers. There is no batch norm: real and generated images come in
     batches of their own, and normalising each would take away the difference of their means, which at 16 px, where
     the last map is one pixel, is all that the linear layer could see. Without dropout it gets to know a few hundred
     private images by heart, and the generator leaves whole classes out; thousands of images need none.
     """
 
-    def __init__(self, size: int, channels: int = 3, dropout: float = 0.25) -> None:
+    def __init__(self, size: int, channels: int = 3, dropout: float = 0.25, width: float = 1.0) -> None:
         super().__init__()
         if size not in WIDTHS:
             raise ValueError(f"size is {size}; the discriminator reads {', '.join(map(str, WIDTHS))} px")
         layers: list[nn.Module] = []
         inputs = channels
-        for outputs in WIDTHS[size]:
+        for outputs in [max(8, round(w * width)) for w in WIDTHS[size]]:
             layers += [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.LeakyReLU(0.2, inplace=True), nn.Dropout2d(dropout)]
             inputs, size = outputs, (size + 1) // 2
         self.features = nn.Sequential(*layers)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from mekd.nets.generator import Generator, UpConv
+from mekd.nets.generator import Generator, UpConv, nuisance_of
 
 SLOPE = 0.2
 
@@ -16,30 +16,59 @@ SLOPE = 0.2
 class FrozenGenerator(nn.Module):
     """What freeze() makes of a Generator: nothing to train, the input's gradient as ever.
 
-    merged: whether the first layer holds the first up-convolution too, so that a leaky ReLU follows it. tau: what codes
-    are divided by within; hand them over undivided.
+    first and columns (outputs, nuisance): the first layer's weights for the code, and for the nuisance. merged: whether
+    that layer holds the first up-convolution too, so that a leaky ReLU follows it. tau: what codes are divided by
+    within; hand them over undivided.
     """
 
     def __init__(
-        self, first: nn.Linear, merged: bool, ups: list[nn.ConvTranspose2d], last: nn.Conv2d, tau: float
-    ) -> None:
+        self, first: nn.Linear, columns: Tensor, merged: bool, ups: list[nn.ConvTranspose2d], last: nn.Conv2d,
+        tau: float,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.first, self.merged, self.ups, self.last, self.tau = first, merged, nn.ModuleList(ups), last, tau
+        self.register_buffer("columns", columns)
+        self.num_classes, self.nuisance = first.in_features, columns.shape[1]
         self.side = math.isqrt(first.out_features // (ups[0] if ups else last).in_channels)
         self.requires_grad_(False).to(memory_format=torch.channels_last).eval()
 
-    def preactivation(self, code: Tensor) -> Tensor:
-        """The image before its tanh, (m, channels, size, size) in channels_last, of codes (m, num_classes)."""
-        x = self.first(code).view(len(code), self.side, self.side, -1).permute(0, 3, 1, 2)
+    columns: Tensor
+
+    def offset(self, n: Tensor) -> Tensor:
+        """What a nuisance (m, nuisance) adds in the first layer, bias included: once for all codes drawn with it."""
+        return torch.addmm(self.first.bias, n.to(self.columns.dtype), self.columns.T)
+
+    def preactivation(self, code: Tensor, n: Tensor | None = None) -> Tensor:
+        """The image before its tanh, (m, channels, size, size) in channels_last, of codes (m, num_classes).
+
+        n: the nuisance (m, nuisance); drawn from N(0, I) where it is None.
+        """
+        return self.preactivation_at(code, self.offset(nuisance_of(code, self.nuisance, n)))
+
+    def preactivation_at(self, code: Tensor, offset: Tensor) -> Tensor:
+        """The same, of codes and of the offset() of their nuisances."""
+        x = torch.addmm(offset, code, self.first.weight.T)
+        x = x.view(len(code), self.side, self.side, -1).permute(0, 3, 1, 2)
         if self.merged:
             x = F.leaky_relu(x, SLOPE, inplace=True)
         for up in self.ups:
             x = F.leaky_relu(up(x), SLOPE, inplace=True)  # a convolution does not need its result again
         return self.last(x)
 
-    def forward(self, code: Tensor) -> Tensor:
+    def forward(self, code: Tensor, n: Tensor | None = None) -> Tensor:
         """The image in [-1, 1]."""
-        return self.preactivation(code).tanh()
+        return self.preactivation(code, n).tanh()
+
+    @torch.no_grad()
+    def divided_by(self, tau: float) -> "FrozenGenerator":
+        """The same generator, which divides codes by tau; all but the code's weights are shared."""
+        if tau == self.tau:
+            return self
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.first, other.tau = copy.deepcopy(self.first), tau
+        other.first.weight.mul_(self.tau / tau)
+        return other
 
 
 @torch.no_grad()
@@ -56,12 +85,12 @@ def freeze(generator: nn.Module, tau: float = 1.0) -> FrozenGenerator:
             "it is, in eval mode"
         )
     # In double precision: what is folded is rounded once.
-    linear, side = generator.linear, generator.start
+    linear, side, classes = generator.linear, generator.start, generator.num_classes
     weight, bias = _folded(linear.weight.double(), linear.bias.double(), generator.bn, side**2)
-    weight = weight / tau
     ups = [_transposed(conv, bn) for conv, bn in zip(generator.convs, generator.bns, strict=True)]
     outputs = (2 * side) ** 2 * ups[0].out_channels
-    merged = weight.shape[1] * outputs < weight.numel() + 4 * ups[0].in_channels * outputs
+    # By the code alone: the nuisance's part is computed once for both sides of a distance.
+    merged = classes * outputs < classes * len(weight) + 4 * ups[0].in_channels * outputs
     if merged:
         up, side = ups.pop(0), 2 * side
         assert up.bias is not None
@@ -69,12 +98,13 @@ def freeze(generator: nn.Module, tau: float = 1.0) -> FrozenGenerator:
         *columns, shift = F.conv_transpose2d(columns, up.weight, stride=2, padding=1).flatten(1)
         weight, bias = torch.stack(columns, 1), shift + up.bias.repeat_interleave(side**2)
     # Made without the initialisation, which would draw random numbers that a resumed run draws elsewhere.
-    first = skip_init(nn.Linear, weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+    first = skip_init(nn.Linear, classes, len(weight), device=weight.device, dtype=weight.dtype)
     # In the order of channels_last.
     order = torch.arange(len(bias), device=bias.device).view(-1, side * side).T.flatten()
-    first.weight.copy_(weight[order])
+    weight = weight[order]
+    first.weight.copy_(weight[:, :classes] / tau)
     first.bias.copy_(bias[order])
-    frozen = FrozenGenerator(first, merged, ups, copy.deepcopy(generator.last), tau)
+    frozen = FrozenGenerator(first, weight[:, classes:].contiguous(), merged, ups, copy.deepcopy(generator.last), tau)
     return frozen.to(linear.weight.dtype)
 
 

@@ -22,7 +22,8 @@ class StoreError(MekdError, ValueError):
 class Replay:
     """N images as they were sent and the teacher's answers to them, in a folder.
 
-    Images are uint8 (or float32 where they were sent so) (N, ch, H, W); answers as in Response. The files are
+    Images are uint8 (or float32 where they were sent so) (N, ch, H, W); answers as in Response; and, where there is
+    one, the nuisance (N, entries) that G drew each image with. The files are
     allocated in full when the first answer arrives, so that a full disk is known before the queries are paid.
     """
 
@@ -49,10 +50,10 @@ class Replay:
     def __len__(self) -> int:
         return self.count
 
-    def write(self, start: int, images: Tensor, response: Response) -> None:
-        """Keep images (m, ch, H, W) and their answer as rows start to start + m."""
-        parts = {"images": images, "values": response.values, "indices": response.indices}
-        rows = {name: part.cpu().numpy() for name, part in parts.items() if part is not None}
+    def write(self, start: int, images: Tensor, response: Response, n: Tensor | None = None) -> None:
+        """Keep images (m, ch, H, W), their answer and their nuisance (m, entries) as rows start to start + m."""
+        parts = {"images": images, "values": response.values, "indices": response.indices, "nuisance": n}
+        rows = {name: part.cpu().numpy() for name, part in parts.items() if part is not None and part.numel()}
         if not self._arrays:
             self._allocate(rows, response)
         elif (response.kind, response.decimals) != (self._kind["kind"], self._kind["decimals"]):
@@ -63,12 +64,13 @@ class Replay:
         for name, part in rows.items():
             self._arrays[name][start : start + len(part)] = part
 
-    def read(self, rows: Tensor | slice) -> tuple[Tensor, Response]:
-        """Images and answers of some rows (indices (m,) int64, or a slice), copied out of the map."""
+    def read(self, rows: Tensor | slice) -> tuple[Tensor, Response, Tensor]:
+        """Images, answers and nuisances of some rows (indices (m,) int64, or a slice), copied out of the map."""
         index = rows if isinstance(rows, slice) else rows.numpy()
         parts = {name: torch.from_numpy(np.array(array[index])) for name, array in self._arrays.items()}
         response = Response(self._kind["kind"], parts.get("values"), parts.get("indices"), self._kind["decimals"])
-        return parts["images"], response
+        images = parts["images"]
+        return images, response, parts.get("nuisance", torch.empty(len(images), 0))
 
     def will_need(self, rows: Tensor) -> None:
         """Tell the system which rows (m,) are read next, so that it has them by then."""
