@@ -26,21 +26,21 @@ class PlainGenerator(nn.Module):
             layers += [nn.Upsample(scale_factor=2), conv, bn, nn.LeakyReLU(0.2)]
         self.doublings = nn.Sequential(*layers)
 
-    def forward(self, code: Tensor) -> Tensor:
-        x = self.bn(self.linear(code).unflatten(1, (-1, self.start, self.start)))
+    def forward(self, code: Tensor, n: Tensor) -> Tensor:
+        x = self.bn(self.linear(torch.cat([code, n], 1)).unflatten(1, (-1, self.start, self.start)))
         return self.last(self.doublings(x)).tanh()
 
 
 def distill_step(
     generator: nn.Module, teacher: nn.Module, student: nn.Module, optimizer: torch.optim.Optimizer, z: Tensor,
-    tau: float, kl_tau: float,
+    n: Tensor, tau: float, kl_tau: float,
 ) -> Tensor:  # fmt: skip
     """One step of distillation from logits, fresh latents."""
-    fake = generator(z)
+    fake = generator(z, n)
     with torch.no_grad():
         t = teacher(fake)
     s = student(fake)
-    image = F.l1_loss(generator(s / tau), generator(t / tau))
+    image = F.l1_loss(generator(s / tau, n), generator(t / tau, n))
     kl = F.kl_div(F.log_softmax(s / kl_tau, 1), F.softmax(t / kl_tau, 1), reduction="batchmean")
     loss = image + kl_tau**2 * kl
     optimizer.zero_grad()
@@ -52,25 +52,25 @@ def distill_step(
 
 def gan_step(
     generator: nn.Module, discriminator: nn.Module, teacher: Callable[[Tensor], Tensor], adam_g: torch.optim.Optimizer,
-    adam_d: torch.optim.Optimizer, real: Tensor, z: Tensor, alpha: float = 0.5,
+    adam_d: torch.optim.Optimizer, real: Tensor, z: Tensor, n: Tensor, alpha: float = 0.5,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One step of the GAN with the information term; the discriminator's logits are asked for twice."""
     bce = F.binary_cross_entropy_with_logits
     adam_d.zero_grad()
-    fake = generator(z)
+    fake = generator(z, n)
     d_real, d_fake = discriminator(real), discriminator(fake)
     loss_d = bce(d_real, torch.ones_like(d_real)) + bce(d_fake, torch.zeros_like(d_fake))
     loss_d.backward()
     adam_d.step()
 
     adam_g.zero_grad()
-    fake = generator(z)
-    with torch.no_grad():
-        y = teacher(fake).softmax(1).amax(1)
+    fake = generator(z, n)
     d = discriminator(fake)
-    fooling = bce(d, torch.ones_like(d))
-    information = -(y * F.logsigmoid(discriminator(fake))).mean()
-    loss_g = fooling + alpha * information
+    loss_g = bce(d, torch.ones_like(d))
+    if alpha:
+        with torch.no_grad():
+            y = teacher(fake).softmax(1).amax(1)
+        loss_g = loss_g - alpha * (y * F.logsigmoid(discriminator(fake))).mean()
     loss_g.backward()
     adam_g.step()
     return loss_d.detach(), loss_g.detach()

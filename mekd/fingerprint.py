@@ -49,7 +49,7 @@ def fingerprint(config: Config, stage: str) -> dict[str, Any]:
     return found
 
 
-#: The stages that take bfloat16 where it is faster: over three seeds they lost less than seeds differ (docs/results.md).
+#: The stages that take bfloat16 where it is faster: they lost less than three seeds differ by (docs/results.md).
 BFLOAT16 = ("teacher", "deprivatize", "distill")
 
 

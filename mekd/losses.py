@@ -114,10 +114,12 @@ class MEKDLoss(nn.Module):
     nets.frozen.freeze when it first draws, and when its weights have changed since (what is written through .data shows
     to nobody); what freeze() made is taken as it is. Another one that has a method preactivation(code) is asked for
     that, and the tanh is left to the loss. A generator with a nuisance (an attribute of that name: its entries) draws
-    both pictures with the same one, generator(code, n). tau divides the code, kl_tau the logits of the KL; beta, scale ("tau2", "tau", "one") and image weigh the terms
+    both pictures with the same one, generator(code, n).
+
+    tau divides the code, kl_tau the logits of the KL; beta, scale ("tau2", "tau", "one") and image weigh the terms
     (image=0: KL alone, the generator is not run). code: "auto", or one of mekd.codes.CODES. floor: the smallest
-    probability that the teacher's answer can tell from 0. reduction of the image term: "mean" over pixels or
-    "batchmean" (sum over pixels). Raises ValueError naming the argument.
+    probability that the teacher's answer can tell from 0. reduction of the image term: "mean" over pixels, so that one
+    weight does for every size, or "batchmean" (sum over pixels). Raises ValueError naming the argument.
     """
 
     def __init__(
@@ -130,7 +132,7 @@ class MEKDLoss(nn.Module):
         reduction: str = "mean",
         *,
         kl_tau: float | Tensor = 1.0,
-        image: float = 1.0,
+        image: float = 5.0,
         floor: float = FLOAT32_FLOOR,
         rest: str = "spread",
     ) -> None:

@@ -1,5 +1,7 @@
 """freeze(): the same pictures and input gradients as the trained generator in eval mode."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,10 +13,10 @@ from mekd.nets.generator import STAGES, Generator
 from small_generator import Plain
 
 
-def trained(num_classes: int, size: int, channels: int = 3) -> Generator:
+def trained(num_classes: int, size: int, channels: int = 3, nuisance: int = 0) -> Generator:
     """Weights, running statistics and affine parameters that are nothing like their initial values."""
     torch.manual_seed(0)
-    generator = Generator(num_classes, size, channels, width=0.125 if size > 32 else 0.25)
+    generator = Generator(num_classes, size, channels, width=0.125 if size > 32 else 0.25, nuisance=nuisance)
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.mul_(1 + 0.3 * torch.randn_like(parameter)).add_(0.01)
@@ -97,3 +99,72 @@ def test_a_generator_of_another_make_is_used_as_it_is_and_the_log_says_so(caplog
     MEKDLoss(trained(10, 16))
     MEKDLoss(plain, image=0.0)  # draws nothing
     assert not caplog.text
+
+
+NUISANCES = [
+    # (classes, entries of n)
+    # The default for ten classes: the first up-convolution is in the first layer.
+    (10, 54),
+    # More of it than of the code.
+    (2, 200),
+    # Many classes: the first layer stays apart.
+    (1000, 24),
+]
+
+
+@pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.parametrize(("num_classes", "entries"), NUISANCES)
+def test_pictures_and_input_gradients_with_a_nuisance(size: int, num_classes: int, entries: int) -> None:
+    generator = trained(num_classes, size, nuisance=entries)
+    code, n = 5 * torch.randn(3, num_classes), torch.randn(3, entries)
+    frozen = freeze(generator, tau=5.0)
+    # n is not divided.
+    torch.testing.assert_close(frozen(code, n), generator(code / 5, n), rtol=0, atol=1e-5)
+    generator, code, n = generator.double(), code.double(), n.double()
+    frozen = freeze(generator, tau=5.0)
+    image, grad = drawn(lambda code: generator.preactivation(code / 5, n), code)
+    offset = frozen.offset(n)
+    for draw in (
+        # Drawn once.
+        lambda code: frozen.preactivation(code, n),
+        # As one of two pictures with the same n.
+        lambda code: frozen.preactivation_at(code, offset),
+        # From another tau, as a loss divides it.
+        lambda code: freeze(generator).divided_by(5.0).preactivation(code, n),
+    ):
+        got, got_grad = drawn(draw, code)
+        torch.testing.assert_close(got, image, rtol=0, atol=1e-10 * image.abs().max().item())
+        torch.testing.assert_close(got_grad, grad, rtol=0, atol=1e-10 * grad.abs().max().item())
+
+
+def test_another_tau_shares_all_but_the_codes_weights() -> None:
+    frozen = freeze(trained(10, 16, nuisance=6))
+    other = frozen.divided_by(4.0)
+    assert frozen.divided_by(1.0) is frozen and (frozen.tau, other.tau) == (1.0, 4.0)
+    torch.testing.assert_close(other.first.weight, frozen.first.weight / 4, rtol=0, atol=0)
+    assert other.first.weight is not frozen.first.weight
+    assert all(a is b for a, b in zip(other.ups.parameters(), frozen.ups.parameters(), strict=True))
+
+
+def test_a_nuisance_is_drawn_where_it_is_not_given_and_refused_where_it_does_not_fit() -> None:
+    generator, code = trained(10, 16, nuisance=6), torch.randn(3, 10)
+    for draw in (generator, freeze(generator)):
+        torch.manual_seed(4)
+        images = draw(code)
+        n = torch.manual_seed(4) and torch.randn(3, 6)
+        torch.testing.assert_close(images, draw(code, n), rtol=0, atol=0)
+        assert not torch.equal(draw(code), images)
+        with pytest.raises(ValueError, match=r"n has shape \(3, 5\).*takes \(3, 6\)"):
+            draw(code, n[:, 1:])
+    with pytest.raises(ValueError, match=r"n has shape \(3, 6\).*takes \(3, 0\)"):
+        freeze(trained(10, 16))(code, n)
+    with pytest.raises(ValueError, match=r"nuisance is -1.*at least 0"):
+        Generator(10, 16, nuisance=-1)
+
+
+def test_in_bfloat16_the_picture_is_near_and_comes_in_float32() -> None:
+    frozen = freeze(trained(10, 32, nuisance=6))
+    code, n = torch.randn(8, 10), torch.randn(8, 6)
+    narrow = copy.deepcopy(frozen).bfloat16()(code, n)
+    assert narrow.dtype == torch.float32
+    assert (narrow - frozen(code, n)).abs().mean() < 0.01

@@ -40,7 +40,7 @@ def test_the_loss_with_kept_pictures_is_that_of_drawn_ones_to_their_rounding(
     rows = torch.tensor([0, 299, 7, 7, 256])
     store.will_need(rows)
     pictures.will_need(rows)
-    _, response = store.read(rows)
+    _, response, _ = store.read(rows)
     logits = torch.randn(5, CLASSES, requires_grad=True)
     drawn, kl = loss.terms(logits, **response.target)
     kept, same_kl = loss.terms(logits, **response.target, kept=pictures.read(rows))

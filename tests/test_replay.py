@@ -37,7 +37,7 @@ def fill(store: Replay, images: Tensor, response: Response, batch: int = 4) -> N
         store.write(start, images[rows], response[rows])
 
 
-def check(found: tuple[Tensor, Response], images: Tensor, response: Response) -> None:
+def check(found: tuple[Tensor, Response, Tensor], images: Tensor, response: Response) -> None:
     assert found[0].dtype == images.dtype and torch.equal(found[0], images)
     assert (found[1].kind, found[1].decimals) == (response.kind, response.decimals)
     assert (found[1].values is None, found[1].indices is None) == (response.values is None, response.indices is None)
@@ -75,7 +75,7 @@ def test_what_is_read_is_a_copy(tmp_path: Path) -> None:
     store = Replay(tmp_path, COUNT)
     fill(store, images, response)
     for rows in (slice(None), torch.arange(COUNT)):
-        pixels, answers = store.read(rows)
+        pixels, answers, _ = store.read(rows)
         pixels.zero_()
         answers.tensors()[0].zero_()
         check(store.read(slice(None)), images, response)

@@ -68,11 +68,10 @@ def distill(run: Run) -> None:
 def train_student(run: Run) -> tuple[nn.Module, dict[str, Any], bool]:
     """The student after its last step, the best one's agreement, step and weights, and whether a step was taken."""
     config = run.config.distill
-    # Folded once, in float32; the images that are sent are drawn so, the pictures of the loss in the step's precision.
-    draw = freeze(run.load_generator())
-    pictured = copy.deepcopy(draw).to(getattr(torch, config.precision))
-    loss = MEKDLoss(pictured, floor=floor_of(run.config.oracle.decimals), **config.loss_options())
-    holdout = collect(run, "holdout", draw, config.holdout)
+    exact = freeze(run.load_generator())  # draws what is asked once, and kept for other students
+    draw = copy.deepcopy(exact).to(getattr(torch, config.precision))
+    loss = MEKDLoss(draw, floor=floor_of(run.config.oracle.decimals), **config.loss_options())
+    holdout = collect(run, "holdout", exact, config.holdout)
     held_images, held_answer, _ = holdout.read(slice(None))
     student = new_student(run)
     optimizer = sgd(student, config.lr, config.weight_decay)
@@ -83,7 +82,7 @@ def train_student(run: Run) -> tuple[nn.Module, dict[str, Any], bool]:
         state["scaler"] = scaler
     learner = parallel.data_parallel(student)
 
-    with answers(run, draw, loss) as feed:
+    with answers(run, exact, draw, loss) as feed:
         log = RunLog(run, "distill", config.steps, config.batch, {"answers": feed}, lr="distill.lr")
         checkpoint = Checkpoint(run, "distill", state, {"answers": feed}, run.depends("distill"))
         done = checkpoint.restore(log)
@@ -114,12 +113,12 @@ def new_student(run: Run) -> nn.Module:
 
 
 @contextlib.contextmanager
-def answers(run: Run, draw: nn.Module, loss: MEKDLoss) -> Iterator[Fresh | Replayed]:
-    """What step 2 consumes: images that draw makes, asked about at each step, or once with distill.replay."""
+def answers(run: Run, exact: nn.Module, draw: nn.Module, loss: MEKDLoss) -> Iterator[Fresh | Replayed]:
+    """What step 2 consumes: images that draw makes, asked about at each step; with distill.replay exact's, once."""
     config = run.config.distill
     mine = parallel.share("distill.batch", config.batch)
     if config.replay:
-        store = collect(run, "replay", draw, config.replay)
+        store = collect(run, "replay", exact, config.replay)
         pictures = None
         if config.keep != "none":
             with parallel.first_alone():

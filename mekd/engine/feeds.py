@@ -25,7 +25,7 @@ from mekd.seeds import generator_at
 
 
 class Asked(NamedTuple):
-    """Images (m, ch, S, S), the teacher's answer, the nuisance that G drew the images with, and a kept picture of it."""
+    """Images (m, ch, S, S), the teacher's answer, the nuisance that G drew them with, and what G drew of the answer."""
 
     images: Tensor
     answer: Response | None

@@ -15,10 +15,11 @@ WIDTHS: dict[int, tuple[int, ...]] = {
 class Discriminator(nn.Module):
     """Stride-2 convolutions with leaky ReLU 0.2 and dropout of whole channels, then one linear layer.
 
-    Images (m, channels, size, size) to logits (m,). width multiplies the channels of its layers. There is no batch norm: real and generated images come in
-    batches of their own, and normalising each would take away the difference of their means, which at 16 px, where
-    the last map is one pixel, is all that the linear layer could see. Without dropout it gets to know a few hundred
-    private images by heart, and the generator leaves whole classes out; thousands of images need none.
+    Images (m, channels, size, size) to logits (m,). width multiplies the channels of its layers. There is no batch
+    norm: real and generated images come in batches of their own, and normalising each would take away the difference
+    of their means, which at 16 px, where the last map is one pixel, is all that the linear layer could see. Without
+    dropout it gets to know a few hundred private images by heart, and the generator leaves whole classes out; thousands
+    of images need none.
     """
 
     def __init__(self, size: int, channels: int = 3, dropout: float = 0.25, width: float = 1.0) -> None:

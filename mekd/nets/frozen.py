@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from mekd.nets.generator import Generator, UpConv, nuisance_of
+from mekd.reference import accumulation_dtype
 
 SLOPE = 0.2
 
@@ -47,7 +48,7 @@ class FrozenGenerator(nn.Module):
 
     def preactivation_at(self, code: Tensor, offset: Tensor) -> Tensor:
         """The same, of codes and of the offset() of their nuisances."""
-        x = torch.addmm(offset, code, self.first.weight.T)
+        x = torch.addmm(offset, code.to(offset.dtype), self.first.weight.T)
         x = x.view(len(code), self.side, self.side, -1).permute(0, 3, 1, 2)
         if self.merged:
             x = F.leaky_relu(x, SLOPE, inplace=True)
@@ -56,8 +57,9 @@ class FrozenGenerator(nn.Module):
         return self.last(x)
 
     def forward(self, code: Tensor, n: Tensor | None = None) -> Tensor:
-        """The image in [-1, 1]."""
-        return self.preactivation(code, n).tanh()
+        """The image in [-1, 1], float32 where the weights are narrower."""
+        image = self.preactivation(code, n)
+        return image.to(accumulation_dtype(image)).tanh()
 
     @torch.no_grad()
     def divided_by(self, tau: float) -> "FrozenGenerator":
