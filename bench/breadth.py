@@ -7,11 +7,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from bench.runs import reopened
+from mekd.engine.pictures import families
 from mekd.metrics import explained_by_rows, same_class
-from mekd.nets.frozen import freeze
 from mekd.oracle.ledger import Ledger
 from mekd.pixels import to_uint8
 
@@ -30,25 +28,17 @@ def main(arguments: Sequence[str]) -> int:
     print("|---|---|---|---|---|---|---|---|")
     for folder in options.runs:
         run = reopened(folder)
-        draw, oracle = freeze(run.load_generator()), run.open_oracle(Ledger("breadth"))
-        torch.manual_seed(0)
+        generator, oracle = run.load_generator(), run.open_oracle(Ledger("breadth"))
         k, m = options.codes, options.each
-        cells, shares = [], []
-        for fixed in ("code", "n"):
-            inputs = {}
-            for name, size in (("code", draw.num_classes), ("n", draw.nuisance)):
-                one = torch.randn(k, 1, size).expand(k, m, size) if name == fixed else torch.randn(k, m, size)
-                inputs[name] = one.reshape(k * m, size)
-            with torch.no_grad():
-                images = draw(**inputs)
-            classes = oracle.query(to_uint8(images.clone())).labels.view(k, m)
-            alike, apart = same_class(classes)
-            shares.append(explained_by_rows(images.view(k, m, -1)))
-            cells.append(alike)
-        drawn = classes.flatten().bincount(minlength=draw.num_classes) / (k * m)
+        named, shares = [], []
+        for images in families(generator, k, m, run.device):
+            shares.append(explained_by_rows(images))
+            named.append(oracle.query(to_uint8(images.flatten(0, 1))).labels.view(k, m))
+        (by_code, apart), (by_n, _) = map(same_class, named)
+        drawn = named[0].flatten().bincount(minlength=generator.num_classes) / (k * m)
         print(
-            f"| {folder.name} | {draw.num_classes} + {draw.nuisance} | {100 * shares[0]:.1f} | {100 * shares[1]:.1f} | "
-            f"{100 * cells[0]:.1f} | {100 * cells[1]:.1f} | {100 * apart:.1f} | "
+            f"| {folder.name} | {generator.num_classes} + {generator.nuisance} | "
+            f"{100 * shares[0]:.1f} | {100 * shares[1]:.1f} | {100 * by_code:.1f} | {100 * by_n:.1f} | {100 * apart:.1f} | "
             f"{100 * drawn.min():.1f} to {100 * drawn.max():.1f} |"
         )
     return 0

@@ -51,10 +51,10 @@ def distill_step(
 
 
 def gan_step(
-    generator: nn.Module, discriminator: nn.Module, teacher: Callable[[Tensor], Tensor], adam_g: torch.optim.Optimizer,
-    adam_d: torch.optim.Optimizer, real: Tensor, z: Tensor, n: Tensor, alpha: float = 0.5,
+    generator: nn.Module, discriminator: nn.Module, teacher: Callable[[Tensor], Tensor] | None,
+    adam_g: torch.optim.Optimizer, adam_d: torch.optim.Optimizer, real: Tensor, z: Tensor, n: Tensor, alpha: float = 0.5,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One step of the GAN with the information term; the discriminator's logits are asked for twice."""
+    """One step of the GAN, with the information term if alpha is not 0; D's logits are asked for twice then."""
     bce = F.binary_cross_entropy_with_logits
     adam_d.zero_grad()
     fake = generator(z, n)
@@ -67,7 +67,7 @@ def gan_step(
     fake = generator(z, n)
     d = discriminator(fake)
     loss_g = bce(d, torch.ones_like(d))
-    if alpha:
+    if alpha and teacher is not None:
         with torch.no_grad():
             y = teacher(fake).softmax(1).amax(1)
         loss_g = loss_g - alpha * (y * F.logsigmoid(discriminator(fake))).mean()

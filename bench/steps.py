@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,26 +14,29 @@ from torch import Tensor, nn
 
 from bench import plain
 from bench.timing import interleaved, machine, spread, write_json
+from mekd.config import DeprivatizeConfig
 from mekd.engine import deprivatize, distill
 from mekd.engine.profile import peak_mb
-from mekd.engine.train import adam, sgd
+from mekd.engine.train import adam, computed_in, sgd
 from mekd.losses import DeprivatizationLoss, MEKDLoss
 from mekd.nets import Discriminator, Generator, build
-from mekd.nets.frozen import freeze
+from mekd.nets.frozen import FrozenGenerator, freeze
 from mekd.oracle.export import Classifier, export
 from mekd.oracle.ort import OnnxOracle
 
 TAU, KL_TAU = 5.0, 4.0
-QUICK = ("generator-32", "distil-fresh-32", "distil-replay-32", "gan-32")
+NUISANCE = DeprivatizeConfig.nuisance
+WIDE = DeprivatizeConfig.d_width
+PRECISIONS = ("float32", "bfloat16")
 
 
 class Work(NamedTuple):
-    """One case: the plain way and ours, how many images a call takes, and the pieces that ours is made of."""
+    """One case: the plain way and ours in each precision, images of a call, and the pieces that ours is made of."""
 
     case: str
     images: int
-    plain: Callable[[], object]
-    ours: Callable[[], object]
+    plain: dict[str, Callable[[], object]]
+    ours: dict[str, Callable[[], object]]
     pieces: dict[str, Callable[[], object]]
 
 
@@ -56,11 +60,21 @@ SETTINGS = (
 
 def trained(size: int, channels: int, classes: int) -> Generator:
     """A generator whose running statistics are its own."""
-    generator = Generator(classes, size, channels)
+    generator = Generator(classes, size, channels, nuisance=NUISANCE)
     with torch.no_grad():
         for _ in range(3):
             generator(torch.randn(64, classes))
     return generator
+
+
+def autocast(call: Callable[[], object]) -> dict[str, Callable[[], object]]:
+    """A call as it is, and within torch.autocast."""
+
+    def narrow() -> object:
+        with torch.autocast("cpu", torch.bfloat16):
+            return call()
+
+    return {"float32": call, "bfloat16": narrow}
 
 
 def oracle_of(net: nn.Module, image: tuple[int, int, int], folder: Path) -> OnnxOracle:
@@ -76,87 +90,110 @@ def of(setting: Setting, folder: Path) -> Iterator[Work]:
     m, image = setting.batch, (channels, size, size)
     teacher = build(setting.teacher, classes, channels).eval().requires_grad_(False)
     generator = trained(size, channels, classes)
-    z = torch.randn(m, classes)
+    leaf, n = torch.randn(m, classes, requires_grad=True), torch.randn(m, NUISANCE)
+    frozen = freeze(generator)
+    drawers = {name: copy.deepcopy(frozen).to(getattr(torch, name)) for name in PRECISIONS}
+
+    def pull(draw: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(draw(leaf, n).float().sum(), leaf)
 
     slow = plain.PlainGenerator(copy.deepcopy(generator)).eval().requires_grad_(False)
-    frozen = freeze(generator)
-    leaf = z.clone().requires_grad_()
-
-    def pull(draw: Callable[[Tensor], Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(draw(leaf).sum(), leaf)
-
-    yield Work(f"generator-{size}", m, pull(slow), pull(frozen), {"forward": torch.no_grad()(lambda: frozen(z))})
-
+    yield Work(
+        f"generator-{size}", m, autocast(pull(slow)), {name: pull(draw) for name, draw in drawers.items()},
+        {"forward": torch.no_grad()(lambda: drawers["bfloat16"](leaf, n))},
+    )  # fmt: skip
     oracle = oracle_of(teacher, image, folder)
-    student = build(setting.student, classes, channels)
-    theirs = copy.deepcopy(student)
+    yield from distillation(setting, generator, drawers, teacher, oracle)
+    for width in (1.0, WIDE):
+        yield gan(setting, generator, width)
+
+
+def distillation(
+    setting: Setting, generator: Generator, drawers: dict[str, FrozenGenerator], teacher: nn.Module, oracle: OnnxOracle
+) -> Iterator[Work]:
+    """A step of the student with fresh queries, and one with replayed queries and kept pictures."""
+    size, channels, classes, *_ = setting
+    m = setting.batch
+    theirs = build(setting.student, classes, channels)
+    student = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
     slow = plain.PlainGenerator(copy.deepcopy(generator)).eval()  # its parameters require grad, as one leaves them
     optimizer, their_optimizer = sgd(student, 0.01, 5e-4), sgd(theirs, 0.01, 5e-4)
-    student = student.to(memory_format=torch.channels_last)
-    loss = MEKDLoss(generator, TAU, kl_tau=KL_TAU)
-    draw = freeze(generator)
+    losses = {name: MEKDLoss(draw, TAU, kl_tau=KL_TAU) for name, draw in drawers.items()}
+
+    def latents() -> tuple[Tensor, Tensor]:
+        return torch.randn(m, classes), torch.randn(m, NUISANCE)
 
     def by_hand() -> None:
-        plain.distill_step(slow, teacher, theirs, their_optimizer, torch.randn(m, classes), TAU, KL_TAU)
+        plain.distill_step(slow, teacher, theirs, their_optimizer, *latents(), TAU, KL_TAU)
 
-    def drawn() -> Tensor:
+    def drawn(precision: str) -> tuple[Tensor, Tensor]:
+        code, n = latents()
         with torch.no_grad():
-            return draw(torch.randn(m, classes))
+            return drawers[precision](code, n), n
 
-    def fresh() -> None:
-        images = drawn()
-        distill.take_step(student, optimizer, loss, images, oracle.query(images).target)
+    def fresh(precision: str) -> None:
+        images, n = drawn(precision)
+        target = {"n": n, **oracle.query(images).target}
+        distill.take_step(student, optimizer, losses[precision], images, target, precision)
 
-    images = drawn()
-    target = oracle.query(images).target
-    logits = student(images).detach()
+    images, n = drawn("float32")
+    target = {"n": n, **oracle.query(images).target}
+    kept = losses["float32"].teacher_image(classes, **target)
+
+    def replayed(precision: str) -> None:
+        distill.take_step(student, optimizer, losses[precision], images, {**target, "kept": kept}, precision)
 
     def only_student() -> None:
+        with computed_in("bfloat16", images.device):
+            logits = student(images)
         optimizer.zero_grad()
-        student(images).backward(torch.ones_like(logits))
+        logits.sum().backward()
         optimizer.step()
 
+    logits = student(images).detach()
+
     def only_loss() -> None:
-        a, b = loss.terms(logits.clone().requires_grad_(), **target)
+        a, b = losses["bfloat16"].terms(logits.clone().requires_grad_(), **target)
         (a + b).backward()
 
     pieces = {"student": only_student, "pictures and losses": only_loss}
-    yield Work(
-        f"distil-fresh-{size}", m, by_hand, fresh,
-        {"draw": drawn, "teacher": lambda: oracle.query(images), **pieces},
-    )  # fmt: skip
-    kept = loss.teacher_image(classes, **target)
-    yield Work(
-        f"distil-replay-{size}", m, by_hand,
-        lambda: distill.take_step(student, optimizer, loss, images, {**target, "kept": kept}), pieces,
-    )  # fmt: skip
+    asked = {"draw": lambda: drawn("bfloat16"), "teacher": lambda: oracle.query(images)}
+    for case, step, own in (("fresh", fresh, {**asked, **pieces}), ("replay", replayed, pieces)):
+        ours = {name: functools.partial(step, name) for name in PRECISIONS}
+        yield Work(f"distil-{case}-{size}", m, autocast(by_hand), ours, own)
 
+
+def gan(setting: Setting, generator: Generator, width: float) -> Work:
+    """A step of D, width times as wide as the paper's, and of G, without the information term: the shipped recipe."""
+    size, channels, classes, *_ = setting
     count = setting.gan_batch
-    real = torch.rand(count, *image) * 2 - 1
+    real = torch.rand(count, channels, size, size) * 2 - 1
     sides = []
-    for make in (lambda g: plain.PlainGenerator(g), lambda g: g):
-        g, d = make(copy.deepcopy(generator).requires_grad_(True).train()), Discriminator(size, channels)
-        adams = [adam(net, 2e-4) for net in (g, d)]
-        sides.append((g, d, *adams))
+    for make in (plain.PlainGenerator, lambda g: g.to(memory_format=torch.channels_last)):
+        g = make(copy.deepcopy(generator).requires_grad_(True).train())
+        d = Discriminator(size, channels, 0.0, width)
+        sides.append((g, d, *(adam(net, 2e-4) for net in (g, d))))
     (slow_g, slow_d, slow_adam_g, slow_adam_d), (g, d, adam_g, adam_d) = sides
-    compute = deprivatize.passes(g, d, DeprivatizationLoss())
+    d.to(memory_format=torch.channels_last)
+    compute = {name: deprivatize.passes(g, d, DeprivatizationLoss(0.0), precision=name) for name in PRECISIONS}
 
-    def slow_gan() -> None:
-        latents = torch.randn(count, classes)
-        plain.gan_step(slow_g, slow_d, teacher, slow_adam_g, slow_adam_d, real, latents)
+    def latents() -> tuple[Tensor, Tensor]:
+        return torch.randn(count, classes), torch.randn(count, NUISANCE)
 
-    def gan() -> None:
-        fake = compute.draw(torch.randn(count, classes))
-        deprivatize.take_step(compute, d, adam_g, adam_d, real, fake, oracle.query(fake).confidence)
+    def by_hand() -> None:
+        plain.gan_step(slow_g, slow_d, None, slow_adam_g, slow_adam_d, real, *latents(), alpha=0.0)
 
-    def pull_g() -> None:
-        g(torch.randn(count, classes)).sum().backward()
+    def step(precision: str) -> None:
+        fake = compute[precision].draw(*latents())
+        deprivatize.take_step(compute[precision], d, adam_g, adam_d, real, fake, None)
 
-    fake = torch.rand(count, *image) * 2 - 1
-    yield Work(
-        f"gan-{size}", count, slow_gan, gan,
-        {"generator": pull_g, "teacher": lambda: oracle.query(fake), "discriminator": lambda: d(fake).sum().backward()},
-    )  # fmt: skip
+    fake = torch.rand(count, channels, size, size) * 2 - 1
+    pieces = {
+        "generator": lambda: compute["bfloat16"].draw(*latents()).sum().backward(),
+        "discriminator": lambda: compute["bfloat16"].loss_d(real, fake).backward(),
+    }
+    ours = {name: functools.partial(step, name) for name in PRECISIONS}
+    return Work(f"gan-{size}" + (f"-D{width:g}" if width != 1 else ""), count, autocast(by_hand), ours, pieces)
 
 
 def oracle_224(folder: Path) -> Work:
@@ -167,7 +204,8 @@ def oracle_224(folder: Path) -> Work:
     pixels = torch.rand(8, *image) * 2 - 1
     net = net.to(memory_format=torch.channels_last)
     last = pixels.contiguous(memory_format=torch.channels_last)
-    return Work("oracle-resnet18-224", 8, torch.inference_mode()(lambda: net(last)), lambda: oracle.query(pixels), {})
+    eager = torch.inference_mode()(lambda: net(last))
+    return Work("oracle-resnet18-224", 8, {"float32": eager}, {"float32": lambda: oracle.query(pixels)}, {})
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -180,28 +218,35 @@ def main(arguments: Sequence[str]) -> int:
     torch.manual_seed(0)
     begun, rows = time.perf_counter(), []
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    print(
-        f"{'case':<21}{'plain ms':>9}{'ours ms':>9}{'faster':>8}{'images/s':>10}{'plain MB':>10}{'ours MB':>9}  shares"
-    )
+    print("times in ms; faster: than the plain way in float32; shares: a piece of our bfloat16 step alone")
+    print(f"{'case':<18}{'plain':>8}{'bf16':>8}{'ours':>8}{'bf16':>8}{'faster':>9}{'bf16':>8}{'images/s':>10}"
+          f"{'plain MB':>10}{'ours MB':>9}  shares")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         for work in cases(options.quick, Path(folder)):
-            taken = interleaved({"plain": work.plain, "ours": work.ours, **work.pieces}, options.repeats)
+            calls = {(who, p): call for who in ("plain", "ours") for p, call in getattr(work, who).items()}
+            taken = interleaved({**calls, **work.pieces}, options.repeats)
             median = {name: spread(seconds)["median_s"] for name, seconds in taken.items()}
-            shares = {name: round(median[name] / median["ours"], 3) for name in work.pieces}
-            peak = {"plain": peak_mb(work.plain), "ours": peak_mb(work.ours)}
-            for impl in ("plain", "ours"):
+            base = median["plain", "float32"]
+            narrowest = list(work.ours)[-1]
+            shares = {name: round(median[name] / median["ours", narrowest], 3) for name in work.pieces}
+            peak = {key: peak_mb(call) for key, call in calls.items()}
+            for who, precision in calls:
                 rows.append({
-                    "case": work.case, "impl": impl, **spread(taken[impl]), "images_s": work.images / median[impl],
-                    "vs_plain": median["plain"] / median[impl], "peak_mb": peak[impl],
-                    "shares": shares if impl == "ours" else {},
+                    "case": work.case, "impl": who, "precision": precision, **spread(taken[who, precision]),
+                    "images_s": work.images / median[who, precision], "vs_plain": base / median[who, precision],
+                    "peak_mb": peak[who, precision],
+                    "shares": shares if (who, precision) == ("ours", narrowest) else {},
                 })  # fmt: skip
+            times = {key: f"{1e3 * seconds:8.1f}" for key, seconds in median.items() if isinstance(key, tuple)}
+            cells = [times.get((who, p), " " * 8) for who in ("plain", "ours") for p in PRECISIONS]
+            faster = [f"{base / median['ours', p]:.2f}x" if p in work.ours else "" for p in PRECISIONS]
             split = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
-            print(f"{work.case:<21}{1e3 * median['plain']:9.1f}{1e3 * median['ours']:9.1f}"
-                  f"{median['plain'] / median['ours']:7.2f}x{work.images / median['ours']:10.0f}"
-                  f"{peak['plain']:10.0f}{peak['ours']:9.0f}  {split}", flush=True)  # fmt: skip
+            print(f"{work.case:<18}{''.join(cells)}{faster[0]:>9}{faster[1]:>8}"
+                  f"{work.images / median['ours', narrowest]:10.0f}{peak['plain', 'float32']:10.0f}"
+                  f"{max(mb for (who, _), mb in peak.items() if who == 'ours'):9.0f}  {split}", flush=True)  # fmt: skip
     if options.json:
         write_json(options.json, rows)
-    print(f"{time.perf_counter() - begun:.0f} s; shares: a piece alone, as a share of our step")
+    print(f"{time.perf_counter() - begun:.0f} s")
     return 0
 
 

@@ -12,12 +12,13 @@ import torch
 
 from mekd import files
 from mekd.engine import parallel
+from mekd.engine.pictures import families
 from mekd.engine.run import Run, StageError
 from mekd.engine.train import predict
-from mekd.metrics import confusion
+from mekd.metrics import confusion, explained_by_rows, same_class
 from mekd.nets import build
 from mekd.oracle.replay import Replay
-from mekd.pixels import as_float
+from mekd.pixels import as_float, to_uint8
 
 STAGES = ("teacher", "deprivatize", "holdout", "replay", "distill", "baseline")
 
@@ -121,6 +122,7 @@ def draw(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
          "curves.png", lambda path: _curves(run, path)),
         (f"Generated images, a row per class as the teacher names them ({names}).",
          "samples/classes.png", lambda path: _class_grid(run, classes, path)),
+        *_families(run),
         ("How often the student (columns) names the class that the teacher (rows) names.",
          "confusion.png", lambda path: _confusion(run, classes, path)),
     ]  # fmt: skip
@@ -204,6 +206,41 @@ def _class_grid(run: Run, classes: tuple[str, ...], path: Path, columns: int = 1
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     return figure
+
+
+def _families(run: Run, rows: int = 6, columns: int = 10) -> list[tuple[str, str, Callable[[Path], Any]]]:
+    """What G makes of one code and many nuisances, and of one nuisance and many codes; nothing without a nuisance."""
+    if run.config.deprivatize.nuisance == 0:
+        return []
+    drawn = families(run.load_generator(), 64, 16, run.device)
+    student = build(run.config.distill.student, run.num_classes, run.image[0]).to(run.device)
+    student.load_state_dict(files.load(run.out / "student.pt"))
+    shares = [explained_by_rows(images) for images in drawn]
+    named = predict(student, drawn[0].flatten(0, 1)).view(64, 16)
+    alike, apart = same_class(named)
+    caption = (
+        "Left: a row is one code, drawn with ten nuisances. Right: a row is one nuisance, drawn with ten codes. The "
+        f"code explains {100 * shares[0]:.0f} % of a picture's variance, the nuisance {100 * shares[1]:.0f} %; the "
+        f"student names one class for two pictures of a code in {100 * alike:.0f} % of cases, of two codes in "
+        f"{100 * apart:.0f} %."
+    )
+
+    def picture(path: Path) -> Any:
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(1, 2, figsize=(11, 11 * rows / columns / 2 + 0.3), constrained_layout=True)
+        for axis, images, title in zip(axes, drawn, ("a row: one code", "a row: one nuisance"), strict=True):
+            size = images.shape[-1]
+            pixels = to_uint8(images[:rows, :columns].cpu().contiguous())
+            tiles = torch.full((rows, columns, pixels.shape[2], size + 2, size + 2), 255, dtype=torch.uint8)
+            tiles[..., :size, :size] = pixels
+            canvas = tiles.permute(0, 3, 1, 4, 2).reshape(rows * (size + 2), columns * (size + 2), -1).numpy()
+            axis.imshow(canvas.squeeze(-1) if canvas.shape[-1] == 1 else canvas, cmap="gray", vmin=0, vmax=255)
+            axis.set_title(title, fontsize=10)
+            axis.axis("off")
+        return figure
+
+    return [(caption, "samples/families.png", picture)]
 
 
 def _confusion(run: Run, classes: tuple[str, ...], path: Path) -> Any:

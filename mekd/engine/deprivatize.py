@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ from mekd.losses import DeprivatizationLoss
 from mekd.nets import Discriminator
 from mekd.oracle.ledger import describe
 from mekd.pixels import to_float
+
+#: The loss of a discriminator that cannot tell real images from drawn ones: 2 log 2.
+CHANCE = 2 * math.log(2)
 
 
 class Passes(NamedTuple):
@@ -117,6 +121,8 @@ def deprivatize(run: Run) -> None:
         checkpoint = Checkpoint(run, "deprivatize", state, feeds, run.depends("deprivatize"))
         checkpoint.restore(log)
         for step in steps(checkpoint, log):
+            if step == max(config.steps // 5, run.config.engine.log_every):
+                _say_chance(run, step, log.means.get("loss_d", 0.0))
             torch.compiler.cudagraph_mark_step_begin()
             real = to_float(private.take(step)[0])
             other: Tensor | None = None
@@ -134,6 +140,17 @@ def deprivatize(run: Run) -> None:
         f"{describe(run.asked('deprivatize'))}"
     )
     run.log_skipped()
+
+
+def _say_chance(run: Run, step: int, loss: float) -> None:
+    """Say where D is no better than chance: G learns nothing from it, and a student nothing from G."""
+    if loss < CHANCE - 0.04:
+        return
+    run.log(
+        f"deprivatize: at step {step} the discriminator's loss is {loss:.3f}, and {CHANCE:.3f} is chance: it teaches "
+        "the generator next to nothing. It may yet leave it; where it does not, start anew with another --out and a wider "
+        "--deprivatize.d_width, --deprivatize.dropout 0 or a larger --deprivatize.lr"
+    )
 
 
 @contextlib.contextmanager

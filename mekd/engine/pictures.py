@@ -9,8 +9,11 @@ from torch import Tensor
 
 from mekd import files
 from mekd.losses import MEKDLoss
+from mekd.nets import Generator
+from mekd.nets.frozen import freeze
 from mekd.oracle.replay import Replay, StoreError, will_need
 from mekd.pixels import to_float, to_uint8
+from mekd.seeds import generator_at
 
 #: How a picture is kept, and numpy's type of the same width.
 DTYPES = {"uint8": np.dtype(np.uint8), "bfloat16": np.dtype(np.int16)}
@@ -43,6 +46,21 @@ class Pictures:
         """The pictures of some rows (m,), in [-1, 1], copied out of the map."""
         picked = torch.from_numpy(self._array[rows.numpy()])
         return to_float(picked) if picked.dtype == torch.uint8 else picked.view(torch.bfloat16).float()
+
+
+@torch.no_grad()
+def families(generator: Generator, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pictures (rows, columns, ch, S, S) of a code a row with many nuisances, and of a nuisance a row with many codes."""
+    random, draw = generator_at("families", device=device), freeze(generator)
+    drawn = []
+    for fixed in ("code", "n"):
+        inputs = {}
+        for name, entries in (("code", generator.num_classes), ("n", generator.nuisance)):
+            count = 1 if name == fixed else columns
+            values = torch.randn(rows, count, entries, generator=random, device=device)
+            inputs[name] = values.expand(rows, columns, entries).flatten(0, 1)
+        drawn.append(draw(**inputs).unflatten(0, (rows, columns)))
+    return drawn[0], drawn[1]
 
 
 def _draw(path: Path, store: Replay, loss: MEKDLoss, num_classes: int, keep: str, device: torch.device) -> None:

@@ -20,7 +20,8 @@ from mekd.errors import Diverged
 class RunLog:
     """The means of a stage's losses every engine.log_every steps, and where its time goes.
 
-    batch: images a step, of all processes; feeds: what the steps consume; lr: the setting that tames a loss.
+    batch: images a step, of all processes; feeds: what the steps consume; lr: the setting that tames a loss. means:
+    those of the last line that was written.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class RunLog:
         self.step, self.seconds = 0, 0.0
         self._sums: dict[str, Any] = {}
         self._unread: dict[str, Tensor] = {}
+        self.means: dict[str, float] = {}
         self._before = self._begun = 0.0
         self._bar: Any = None
 
@@ -102,7 +104,7 @@ class RunLog:
         means = {
             name: round(total / count / parallel.world(), 6) for name, total in zip(self._sums, totals, strict=True)
         }
-        self._sums = {}
+        self._sums, self.means = {}, means
         left = {}
         if self.ledger is not None and self.ledger.left is not None:
             left = {"budget_left": int(parallel.sum_of(self.ledger.left)[0])}

@@ -49,9 +49,9 @@ class FrozenGenerator(nn.Module):
     def preactivation_at(self, code: Tensor, offset: Tensor) -> Tensor:
         """The same, of codes and of the offset() of their nuisances."""
         x = torch.addmm(offset, code.to(offset.dtype), self.first.weight.T)
-        x = x.view(len(code), self.side, self.side, -1).permute(0, 3, 1, 2)
         if self.merged:
-            x = F.leaky_relu(x, SLOPE, inplace=True)
+            x = F.leaky_relu(x, SLOPE, inplace=True)  # in place of a view, autograd would copy
+        x = x.view(len(code), self.side, self.side, -1).permute(0, 3, 1, 2)
         for up in self.ups:
             x = F.leaky_relu(up(x), SLOPE, inplace=True)  # a convolution does not need its result again
         return self.last(x)
