@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
         drawn = named[0].flatten().bincount(minlength=generator.num_classes) / (k * m)
         print(
             f"| {folder.name} | {generator.num_classes} + {generator.nuisance} | "
-            f"{100 * shares[0]:.1f} | {100 * shares[1]:.1f} | {100 * by_code:.1f} | {100 * by_n:.1f} | {100 * apart:.1f} | "
-            f"{100 * drawn.min():.1f} to {100 * drawn.max():.1f} |"
+            f"{100 * shares[0]:.1f} | {100 * shares[1]:.1f} | {100 * by_code:.1f} | {100 * by_n:.1f} | "
+            f"{100 * apart:.1f} | {100 * drawn.min():.1f} to {100 * drawn.max():.1f} |"
         )
     return 0

@@ -52,7 +52,8 @@ def distill_step(
 
 def gan_step(
     generator: nn.Module, discriminator: nn.Module, teacher: Callable[[Tensor], Tensor] | None,
-    adam_g: torch.optim.Optimizer, adam_d: torch.optim.Optimizer, real: Tensor, z: Tensor, n: Tensor, alpha: float = 0.5,
+    adam_g: torch.optim.Optimizer, adam_d: torch.optim.Optimizer, real: Tensor, z: Tensor, n: Tensor,
+    alpha: float = 0.5,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One step of the GAN, with the information term if alpha is not 0; D's logits are asked for twice then."""
     bce = F.binary_cross_entropy_with_logits

@@ -4,8 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-from mekd.config import Config, dump_yaml, flatten, known_keys, nearest, read_yaml
+from mekd.config import Config
 from mekd.errors import MekdError, UsageError
+from mekd.settings import dump_yaml, flatten, known_keys, nearest, read_yaml
 
 USAGE = """usage: mekd STAGE [--config FILE] [--out DIR] [--key.sub value ...] [--profile] [--print_config]
 

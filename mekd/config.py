@@ -1,15 +1,11 @@
-"""Everything that can be set, in one tree of frozen dataclasses, read from YAML and the command line."""
+"""Everything that can be set, in one tree of frozen dataclasses."""
 
-import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from mekd.checks import SCALES, check_choice
 from mekd.codes import CODES
-from mekd.errors import UsageError
 from mekd.pixels import SIDES
 
 #: What the convolutions of a step are computed in; auto is decided once, by a measurement.
@@ -341,74 +337,6 @@ class Config:
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Settings by section as pairs of a dotted name and a value."""
-    found: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        found += flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
-    return found
-
-
-def known_keys() -> list[str]:
-    """Every setting by its dotted name."""
-    return [key for key, _ in flatten(dataclasses.asdict(Config()))]
-
-
-def check_keys(tree: Mapping[str, Any], source: str) -> None:
-    """Raise UsageError for a key that no setting has, with the nearest one that does."""
-    known = known_keys()
-    sections = {key.split(".")[0] for key in known}
-    for key, value in tree.items():
-        if key in sections and key not in known and not isinstance(value, Mapping):
-            raise UsageError(f"{source}: {key} must be a section of settings, not {value!r}")
-    for key, _ in flatten(tree):
-        if key not in known:
-            raise UsageError(f"{source}: there is no setting {key!r}; {nearest(key)}")
-
-
-def nearest(key: str) -> str:
-    """The settings most like a mistyped one, as the end of a sentence."""
-    known = known_keys()
-    by_leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-    close = by_leaf or difflib.get_close_matches(key, known, n=2, cutoff=0.5)
-    return f"the nearest is {' or '.join(close)}" if close else f"there are {', '.join(known)}"
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file of settings; UsageError for one that is no mapping or has unknown keys."""
-    import yaml
-
-    file = Path(path)
-    if not file.is_file():
-        raise UsageError(f"--config is {str(path)!r}; no such file")
-    try:
-        tree = yaml.safe_load(file.read_text("utf-8-sig")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no YAML in UTF-8: {error}") from error
-    if not isinstance(tree, dict):
-        raise UsageError(f"{path} must hold settings by name, it holds a {type(tree).__name__}")
-    check_keys(tree, str(path))
-    return tree
-
-
-def read_saved(path: Path) -> dict[str, Any]:
-    """The configuration that a run was saved with; empty where there is none that can be read."""
-    import yaml
-
-    try:
-        tree = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        return {}
-    return tree if isinstance(tree, dict) else {}
-
-
-def dump_yaml(config: Config) -> str:
-    """The resolved configuration as YAML."""
-    import yaml
-
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
 def _positive(section: str, config: Any, *names: str) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from mekd.config import Config, flatten
+from mekd.config import PRECISIONS, Config
+from mekd.settings import flatten
 
 #: Settings that an interrupted run may be resumed with: where things are, what they cost, how long it shall take, and
 #: what runs the teacher, which changes its answers by rounding alone.
@@ -56,8 +57,8 @@ BFLOAT16 = ("teacher", "deprivatize", "distill")
 def resolve(config: Config, kept: Mapping[str, Any], faster: Callable[[str], bool]) -> Config:
     """The configuration with what its defaults mean on this machine decided, once for the whole run.
 
-    kept: the configuration that the run was begun with, if it was: what was decided then stays. faster(device): whether
-    bfloat16 is, measured; asked where nothing is kept.
+    kept: the settings that the run was begun with, by dotted name, if it was: what was decided then stays.
+    faster(device): whether bfloat16 is, measured; asked where nothing is kept.
     """
     engine = config.engine
     device = engine.device
@@ -70,8 +71,8 @@ def resolve(config: Config, kept: Mapping[str, Any], faster: Callable[[str], boo
     for stage in ("teacher", "deprivatize", "distill"):
         section = getattr(config, stage)
         if section.precision == "auto":
-            known = (kept.get(stage) or {}).get("precision")
-            if known is None:
+            known = kept.get(f"{stage}.precision")
+            if known not in PRECISIONS[1:]:
                 known = "bfloat16" if stage in BFLOAT16 and faster(device) else "float32"
             config = dataclasses.replace(config, **{stage: dataclasses.replace(section, precision=known)})
     return config

@@ -15,3 +15,13 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def settings(config: Config) -> dict[str, Any]:
     return flat(dataclasses.asdict(config))
+
+
+def replaced(key: str, value: Any, config: Config | None = None) -> Config:
+    """A configuration, by default the default one, with one setting changed."""
+    config = config or Config()
+    section, _, name = key.rpartition(".")
+    if not section:
+        return dataclasses.replace(config, **{name: value})
+    part = dataclasses.replace(getattr(config, section), **{name: value})
+    return dataclasses.replace(config, **{section: part})

@@ -8,8 +8,9 @@ import pytest
 
 from flat_settings import flat, settings
 from mekd.cli import parse
-from mekd.config import Config, DistillConfig, dump_yaml, read_yaml
+from mekd.config import Config, DistillConfig
 from mekd.losses import MEKDLoss
+from mekd.settings import dump_yaml, read_yaml
 
 yaml = pytest.importorskip("yaml", reason="pip install 'mekd[run]'")
 pytest.importorskip("jsonargparse", reason="pip install 'mekd[run]'")

@@ -1,6 +1,5 @@
 """The fingerprint: what changes the result of a stage, and nothing else."""
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 
 import mekd
-from flat_settings import settings
+from flat_settings import replaced, settings
 from mekd.config import Config
 from mekd.fingerprint import FREE, fingerprint
 
@@ -32,15 +31,6 @@ MAY_CHANGE = {
     "engine.progress": False,
     "engine.profile": True,
 }
-
-
-def replaced(key: str, value: Any, config: Config | None = None) -> Config:
-    config = config or Config()
-    section, _, name = key.rpartition(".")
-    if not section:
-        return dataclasses.replace(config, **{name: value})
-    part = dataclasses.replace(getattr(config, section), **{name: value})
-    return dataclasses.replace(config, **{section: part})
 
 
 @pytest.mark.parametrize("key", MAY_CHANGE)
@@ -102,7 +92,8 @@ BEFORE = {
     "teacher.onnx", "teacher.arch", "teacher.checkpoint", "teacher.lr",
     "oracle.response", "oracle.output", "oracle.output_name", "oracle.num_classes", "oracle.classes",
     "oracle.mean", "oracle.std", "oracle.transport", "oracle.decimals",
-    "deprivatize.alpha", "deprivatize.lr", "distill.lr", "evaluate.enabled", "engine.device",
+    "deprivatize.alpha", "deprivatize.lr", "deprivatize.d_width", "deprivatize.dropout",
+    "distill.lr", "evaluate.enabled", "engine.device",
 }  # fmt: skip
 
 

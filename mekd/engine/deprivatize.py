@@ -148,8 +148,8 @@ def _say_chance(run: Run, step: int, loss: float) -> None:
         return
     run.log(
         f"deprivatize: at step {step} the discriminator's loss is {loss:.3f}, and {CHANCE:.3f} is chance: it teaches "
-        "the generator next to nothing. It may yet leave it; where it does not, start anew with another --out and a wider "
-        "--deprivatize.d_width, --deprivatize.dropout 0 or a larger --deprivatize.lr"
+        "the generator next to nothing. It may yet leave it; where it does not, start anew with another --out and a "
+        "wider --deprivatize.d_width, --deprivatize.dropout 0 or a larger --deprivatize.lr"
     )
 
 

@@ -50,7 +50,7 @@ class Pictures:
 
 @torch.no_grad()
 def families(generator: Generator, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pictures (rows, columns, ch, S, S) of a code a row with many nuisances, and of a nuisance a row with many codes."""
+    """Pictures (rows, columns, ch, S, S) of a code a row, n varied, and of a nuisance a row, the code varied."""
     random, draw = generator_at("families", device=device), freeze(generator)
     drawn = []
     for fixed in ("code", "n"):

@@ -46,6 +46,8 @@ def preflight(run: Run, stages: Sequence[str]) -> None:
         if config.teacher.checkpoint is not None:
             run.load_weights(teacher, "teacher.checkpoint", config.teacher.checkpoint)
     elif {"deprivatize", "distill", "evaluate"} & set(stages):
+        if tuple(stages) != ("deprivatize",) or asks(config):
+            run.require_teacher()
         classes = run.num_classes
         notes += [f"teacher: {note}" for note in run.teacher_notes]
         if simulates and classes != len(run.data.classes):

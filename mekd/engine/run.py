@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mekd import files
-from mekd.config import Config, dump_yaml, read_saved
+from mekd.config import Config
 from mekd.data import TREES, Source, open_source, read_names
 from mekd.engine import parallel
 from mekd.engine.train import faster_in_bfloat16
@@ -27,6 +27,7 @@ from mekd.oracle.ledger import Ledger
 from mekd.oracle.ort import OnnxOracle
 from mekd.oracle.session import provider_names
 from mekd.seeds import generator_at
+from mekd.settings import dump_yaml, read_saved
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 #: The accounts of each stage, which share its budget.
@@ -101,6 +102,15 @@ class Run:
         own = self.config.teacher.onnx
         return Path(own) if own else self.out / "teacher.onnx"
 
+    def require_teacher(self) -> Path:
+        """The black box's file, which is there; StageError where it is not."""
+        if not self.teacher_onnx.is_file():
+            raise StageError(
+                f"{self.teacher_onnx} is missing: run `mekd export` first, or give your classifier with --teacher.onnx "
+                "FILE"
+            )
+        return self.teacher_onnx
+
     @functools.cached_property
     def class_names(self) -> list[str] | None:
         """The teacher's classes, where oracle.classes lists them."""
@@ -119,7 +129,7 @@ class Run:
 
     @functools.cached_property
     def _looked_at(self) -> tuple[int, list[str]]:
-        if not self.teacher_onnx.is_file():  # step 1 may ask nothing, and then needs no more of it
+        if not self.teacher_onnx.is_file():  # a step 1 that asks nothing needs no more of it than this number
             settings = self.config.oracle
             known = settings.num_classes if self.class_names is None else len(self.class_names)
             if known is None and self.config.teacher.onnx is None:
@@ -139,11 +149,7 @@ class Run:
     def open_oracle(self, account: Ledger, look: bool = False) -> Oracle:
         """The black box with an account; look: only to see what it is, on the CPU, and nothing is measured."""
         settings = self.config.oracle
-        path = self.teacher_onnx
-        if not path.is_file():
-            raise StageError(
-                f"{path} is missing: run `mekd export` first, or give your classifier with --teacher.onnx FILE"
-            )
+        path = self.require_teacher()
         measured = functools.partial(self._query_batch, self.image)
         oracle = OnnxOracle(
             path,
