@@ -90,7 +90,7 @@ class ArraySource:
         return _Rows(self, self.data.train_images, self.data.train_labels, batch, "training")
 
     def local(self, batch: int) -> Batches:
-        """As Source.local, mirrored where data.flip says so; labels are 0."""
+        """As Source.local, shifted and mirrored as in training(): D gets to know fewer by heart; labels are 0."""
         return _Rows(self, self._local, self._unlabelled, batch, "local")
 
     def once(self, part: str, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -126,13 +126,8 @@ class _Rows:
         rows = torch.randint(len(self._images), (self._batch,), generator=generator)
         own = rows[mine].to(self._images.device)
         images, labels = self._images[own], self._labels[own]
-        if self._name == "training":
-            moves = arrays.moves(self._batch, self._source.image[-1], config.data.flip, generator)
-            images = arrays.moved(images, moves[mine])
-        elif config.data.flip:
-            mirrored = torch.rand(self._batch, 1, 1, 1, generator=generator)[mine].to(images.device) < 0.5
-            images = torch.where(mirrored, images.flip(3), images)
-        return images, labels
+        moves = arrays.moves(self._batch, self._source.image[-1], config.data.flip, generator)
+        return arrays.moved(images, moves[mine]), labels
 
     def state_dict(self) -> dict[str, Any]:
         return {}
