@@ -29,6 +29,7 @@ class DataConfig:
         size: side of an image in pixels: 16, 32, 64, 128 or 224
         local_fraction: share of the training images that are the user's private, unlabelled ones
         flip: whether mirrored images are images of the same class
+        shift: whether D sees the private images shifted, by up to an eighth of the side, edges repeated; not of trees
         loader: what reads a tree: dali or torchvision
         workers: threads (dali) or processes (torchvision) of each process that read a tree
         resize: the shorter side in pixels before the centre of a tree's image is cropped; null for size * 256 / 224
@@ -40,6 +41,7 @@ class DataConfig:
     size: int = 32
     local_fraction: float = 0.1
     flip: bool = False
+    shift: bool = False
     loader: str = "dali"
     workers: int = 2
     resize: int | None = None

@@ -38,7 +38,7 @@ for line in sys.stdin:
         print(pid, flush=True)
         continue
     status = 70
-    torch.set_num_threads(1)  # renews torch's pool after the fork; two threads that did so at once would end the process
+    torch.set_num_threads(1)  # renews torch's pool after the fork; two threads that did so at once would fail
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, name in ((1, "stdout"), (2, "stderr")):

@@ -29,7 +29,16 @@ AHEAD = "import mekd.engine.feeds\nmekd.engine.feeds.asks_ahead = lambda run: Tr
 
 def ahead(draw: Callable[[int], Tensor], teacher: Teacher | None = None, every: int = 100, steps: int = 6) -> Ahead:
     worker, oracle = Worker("oracle"), connect(Ledger("s"), teacher)
-    return Ahead("distill", draw, lambda step: 2, oracle, worker=worker, every=every, steps=steps, device=CPU)
+    return Ahead(
+        "distill",
+        lambda step: (draw(step), torch.empty(2, 0)),
+        lambda step: 2,
+        oracle,
+        worker=worker,
+        every=every,
+        steps=steps,
+        device=CPU,
+    )
 
 
 CPU = torch.device("cpu")

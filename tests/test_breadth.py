@@ -64,17 +64,23 @@ def test_a_discriminator_at_chance_is_spoken_of(
         assert f"{loss:.3f}" in text and "--deprivatize.d_width" in text and "another --out" in text
 
 
+@pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("flip", [True, False])
-def test_private_images_are_mirrored_where_data_flip_says_so(flip: bool) -> None:
+def test_private_images_are_mirrored_and_shifted_where_the_data_says_so(flip: bool, shift: bool) -> None:
     pixels = torch.arange(4 * 64, dtype=torch.uint8).view(4, 1, 8, 8)
     data = Dataset(pixels, torch.zeros(4, dtype=torch.long), pixels, torch.zeros(4, dtype=torch.long), ("a",))
-    config = replaced("data.flip", flip, replaced("data.local_fraction", 1.0))
-    whole = ArraySource(data, config, 0, 1).local(64).take(3)[0]
-    known = {image.numpy().tobytes() for image in pixels}
-    mirrored = {image.flip(2).numpy().tobytes() for image in pixels}
-    kinds = np.array([image.contiguous().numpy().tobytes() in known for image in whole])
-    assert all(x.contiguous().numpy().tobytes() in known | mirrored for x in whole)
-    assert 16 < kinds.sum() < 48 if flip else kinds.all()
+    config = replaced("data.shift", shift, replaced("data.flip", flip, replaced("data.local_fraction", 1.0)))
+    whole = ArraySource(data, config, 0, 1).local(200).take(3)[0]
+    # By at most an eighth of 8 pixels, edges repeated: every place in an image with a border of one pixel.
+    known: dict[bytes, bool] = {}
+    for image in pixels:
+        for mirrored in (False, True):
+            wide = np.pad(np.flip(image[0].numpy(), 1) if mirrored else image[0].numpy(), 1, mode="edge")
+            known |= {wide[i : i + 8, j : j + 8].tobytes(): mirrored for i in range(3) for j in range(3)}
+    kinds = [known[image.contiguous().numpy().tobytes()] for image in whole]
+    assert 60 < sum(kinds) < 140 if flip else not any(kinds)
+    found = len({image.contiguous().numpy().tobytes() for image in whole})
+    assert found > 4 * (1 + flip) if shift else found == 4 * (1 + flip)
     # The parts of two processes are the whole.
-    parts = [ArraySource(data, config, rank, 2).local(64).take(3)[0] for rank in (0, 1)]
+    parts = [ArraySource(data, config, rank, 2).local(200).take(3)[0] for rank in (0, 1)]
     assert torch.equal(torch.cat(parts), whole)

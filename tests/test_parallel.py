@@ -163,6 +163,7 @@ def test_an_error_of_one_process_ends_all(words: list[str], tmp_path: Path) -> N
 
 def test_rows_and_budgets_are_dealt_out_without_a_remainder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     state: dict[str, Any] = {"world": 3}
+    run = Run(Config(distill=DistillConfig(budget=20)), tmp_path)
     monkeypatch.setattr(parallel, "world", lambda: state["world"])
     monkeypatch.setattr(parallel, "rank", lambda: state["rank"])
     for count in (1, 2, 3, 7, 9):
@@ -182,7 +183,6 @@ def test_rows_and_budgets_are_dealt_out_without_a_remainder(monkeypatch: pytest.
     monkeypatch.setattr(parallel, "rank", lambda: state["rank"])
     monkeypatch.setattr(parallel, "sum_of", lambda *numbers: list(numbers))
     monkeypatch.setattr(parallel, "barrier", lambda: None)
-    config = Config(distill=DistillConfig(budget=20))
-    account = feeds.open_account(Run(config, tmp_path), "distill", "distill")
+    account = feeds.open_account(run, "distill", "distill")
     assert account.left == 3 and account.elsewhere == 11
     account.close()

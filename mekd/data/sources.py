@@ -90,7 +90,7 @@ class ArraySource:
         return _Rows(self, self.data.train_images, self.data.train_labels, batch, "training")
 
     def local(self, batch: int) -> Batches:
-        """As Source.local, shifted and mirrored as in training(): D gets to know fewer by heart; labels are 0."""
+        """As Source.local, shifted with data.shift and mirrored with data.flip; labels are 0."""
         return _Rows(self, self._local, self._unlabelled, batch, "local")
 
     def once(self, part: str, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -127,6 +127,8 @@ class _Rows:
         own = rows[mine].to(self._images.device)
         images, labels = self._images[own], self._labels[own]
         moves = arrays.moves(self._batch, self._source.image[-1], config.data.flip, generator)
+        if self._name == "local" and not config.data.shift:
+            moves[:, :2] = 0
         return arrays.moved(images, moves[mine]), labels
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,6 +145,10 @@ class TreeSource:
         settings = config.data
         if settings.path is None:
             raise arrays.DataError(f"data.path is not set; {settings.name} needs the folder of train/ and val/")
+        if settings.shift:
+            raise arrays.DataError(
+                f"data.shift is true, which data.name {settings.name!r} does not do: --data.shift false"
+            )
         self._config, self._settings, self._device, self._rank, self._world = config, settings, device, rank, world
         # Both are imported by name alone: a loader that is missing is an error and not another loader.
         self._loader = importlib.import_module(
