@@ -1,11 +1,17 @@
 """What can be known is said before the first step: nothing is trained, asked, paid for or written."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
 from mekd import cli
+from mekd.config import Config, DataConfig, DeprivatizeConfig, EvaluateConfig, OracleConfig, TeacherConfig
+from mekd.data import DataError
+from mekd.engine.deprivatize import deprivatize
+from mekd.engine.preflight import preflight
+from mekd.engine.run import Run, StageError
 from mekd.nets import build
 from mekd.oracle.export import Classifier, export
 
@@ -64,3 +70,32 @@ def test_an_experiment_whose_teacher_is_trained_is_looked_at_too(
     assert cli.main([*words, "--teacher.checkpoint", str(tmp_path / "none.pt")]) == 2
     assert "teacher.checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_step_1_that_asks_nothing_needs_no_teacher(tmp_path: Path) -> None:
+    config = Config(data=DataConfig(size=16), deprivatize=DeprivatizeConfig(steps=2, batch=8, width=0.1, alpha=0.0))
+    run = Run(config, tmp_path / "run")
+    preflight(run, ["deprivatize"])
+    deprivatize(run)
+    assert run.num_classes == 10 and not run.teacher_onnx.exists() and not (run.out / "ledger").exists()
+    # A user's own, which is not there yet: its classes have to be said.
+    own = dataclasses.replace(config, teacher=TeacherConfig(onnx="later.onnx"))
+    with pytest.raises(StageError, match=r"later\.onnx is missing"):
+        preflight(Run(own, tmp_path / "own"), ["deprivatize"])
+    said = Run(dataclasses.replace(own, oracle=OracleConfig(num_classes=7)), tmp_path / "own")
+    preflight(said, ["deprivatize"])
+    assert said.new_generator().num_classes == 7
+
+
+@pytest.mark.parametrize("stages", [["deprivatize"], ["deprivatize", "distill"], ["evaluate"]])
+def test_what_asks_needs_the_teacher_before_the_first_step(stages: list[str], tmp_path: Path) -> None:
+    config = Config(data=DataConfig(size=16), evaluate=EvaluateConfig(enabled=True))
+    with pytest.raises(StageError, match=r"teacher\.onnx is missing"):
+        preflight(Run(config, tmp_path / "run"), stages)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tree_is_not_shifted(tmp_path: Path) -> None:
+    config = Config(data=DataConfig(name="folder", path=str(tmp_path), shift=True))
+    with pytest.raises(DataError, match=r"data\.shift is true.*'folder'.*--data\.shift false"):
+        _ = Run(config, tmp_path / "run").data
