@@ -7,8 +7,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.runs import reopened
+from mekd.cli import parse
 from mekd.engine.pictures import families
+from mekd.engine.run import Run
 from mekd.metrics import explained_by_rows, same_class
 from mekd.oracle.ledger import Ledger
 from mekd.pixels import to_uint8
@@ -27,7 +28,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     print("|---|---|---|---|---|---|---|---|")
     for folder in options.runs:
-        run = reopened(folder)
+        parsed = parse(["--config", str(folder / "config.yaml"), "--out", str(folder)])
+        assert parsed is not None  # it printed nothing instead
+        run = Run(*parsed)
         generator, oracle = run.load_generator(), run.open_oracle(Ledger("breadth"))
         k, m = options.codes, options.each
         named, shares = [], []

@@ -212,11 +212,11 @@ def _families(run: Run, rows: int = 6, columns: int = 10) -> list[tuple[str, str
     """What G makes of one code and many nuisances, and of one nuisance and many codes; nothing without a nuisance."""
     if run.config.deprivatize.nuisance == 0:
         return []
-    drawn = families(run.load_generator(), 64, 16, run.device)
+    drawn = families(run.load_generator(), 32, columns, run.device)
     student = build(run.config.distill.student, run.num_classes, run.image[0]).to(run.device)
     student.load_state_dict(files.load(run.out / "student.pt"))
     shares = [explained_by_rows(images) for images in drawn]
-    named = predict(student, drawn[0].flatten(0, 1)).view(64, 16)
+    named = predict(student, drawn[0].flatten(0, 1), batch=64).view(32, columns)
     alike, apart = same_class(named)
     caption = (
         "Left: a row is one code, drawn with ten nuisances. Right: a row is one nuisance, drawn with ten codes. The "
