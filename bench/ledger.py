@@ -53,8 +53,8 @@ def once(ledger: Ledger, images: Tensor, answer: Response, waits: bool) -> float
     wait: Callable[[], object] = lambda: ledger._booked and ledger._booked.result()  # noqa: E731
     wait()
     begun = time.perf_counter()
-    ledger.intend(images)
-    ledger.record(images, answer)
+    sent = ledger.intend(images)
+    ledger.record(sent, images, answer)
     if waits:
         wait()
     return time.perf_counter() - begun

@@ -60,7 +60,7 @@ def test_answers_come_in_order_and_one_step_ahead() -> None:
         assert feed.owes(step) == (2 if step % 3 == 0 else 0)  # never asked past a checkpoint
         asked: Asked = feed.take(step)
         assert int(asked.images[0, 0, 0, 0]) == round((step / 10 + 1) * 127.5)
-        assert feed.state_dict() == {"calls": step + 1}
+        assert feed.state_dict() == {"images": 2 * step + 2}
         assert len(calls) == step + 1 + ((step + 1) % 3 != 0)
     assert [step for step, _ in calls] == list(range(6))
     assert {name for _, name in calls} == {"oracle"}
@@ -87,7 +87,7 @@ def test_an_error_surfaces_with_its_cause_and_leaves_no_answer() -> None:
 
     feed = ahead(draw)
     feed.take(0)
-    assert feed.state_dict() == {"calls": 1}
+    assert feed.state_dict() == {"images": 2}
     with pytest.raises(AnswerError, match="nonsense") as caught:
         feed.take(1)
     assert isinstance(caught.value.__cause__, OSError)

@@ -34,13 +34,13 @@ def test_replayed_answers_equal_the_originals(tmp_path: Path, kind: str, decimal
 def test_odd_bits_survive_the_file(tmp_path: Path) -> None:
     odd = Response("logits", torch.tensor([[-0.0, -torch.inf, 1e-45, 3.4028235e38]]))
     ledger = Ledger("s", tmp_path)
-    ledger.intend(batch(0, 1))
-    ledger.record(batch(0, 1), odd)
+    sent = ledger.intend(batch(0, 1))
+    ledger.record(sent, batch(0, 1), odd)
     ledger.close()
     ledger = Ledger("s", tmp_path)
-    again = ledger.recall(batch(0, 1))
+    ((row, again),) = ledger.recall(batch(0, 1))
     ledger.close()
-    assert again is not None and same(odd, again)
+    assert row == 0 and same(odd, again)
 
 
 def test_reopened_after_answers(tmp_path: Path) -> None:

@@ -176,8 +176,8 @@ def test_rows_and_budgets_are_dealt_out_without_a_remainder(monkeypatch: pytest.
     for name, rank, spent in (("distill", 4, 5), ("holdout", 0, 6)):
         gone = Ledger(name, tmp_path / "ledger", rank=rank)
         images = torch.zeros(spent, 1, 2, 2, dtype=torch.uint8)
-        gone.intend(images)
-        gone.record(images, Response("label", None, torch.zeros(spent, dtype=torch.int64)))
+        sent = gone.intend(images)
+        gone.record(sent, images, Response("label", None, torch.zeros(spent, dtype=torch.int64)))
         gone.close()
     state["rank"] = 0
     monkeypatch.setattr(parallel, "rank", lambda: state["rank"])

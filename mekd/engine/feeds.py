@@ -158,11 +158,11 @@ class Fresh:
         self.oracle.ledger.rewind(0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"calls": self.oracle.ledger.next}
+        return {"images": self.oracle.ledger.next}
 
     def load_state_dict(self, state: dict[str, Any], own: bool = True) -> None:
         if own:
-            self.oracle.ledger.rewind(state["calls"])
+            self.oracle.ledger.rewind(state["images"])
         else:
             self.oracle.ledger.pass_over()  # other processes ask in other batches
 
@@ -214,7 +214,7 @@ class Ahead(Fresh):
 
     def state_dict(self) -> dict[str, Any]:
         ahead = self._answered()  # first: it waits, and the ledger goes on meanwhile
-        return {"calls": self.oracle.ledger.next - ahead}
+        return {"images": self.oracle.ledger.next - ahead}
 
     def settle(self) -> None:
         if not self._answered():  # an answer ahead is found in the ledger again
@@ -229,8 +229,10 @@ class Ahead(Fresh):
         self._asked = step, self._worker.submit(ask)
 
     def _answered(self) -> int:
-        """The answers that lie ready, 0 or 1, once the thread is idle."""
-        return int(self._asked is not None and self._asked[1].exception() is None)
+        """The images whose answers lie ready, once the thread is idle."""
+        if self._asked is None or self._asked[1].exception() is not None:
+            return 0
+        return len(self._asked[1].result().images)
 
 
 class Replayed(Free):

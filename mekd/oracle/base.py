@@ -8,7 +8,7 @@ from torch import Tensor
 from mekd.checks import check_choice
 from mekd.errors import UsageError
 from mekd.oracle.ledger import Ledger
-from mekd.oracle.response import KINDS, AnswerError, Response
+from mekd.oracle.response import KINDS, AnswerError, Response, concatenate
 from mekd.pixels import to_uint8
 
 TRANSPORTS = ("uint8", "float")
@@ -69,15 +69,22 @@ class Oracle(ABC):
                 f"images have dtype {images.dtype}; transport {self.transport!r} takes "
                 f"{'uint8 or float' if self.transport == 'uint8' else 'float'}"
             )
-        remembered = self.ledger.recall(sent)
-        if remembered is not None:
-            return remembered.to(images.device)
-        self.ledger.intend(sent)
-        answered = self._send(sent)
-        if len(answered) != len(images):
-            raise AnswerError(f"the teacher answered {len(answered)} of {len(images)} images")
-        self.ledger.record(sent, answered)
-        return answered.to(images.device)
+        answered = self.ledger.recall(sent)
+        for rows in _missing(answered, len(sent)):
+            answered += self._ask(sent, rows)
+        self.ledger.next += len(sent)
+        parts = [part for _, part in sorted(answered, key=lambda piece: piece[0])]
+        return (parts[0] if len(parts) == 1 else concatenate(parts)).to(images.device)
+
+    def _ask(self, images: Tensor, rows: slice) -> list[tuple[int, Response]]:
+        """The answers to some rows of a query, paid and booked, each with its first row; here by one call."""
+        part = images[rows]
+        sent = self.ledger.intend(part, rows.start)
+        answer = self._send(part)
+        if len(answer) != len(part):
+            raise AnswerError(f"the teacher answered {len(answer)} of {len(part)} images")
+        self.ledger.record(sent, part, answer)
+        return [(rows.start, answer)]
 
     def close(self) -> None:
         """Write the ledger out; nothing is asked afterwards."""
@@ -86,3 +93,13 @@ class Oracle(ABC):
     @abstractmethod
     def _send(self, images: Tensor) -> Response:
         """The teacher's answer to images as they are transported."""
+
+
+def _missing(answered: list[tuple[int, Response]], count: int) -> list[slice]:
+    """The stretches of rows 0 to count that no answer covers."""
+    gaps, at = [], 0
+    for row, part in answered:
+        if row > at:
+            gaps.append(slice(at, row))
+        at = row + len(part)
+    return [*gaps, slice(at, count)] if at < count else gaps

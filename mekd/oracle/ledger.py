@@ -1,18 +1,20 @@
 """What was asked and what it cost, in an SQLite file that anyone can query, so that nothing is paid for twice.
 
-A call to the teacher is booked before it is sent and again with its answer, by one thread. A resumed stage asks the
-same questions again and is answered from the ledger, up to the one call that was in flight or not yet written. That
-holds for a process that is killed; a power cut can take what was booked since the last checkpoint.
+A call to the teacher is booked before it is sent and again with its answer, by one thread. Its number is that of its
+first image among all that the account asked for. A resumed stage asks for the same images again and is answered from
+the ledger, however they are cut into calls now, up to the calls that were in flight or not yet written. That holds for
+a process that is killed; a power cut can take what was booked since the last checkpoint.
 """
 
 import contextlib
 import hashlib
 import sqlite3
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +38,16 @@ class BudgetSpent(MekdError, RuntimeError):
     status = 3
 
 
+class Sent(NamedTuple):
+    """A call as it was booked before it was sent; call: the number of its first image."""
+
+    attempt: int
+    call: int
+    queries: int
+    bytes_up: int
+    time: float
+
+
 class Ledger:
     """One account: calls, queries (one image is one query), bytes, and a hard budget.
 
@@ -43,6 +55,7 @@ class Ledger:
     folder the account lives in memory. setting: the budget's, for messages. budget: queries at most, the uncertain ones
     included; elsewhere: queries of it that other accounts have spent; reserved: those and what is theirs to spend.
     uncertain counts queries that were sent and whose answer was lost or unusable: the provider may have billed them.
+    next: the images that were asked for, in order. Several threads may have calls in flight.
     """
 
     def __init__(
@@ -62,13 +75,13 @@ class Ledger:
         self.settled = 0
         self.next = 0
         self._answers: dict[int, tuple[bytes, Response]] = {}
-        self._attempt = 0
+        self._turn = threading.RLock()
         self._writer: ThreadPoolExecutor | None = None
         self._booked: Future[Any] | None = None
         self._written = 0
         if folder is not None:
             self._database, self._lock, held = open_file(folder, name, rank)
-            self._attempt, self.counts, self.settled, self._answers = held
+            self.counts, self.settled, self._answers = held
             self.next = self.settled
             self._writer = ThreadPoolExecutor(1, thread_name_prefix=f"ledger {name}")
 
@@ -83,93 +96,119 @@ class Ledger:
         return None if self.budget is None else max(0, self.budget - self.spent - self.reserved)
 
     def affords(self, queries: int) -> bool:
-        """Whether the next call may be sent, or needs not be because its answer is known."""
-        return self.next in self._answers or self.left is None or queries <= self.left
+        """Whether the next images may be asked for, as far as their answers are not known."""
+        return self.left is None or self.left >= queries - sum(hi - lo for _, lo, hi in self._known(queries))
 
     def __str__(self) -> str:
         return describe(self.counts)
 
-    def rewind(self, call: int) -> None:
-        """Stand at a checkpoint's call again, so that the calls since then are answered from the ledger."""
-        if call < self.settled:
+    def rewind(self, image: int) -> None:
+        """Stand at a checkpoint's image again, so that the images since then are answered from the ledger."""
+        if image < self.settled:
             raise LedgerError(
-                f"the ledger of {self.name} has settled {self.settled} calls, but the checkpoint knows of {call}: its "
-                "checkpoint is missing or older. Put it back, or start anew with another --out"
+                f"the ledger of {self.name} has settled {self.settled} images, but the checkpoint knows of {image}: "
+                "its checkpoint is missing or older. Put it back, or start anew with another --out"
             )
-        if call > self.next_unanswered():
+        if image > self.next_unanswered():
             raise LedgerError(
-                f"the checkpoint of {self.name} knows of {call} calls, the ledger of {self.next_unanswered()}: the "
+                f"the checkpoint of {self.name} knows of {image} images, the ledger of {self.next_unanswered()}: the "
                 "ledger folder is missing or older. Put it back, or start anew with another --out"
             )
-        self.next = call
+        self.next = image
 
     def next_unanswered(self) -> int:
-        """The first call that no answer is known for."""
-        return max(self._answers, default=self.settled - 1) + 1
+        """The first image behind all that an answer is known for."""
+        return max((first + len(answer) for first, (_, answer) in self._answers.items()), default=self.settled)
 
-    def recall(self, images: Tensor) -> Response | None:
-        """The booked answer if this call was answered before; LedgerError if it asked something else."""
-        if self.next not in self._answers:
-            return None
-        digest, response = self._answers[self.next]
-        if digest != _digest(images):
-            raise LedgerError(
-                f"call {self.next} of {self.name} differs from the booked one: the run is not the one that was "
-                "interrupted (other code, device or thread count?). Start anew with another --out"
-            )
-        self.next += 1
-        return response
+    def recall(self, images: Tensor) -> list[tuple[int, Response]]:
+        """The booked answers to the next images (m, ...), as far as there are any: row of the first, and answers.
 
-    def intend(self, images: Tensor) -> None:
-        """Book a call before it is sent; BudgetSpent, and nothing booked, if it would not fit."""
-        if self.left is not None and len(images) > self.left:
-            raise BudgetSpent(
-                f"{self.setting} is {self.budget} queries, {self.spent} are spent"
-                + (f", {self.reserved} belong to others" if self.reserved else "")
-                + f" and the next call has {len(images)}; it was not sent"
-            )
-        self._attempt += 1
-        row = (self._attempt, self.next, len(images), images.nbytes, None, time.time(), None)
+        LedgerError if something else was asked there.
+        """
+        found = []
+        for first, low, high in self._known(len(images)):
+            digests, answer = self._answers[first]
+            row, rows = low - self.next, slice(low - first, high - first)
+            if digests[16 * rows.start : 16 * rows.stop] != _digests(images[row : row + high - low]):
+                raise LedgerError(
+                    f"call {first} of {self.name} differs from the booked one: the run is not the one that was "
+                    "interrupted (other code, device or thread count?). Start anew with another --out"
+                )
+            found.append((row, answer[rows]))
+        return found
+
+    def _known(self, count: int) -> list[tuple[int, int, int]]:
+        """Of the next images: the booked calls that hold some, each with the first and the end of those that it has."""
+        end = self.next + count
+        spans = ((first, first + len(answer)) for first, (_, answer) in sorted(self._answers.items()))
+        return [(first, max(first, self.next), min(stop, end)) for first, stop in spans if first < end and stop > self.next]
+
+    def intend(self, images: Tensor, row: int = 0, bytes_up: int | None = None) -> Sent:
+        """Book a call before it is sent; BudgetSpent, and nothing booked, if it would not fit.
+
+        row: of its first image among the next ones; bytes_up: of the payload, where it is not the images' own.
+        """
+        with self._turn:
+            if self.left is not None and len(images) > self.left:
+                raise BudgetSpent(
+                    f"{self.setting} is {self.budget} queries, {self.spent} are spent"
+                    + (f", {self.reserved} belong to others" if self.reserved else "")
+                    + f" and the next call has {len(images)}; it was not sent"
+                )
+            call, queries, now = self.next + row, len(images), time.time()
+            up = images.nbytes if bytes_up is None else bytes_up
+
+            def write(database: sqlite3.Connection) -> int:
+                (last,) = database.execute("SELECT coalesce(max(attempt), 0) FROM calls").fetchone()
+                insert(database, "calls", (last + 1, call, queries, up, None, now, None))
+                return last + 1
+
+            booked = self._book(write)
+            self.counts["uncertain"] += queries
         try:
-            self._book(lambda database: insert(database, "calls", row)).result()
+            return Sent(booked.result(), call, queries, up, now)
         except MekdError:
-            self._attempt -= 1
+            with self._turn:
+                self.counts["uncertain"] -= queries
             raise
-        self.counts["uncertain"] += len(images)
-        self._sent = row
 
-    def record(self, images: Tensor, response: Response) -> None:
-        """Book the answer to the call that was intended last, while the caller goes on."""
-        self.counts["uncertain"] -= len(response)
-        self.counts["queries"] += len(response)
-        self.counts["calls"] += 1
-        self.counts["bytes_up"] += images.nbytes
-        self.counts["bytes_down"] += response.nbytes
-        if self._writer is not None:
-            attempt, call, queries, up, _, sent, _ = self._sent
-            row = (attempt, call, queries, up, response.nbytes, sent, time.time())
-            ready = torch.cuda.Event() if images.is_cuda else None
-            if ready is not None:
-                ready.record()
+    def record(self, sent: Sent, images: Tensor, response: Response, bytes_down: int | None = None) -> None:
+        """Book the answer to a call, while the caller goes on; bytes_down: where they are not the answer's own."""
+        down = response.nbytes if bytes_down is None else bytes_down
+        ready = torch.cuda.Event() if images.is_cuda else None
+        if ready is not None:
+            ready.record()
 
-            def write(database: sqlite3.Connection) -> None:
-                if ready is not None:  # the writer's stream does not wait for the caller's by itself
-                    ready.synchronize()
-                insert(database, "answers", (call, _digest(images), *packed(response)))
-                insert(database, "calls", row)
+        def write(database: sqlite3.Connection) -> None:
+            if ready is not None:  # the writer's stream does not wait for the caller's by itself
+                ready.synchronize()
+            insert(database, "answers", (sent.call, _digests(images), *packed(response)))
+            insert(database, "calls", (*sent[:4], down, sent.time, time.time()))
 
+        with self._turn:
+            self.counts["uncertain"] -= sent.queries
+            self.counts["queries"] += sent.queries
+            self.counts["calls"] += 1
+            self.counts["bytes_up"] += sent.bytes_up
+            self.counts["bytes_down"] += down
             self._book(write)
-        self.next += 1
+
+    def refuse(self, sent: Sent) -> None:
+        """Book that a call was certainly refused: it cost nothing, and stays as a row of no queries."""
+        with self._turn:
+            self.counts["uncertain"] -= sent.queries
+            row = (sent.attempt, sent.call, 0, 0, 0, sent.time, time.time())
+            self._book(lambda database: insert(database, "calls", row))
 
     def settle(self) -> None:
         """Let the answers up to here go: a checkpoint that holds their effect is safely on the disk."""
         self.settled = settled = self.next
-        self._answers = {n: a for n, a in self._answers.items() if n >= self.settled}
+        self._answers = {n: a for n, a in self._answers.items() if n + len(a[1]) > settled}
         if self._writer is None:
             return
 
         def write(database: sqlite3.Connection) -> None:
-            database.execute("DELETE FROM answers WHERE call < ?", (settled,))
+            database.execute("DELETE FROM answers WHERE call + length(digest) / 16 <= ?", (settled,))
             database.execute("DELETE FROM settled")
             insert(database, "settled", (settled,))
 
@@ -195,14 +234,14 @@ class Ledger:
             self._database.close()
             self._lock.close()
 
-    def _book(self, write: Callable[[sqlite3.Connection], None], cut: bool = False) -> "Future[Any]":
+    def _book(self, write: Callable[[sqlite3.Connection], Any], cut: bool = False) -> "Future[Any]":
         """Let the writer do a transaction. An earlier one that failed is an error here, before anything follows it.
 
         cut: then move what is booked into the file itself; from there on it survives a power cut too.
         """
-        if self._writer is None:
+        if self._writer is None:  # in memory
             done: Future[Any] = Future()
-            done.set_result(None)
+            done.set_result(0)
             return done
         booked, self._booked = self._booked, None
         if booked is not None:
@@ -210,11 +249,12 @@ class Ledger:
         self._written = 0 if cut or self._written == LOG else self._written + 1
         cut = self._written == 0
 
-        def transaction() -> None:
+        def transaction() -> Any:
             with self._database:
-                write(self._database)
+                result = write(self._database)
             if cut:
                 self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            return result
 
         self._booked = self._writer.submit(self._attempted, transaction)
         return self._booked
@@ -236,6 +276,8 @@ def describe(counts: dict[str, int]) -> str:
     return sent + (f", {counts['uncertain']} uncertain" if counts["uncertain"] else "")
 
 
-def _digest(images: Tensor) -> bytes:
+def _digests(images: Tensor) -> bytes:
+    """Of each image, 16 bytes."""
     content = images.cpu().contiguous().numpy()
-    return hashlib.blake2b(content.reshape(-1).view(np.uint8).data, digest_size=16).digest()
+    rows = content.reshape(len(content), -1).view(np.uint8)
+    return b"".join(hashlib.blake2b(row.data, digest_size=16).digest() for row in rows)

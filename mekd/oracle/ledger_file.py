@@ -22,15 +22,15 @@ from mekd.errors import MekdError
 from mekd.oracle.response import Response
 
 COUNTS = ("calls", "queries", "bytes_up", "bytes_down", "uncertain")
-_APPLICATION, _VERSION = 0x6D656B64, 1  # "mekd"
+_APPLICATION, _VERSION = 0x6D656B64, 2  # "mekd"
 _SCHEMA = f"""
 BEGIN;
 PRAGMA application_id = {_APPLICATION};
 PRAGMA user_version = {_VERSION};
 CREATE TABLE calls (
     attempt INTEGER PRIMARY KEY,  -- in the order in which they were sent
-    call INTEGER NOT NULL,        -- the run's question: one whose answer was lost is asked again under its number
-    queries INTEGER NOT NULL,     -- images
+    call INTEGER NOT NULL,        -- its first image: one whose answer was lost is asked for again under its number
+    queries INTEGER NOT NULL,     -- images; 0 where the call was certainly refused
     bytes_up INTEGER NOT NULL,
     bytes_down INTEGER,           -- NULL without an answer: the provider may have billed it
     sent REAL NOT NULL,           -- seconds since 1970
@@ -40,9 +40,9 @@ CREATE TABLE calls (
 CREATE TABLE answers (            -- those that no checkpoint holds yet
     call INTEGER PRIMARY KEY, digest BLOB, kind TEXT, decimals INTEGER, "values" BLOB, indices BLOB, crc INTEGER
 );
-CREATE TABLE settled (calls INTEGER NOT NULL, crc INTEGER NOT NULL);
+CREATE TABLE settled (images INTEGER NOT NULL, crc INTEGER NOT NULL);
 CREATE VIEW totals AS SELECT
-    count(answered) AS calls,
+    count(*) FILTER (WHERE answered IS NOT NULL AND queries > 0) AS calls,
     coalesce(sum(queries) FILTER (WHERE answered IS NOT NULL), 0) AS queries,
     coalesce(sum(bytes_up) FILTER (WHERE answered IS NOT NULL), 0) AS bytes_up,
     coalesce(sum(bytes_down), 0) AS bytes_down,
@@ -59,9 +59,8 @@ class LedgerError(MekdError, RuntimeError):
 
 
 class Contents(NamedTuple):
-    """What a file holds: attempts, the counts, the calls that are settled, digest and answer of each call since."""
+    """What a file holds: the counts, the images that are settled, digests and answer of each call since."""
 
-    attempts: int
     counts: dict[str, int]
     settled: int
     answers: dict[int, tuple[bytes, Response]]
@@ -123,6 +122,11 @@ def _read(database: sqlite3.Connection) -> Contents:
     query = database.execute
     if query("PRAGMA application_id").fetchone() != (_APPLICATION,):
         raise sqlite3.DatabaseError("it is no ledger of mekd")
+    if (version := query("PRAGMA user_version").fetchone()[0]) != _VERSION:
+        raise LedgerError(
+            f"the ledger is of format {version}, and this version of mekd reads {_VERSION}: finish that run with the "
+            "version that began it, or start anew with another --out"
+        )
     ((said,), *_) = query("PRAGMA quick_check").fetchall()
     if said != "ok":
         raise sqlite3.DatabaseError(said)
@@ -134,10 +138,10 @@ def _read(database: sqlite3.Connection) -> Contents:
     if attempts != rows:
         raise sqlite3.DatabaseError(f"{attempts - rows} calls are missing")
     counts = dict(zip(COUNTS, query("SELECT * FROM totals").fetchone(), strict=True))
-    (settled,) = query("SELECT calls FROM settled").fetchone() or (0,)
-    since = query("SELECT * FROM answers WHERE call >= ?", (settled,))
+    (settled,) = query("SELECT images FROM settled").fetchone() or (0,)
+    since = query("SELECT * FROM answers WHERE call + length(digest) / 16 > ?", (settled,))
     answers = {call: (digest, _unpacked(*packed)) for call, digest, *packed, _ in since}
-    return Contents(attempts, counts, settled, answers)
+    return Contents(counts, settled, answers)
 
 
 def _locked(path: Path) -> BinaryIO:
