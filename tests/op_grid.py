@@ -12,8 +12,10 @@ from mekd.testing import (
     IGNORED,
     IMAGE_KINDS,
     KINDS,
+    NOT_IN_TRITON,
     ROW_KINDS,
     SHAPES,
+    TOPK_KINDS,
     Problem,
     check,
     make,
@@ -24,8 +26,8 @@ from mekd.testing import (
 
 __all__ = [
     "BETAS", "DEVICES", "DTYPES", "FUSED", "GAN_KINDS", "IGNORED", "IMAGE_KINDS", "IMPLS", "KERNELS", "KINDS",
-    "OF_EACH_OP", "ROW_KINDS", "SHAPES", "TRITON_RUNS", "Problem", "check", "compiled_only", "make", "result",
-    "truth", "within",
+    "NOT_IN_TRITON", "OF_EACH_OP", "ROW_KINDS", "SHAPES", "TOPK_KINDS", "TRITON_RUNS", "Problem", "check",
+    "compiled_only", "make", "result", "truth", "within",
 ]  # fmt: skip
 #: Every backend by name, and where its tensors live. One more backend is one more entry in each.
 DEVICES = {"cpp": "cpu", "reference": "cpu", "triton": "cpu" if extension.INTERPRETED else "cuda"}
