@@ -26,8 +26,14 @@ struct Answers {
   }
 };
 
-// p log(p / q), where 0 log 0 = 0
-inline double kl_part(double p, double log_q) { return p == 0 ? 0 : p * (std::log(p) - log_q); }
+// p (log p - log q), where 0 log 0 = 0
+inline double kl_part(double p, double log_p, double log_q) { return p == 0 ? 0 : p * (log_p - log_q); }
+
+// A named class: the student's logit and the logarithm of its weight, over tau, and e to the power of both.
+struct Named {
+  int64_t at;
+  double x, log_w, q, w;
+};
 
 // KL over the named classes and one bucket for the others, whose exponentials are added up: 1 less the named would be
 // left with their rounding. The gradient is by * (q - p) for those that are named, and for the others, all of which
@@ -43,39 +49,38 @@ double run_buckets(
     for (int64_t j = 0; j < n; j += kWidth<A>) (V::loadu(x + j) + V::loadu(scratch.t + begin + j)).store(buffer + j);
     return buffer;
   });
-  const A* const values = scratch.values.data();
-  const auto logit = [&](int64_t at) {
-    A x;
-    s.load(s.at(row, at), &x, 1);
-    return double(x);
-  };
   const bool empty = others.z == 0; // all are named, or all the others are masked
   double top = empty ? -kInf<double> : double(others.top), most = share;
-  for (int64_t j = 0; j < k; ++j) {
-    if (index[j] != -1) top = std::max(top, logit(index[j]));
-    most = std::max(most, double(values[j]));
-  }
-  // The sums of both sides, referred to the largest logit and to the largest probability.
-  const double together = empty ? 0 : others.z * std::exp((others.top - top) / tau);
-  const double rest = share > 0 ? unnamed * std::pow(share / most, 1 / tau) : 0;
-  double zs = together, zt = rest;
+  std::vector<Named> entries;
+  entries.reserve(k);
   for (int64_t j = 0; j < k; ++j) {
     if (index[j] == -1) continue;
-    zs += std::exp((logit(index[j]) - top) / tau);
-    zt += std::pow(values[j] / most, 1 / tau);
+    A logit;
+    s.load(s.at(row, index[j]), &logit, 1);
+    entries.push_back({index[j], double(logit), double(scratch.values[j]), 0, 0});
+    top = std::max(top, double(logit));
+    most = std::max(most, double(scratch.values[j]));
   }
-  const double log_zs = std::log(zs);
-  double kl = kl_part(rest / zt, std::log(others.z) + (others.top - top) / tau - log_zs);
+  // The sums of both sides, referred to the largest logit and to the largest probability.
+  const double log_rest = std::log(double(unnamed)) + std::log(share / most) / tau;
+  const double together = empty ? 0 : others.z * std::exp((others.top - top) / tau), rest = std::exp(log_rest);
+  double zs = together, zt = rest;
+  for (Named& e : entries) {
+    e.x = (e.x - top) / tau;
+    e.log_w = std::log(e.log_w / most) / tau;
+    zs += e.q = std::exp(e.x);
+    zt += e.w = std::exp(e.log_w);
+  }
+  const double log_zs = std::log(zs), log_zt = std::log(zt);
   if (to) {
     const Single<A> part{empty ? 1 : others.z, others.top};
     write_single<A>(classes, unit, scratch, part, by * (together / zs - rest / zt), output, to);
   }
-  for (int64_t j = 0; j < k; ++j) {
-    if (index[j] == -1) continue;
-    const double x = (logit(index[j]) - top) / tau, p = std::pow(values[j] / most, 1 / tau) / zt;
-    kl += kl_part(p, x - log_zs);
-    const A grad = static_cast<A>(by * (std::exp(x) / zs - p));
-    if (to) output.store(&grad, to + index[j] * output.item, 1);
+  double kl = kl_part(rest / zt, log_rest - log_zt, std::log(others.z) + (others.top - top) / tau - log_zs);
+  for (const Named& e : entries) {
+    kl += kl_part(e.w / zt, e.log_w - log_zt, e.x - log_zs);
+    const A grad = static_cast<A>(by * (e.q / zs - e.w / zt));
+    if (to) output.store(&grad, to + e.at * output.item, 1);
   }
   return kl < 0 ? 0 : kl; // below 0 by rounding alone
 }
