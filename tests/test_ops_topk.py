@@ -301,12 +301,12 @@ def test_a_student_that_gives_the_same_shares_has_nothing_to_learn(
 def test_triton_says_what_it_cannot() -> None:
     problem = make("spread")
     values, indices = problem.target["topk"]
-    with pytest.raises(RuntimeError, match="rest='tail' has no Triton kernel yet; .*'drop'.*impl='reference'"):
+    with pytest.raises(RuntimeError, match=r"rest='tail' has no Triton kernel yet; .*'drop'.*impl='reference'"):
         kd_loss(problem.students[0], topk=(values, indices), rest="tail", impl="triton")
     masked = indices.clone()
     masked[2] = -1
     for rest in ("spread", "drop"):
-        with pytest.raises(RuntimeError, match="-1, an absent entry.*impl='reference'"):
+        with pytest.raises(RuntimeError, match=r"-1, an absent entry.*impl='reference'"):
             kd_loss(problem.students[0], topk=(values, masked), rest=rest, impl="triton")
     mask = torch.tensor([True, True, False, True, True, True])
     problem.target["topk"], problem.options["mask"] = (values, masked), mask
