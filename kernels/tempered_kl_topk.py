@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-from mekd.checks import check_best, check_named_classes, check_tau
+from mekd.checks import check_best, check_named_classes, check_tau, checks_values
 from mekd.kernels.rows import as_rows, check_shape, run
 from mekd.kernels.tempered_kl import online, tempered_kl, tile
 
 #: Each class is compared with each that is named: from here on that costs more than a target in memory.
 MOST_NAMED = 32
+SAY_OTHERWISE = "use rest='spread' or 'drop' with all entries present, or impl='reference'"
 
 
 def tempered_kl_topk(
@@ -17,15 +18,20 @@ def tempered_kl_topk(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss and gradient of logits (..., C) against probabilities and int64 classes (..., K), K from 1 to C.
 
-    ValueError or TypeError where shapes do not fit; values are checked as mekd.functional says.
+    ValueError or TypeError where shapes do not fit; values are checked as mekd.functional says. RuntimeError for
+    rest="tail" and, as far as values are looked at, for absent entries: they have no kernel yet.
     """
+    if rest == "tail":
+        raise RuntimeError(f"rest='tail' has no Triton kernel yet; {SAY_OTHERWISE}")
     classes, k = student.shape[-1], values.shape[-1]
     check_shape("topk values", values, (*student.shape[:-1], min(k, classes)))
     check_shape("topk indices", indices, values.shape, torch.int64)
     check_tau(tau)
     others = classes - k if rest == "spread" else 0
-    check_best(values, mask, slack, others > 0)
+    check_best(values, indices, mask, slack, rest, classes)
     check_named_classes(indices, classes, mask)
+    if checks_values(indices) and (indices == -1 if mask is None else (indices == -1) & mask.unsqueeze(-1)).any():
+        raise RuntimeError(f"topk indices hold -1, an absent entry, which no Triton kernel takes yet; {SAY_OTHERWISE}")
     if k > MOST_NAMED:
         target = _dense(values, indices, mask, classes, others, torch.float64 in (student.dtype, values.dtype))
         return tempered_kl(student, target, tau, weights, mask, False, 0.0, scale, reduction, grad)

@@ -11,7 +11,7 @@ SCALES = ("tau2", "tau", "one")
 REDUCTIONS = ("rowmean", "none", "mean", "batchmean", "sum")
 #: Of losses that have no rows of classes: every sample counts.
 SAMPLE_REDUCTIONS = ("none", "mean", "batchmean", "sum")
-TOPK_RESTS = ("spread", "drop")
+TOPK_RESTS = ("spread", "drop", "tail")
 
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -174,21 +174,22 @@ def check_probabilities(probs: Tensor, mask: Tensor | None, slack: float, advice
         _refuse((sums - 1).abs() > slack, mask, sums, "probs", allowed, "sum to")
 
 
-def check_best(values: Tensor, mask: Tensor | None, slack: float, shared: bool) -> None:
+def check_best(values: Tensor, indices: Tensor, mask: Tensor | None, slack: float, rest: str, classes: int) -> None:
     """Raise ValueError unless top-k values (..., K) are parts of a distribution in the rows (...) that count.
 
-    shared: whether what is missing to 1 goes to other classes, so that there is a target without any value.
+    A value whose index is -1 is absent, and may be anything; a row of such is no fault.
     """
     if checks_values(values):
-        sums = _sums("topk values", values, mask)
+        named = indices != -1
+        sums = _sums("topk values", values.masked_fill(~named, 0.0), mask)
         _refuse(
             sums > 1 + slack, mask, sums, "topk values",
             f"a row of probabilities sums to 1 at most, give or take {slack:g}; {SAY_FLOOR}", "sum to",
         )  # fmt: skip
-        if not shared:
-            _refuse(
-                sums <= 0, mask, sums, "topk values", "where nothing is spread one of them must be above 0", "sum to"
-            )
+        nothing = (sums <= 0) & named.any(-1)
+        if rest != "drop":  # what is missing goes to the other classes, where there are any
+            nothing = nothing & (named.sum(-1) == classes)
+        _refuse(nothing, mask, sums, "topk values", "where nothing is spread one of them must be above 0", "sum to")
 
 
 def check_confidence(confidence: Tensor, slack: float) -> None:
@@ -206,14 +207,25 @@ def _sums(name: str, probs: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def check_named_classes(indices: Tensor, classes: int, mask: Tensor | None = None) -> None:
-    """Raise ValueError unless indices (..., K) name classes, and none twice, in the rows (...) that count."""
+    """Raise ValueError unless indices (..., K) name classes, and none twice, in the rows (...) that count.
+
+    -1 names none: the entry is absent, as often as it is said.
+    """
     if checks_values(indices):
         rows = None if mask is None else mask.unsqueeze(-1)
-        _refuse((indices < 0) | (indices >= classes), rows, indices, "topk indices", f"classes are 0 to {classes - 1}")
+        allowed = f"classes are 0 to {classes - 1}, and -1 is an absent entry"
+        _refuse((indices < -1) | (indices >= classes), rows, indices, "topk indices", allowed)
         ordered = indices.sort(-1).values
-        _refuse(
-            ordered[..., 1:] == ordered[..., :-1], rows, ordered[..., 1:], "topk indices", "a row names a class once"
-        )
+        again = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != -1)
+        _refuse(again, rows, ordered[..., 1:], "topk indices", "a row names a class once")
+
+
+def rows_with_answer(indices: Tensor, mask: Tensor | None, rest: str) -> Tensor | None:
+    """Which rows of a top-k answer count: without any entry a row says nothing, unless its mass is spread."""
+    if rest == "spread":
+        return mask
+    answered = (indices >= 0).any(-1)
+    return answered if mask is None else mask & answered
 
 
 def rows_with_label(labels: Tensor, mask: Tensor | None, ignore_index: int, classes: int) -> Tensor:

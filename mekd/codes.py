@@ -66,12 +66,15 @@ def teacher_code(
     tau: float | Tensor,
     floor: float,
     num_classes: int,
-    rest: str = "spread",
 ) -> Tensor:
-    """The teacher's side for logits or probs (m, C), labels (m,) or top-k (values, indices): (m, C)."""
+    """The teacher's side for logits or probs (m, C), labels (m,) or top-k (values, indices): (m, C).
+
+    What a top-k answer leaves out is spread here, whatever the KL does with it: the generator knows no bucket, and a
+    class of probability 0 is not what the teacher said.
+    """
     if target == "topk":
         values, indices = answer
-        answer, target = fill_topk(values, indices, num_classes, rest), "probs"
+        answer, target = fill_topk(values, indices, num_classes), "probs"
     assert isinstance(answer, Tensor)
     if target == "labels":
         return standardize(torch.nn.functional.one_hot(answer, num_classes).to(torch.float32))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mekd.checks import SCALES, check_choice
+from mekd.checks import SCALES, TOPK_RESTS, check_choice
 from mekd.codes import CODES
 from mekd.pixels import SIDES
 
@@ -210,7 +210,8 @@ class DistillConfig:
         reduction: of the image distance: mean or batchmean
         image: weight of the image distance
         code: auto, logits, log_probs, onehot or standardized
-        rest: what top-k answers leave out is spread or dropped
+        rest: what top-k answers leave out is, in the KL, spread, dropped (drop) or one class more (tail); in the code
+            it is spread
         precision: of the convolutions in a step: float32, bfloat16, float16 (with a scaler), or auto, as in
             teacher.precision
         budget: queries at most, the holdout's included; null for no limit
@@ -241,7 +242,7 @@ class DistillConfig:
     def __post_init__(self) -> None:
         check_choice("distill.preset", self.preset, tuple(PRESETS))
         check_choice("distill.code", self.code, CODES)
-        check_choice("distill.rest", self.rest, ("spread", "drop"))
+        check_choice("distill.rest", self.rest, TOPK_RESTS)
         check_choice("distill.precision", self.precision, (*PRECISIONS, "float16"))
         check_choice("distill.keep", self.keep, ("none", "uint8", "bfloat16"))
         if self.scale is not None:

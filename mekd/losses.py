@@ -118,8 +118,9 @@ class MEKDLoss(nn.Module):
 
     tau divides the code, kl_tau the logits of the KL; beta, scale ("tau2", "tau", "one") and image weigh the terms
     (image=0: KL alone, the generator is not run). code: "auto", or one of mekd.codes.CODES. floor: the smallest
-    probability that the teacher's answer can tell from 0. reduction of the image term: "mean" over pixels, so that one
-    weight does for every size, or "batchmean" (sum over pixels). Raises ValueError naming the argument.
+    probability that the teacher's answer can tell from 0. rest ("spread", "drop", "tail"): what the KL does with what
+    a top-k answer leaves out; for the code it is always spread. reduction of the image term: "mean" over pixels, so
+    that one weight does for every size, or "batchmean" (sum over pixels). Raises ValueError naming the argument.
     """
 
     def __init__(
@@ -222,7 +223,7 @@ class MEKDLoss(nn.Module):
     def _teacher_drawing(
         self, draw: Callable[[Tensor], Tensor], tau: float | Tensor, answer: Any, code: str, target: str, classes: int
     ) -> Tensor:
-        return draw(self._fed(teacher_code(answer, code, target, tau, self.floor, classes, self.rest)))
+        return draw(self._fed(teacher_code(answer, code, target, tau, self.floor, classes)))
 
     @property
     def _entries(self) -> int:

@@ -10,8 +10,9 @@ def accuracy(predicted: Tensor, expected: Tensor) -> float:
 
 
 def confusion(rows: Tensor, columns: Tensor, num_classes: int) -> Tensor:
-    """How often rows (n,) said i and columns (n,) said j: (num_classes, num_classes) int64."""
-    pairs = rows.cpu() * num_classes + columns.cpu()
+    """How often rows (n,) said i and columns (n,) said j: (num_classes, num_classes) int64; -1 said nothing."""
+    rows, columns = rows.cpu(), columns.cpu()
+    pairs = (rows * num_classes + columns)[(rows >= 0) & (columns >= 0)]
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 

@@ -19,6 +19,7 @@ from mekd.checks import (
     check_named_classes,
     check_probabilities,
     check_tau,
+    rows_with_answer,
     rows_with_label,
 )
 
@@ -61,21 +62,54 @@ def fill_topk(values: Tensor, indices: Tensor, num_classes: int, rest: str = "sp
     """Top-k probabilities (N, K) with indices (N, K) as a full distribution (N, C).
 
     rest="spread" shares the missing mass equally over the classes that were not named; rest="drop" leaves
-    them at 0. Either way the row is normalised, so that values rounded by an API still sum to one.
+    them at 0. Either way the row is normalised, so that values rounded by an API still sum to one. An entry of index
+    -1 is absent, whatever its value; a row of such is uniform when spread, and no distribution, all 0, when dropped.
     """
-    values = values.to(accumulation_dtype(values))
+    named = indices >= 0
+    values = values.to(accumulation_dtype(values)).masked_fill(~named, 0.0)
     missing = (1 - values.sum(-1, keepdim=True)).clamp_min(0)
-    unnamed = num_classes - indices.shape[-1]
-    share = missing / unnamed if rest == "spread" and unnamed else torch.zeros_like(missing)
-    filled = share.expand(*indices.shape[:-1], num_classes).scatter(-1, indices, values)
-    return filled / filled.sum(-1, keepdim=True)
+    unnamed = num_classes - named.sum(-1, keepdim=True)
+    share = (missing / unnamed.clamp_min(1)).masked_fill((unnamed == 0) | (rest != "spread"), 0.0)
+    # Absent entries go to a column of their own, which is cut off.
+    wide = share.expand(*indices.shape[:-1], num_classes + 1)
+    filled = wide.scatter(-1, indices.where(named, num_classes), values)[..., :num_classes].contiguous()
+    return filled / filled.sum(-1, keepdim=True).masked_fill(~named.any(-1, keepdim=True), 1.0)
 
 
 def tempered_kl_topk(
     student: Tensor, values: Tensor, indices: Tensor, tau: Tensor | float, rest: str = "spread"
 ) -> Tensor:
-    """KL of the filled and tempered top-k distribution against softmax(student / tau): (N,)."""
-    return tempered_kl(student, fill_topk(values, indices, student.shape[-1], rest), tau, probs=True)
+    """KL of the tempered top-k distribution against softmax(student / tau): (N,).
+
+    It is filled to all classes, or with rest="tail" compared as it is, with one bucket for what it does not name. Only
+    when spread does a row without any entry say something: else its loss is 0.
+    """
+    if rest == "tail":
+        return _kl_of_buckets(student, values, indices, tau)
+    target = fill_topk(values, indices, student.shape[-1], rest)
+    if rest == "spread":
+        return tempered_kl(student, target, tau, probs=True)
+    silent = (indices < 0).all(-1)
+    return tempered_kl(student.masked_fill(silent.unsqueeze(-1), 0.0), target, tau, probs=True).masked_fill(silent, 0.0)
+
+
+def _kl_of_buckets(student: Tensor, values: Tensor, indices: Tensor, tau: Tensor | float) -> Tensor:
+    """KL over the named classes (N, K) and one bucket for the n others, in which the teacher has n equal parts."""
+    named, dtype = indices >= 0, accumulation_dtype(student)
+    values = values.to(accumulation_dtype(values)).masked_fill(~named, 0.0)
+    unnamed = student.shape[-1] - named.sum(-1, keepdim=True).to(values.dtype)
+    share = (1 - values.sum(-1, keepdim=True)).clamp_min(0) / unnamed.clamp_min(1)
+    log_p = F.log_softmax(torch.cat([values.log() / tau, unnamed.log() + share.log() / tau], -1), -1).to(dtype)
+
+    scaled = student.to(dtype) / tau
+    scaled = scaled - scaled.amax(-1, keepdim=True).detach()
+    among = torch.zeros_like(scaled[..., :1], dtype=torch.bool).expand(*scaled.shape[:-1], scaled.shape[-1] + 1)
+    among = among.scatter(-1, indices.where(named, scaled.shape[-1]), True)[..., :-1]
+    others = scaled.masked_fill(among, -math.inf)
+    empty = (others == -math.inf).all(-1, keepdim=True)
+    together = others.masked_fill(empty, 0.0).logsumexp(-1, keepdim=True).masked_fill(empty, -math.inf)
+    log_q = torch.cat([scaled.gather(-1, indices.clamp_min(0)), together], -1) - scaled.logsumexp(-1, keepdim=True)
+    return _at_least_0(_kl_term(log_p, log_q).sum(-1))
 
 
 def tanh_l1(a: Tensor, b: Tensor, tanh: bool = True, finished: bool = False) -> Tensor:
@@ -199,11 +233,12 @@ def tempered_kl_topk_loss(
 ) -> Tensor:  # fmt: skip
     """tempered_kl_topk of (..., C), values and indices (..., K), weighted, masked, scaled and reduced.
 
-    slack: how far above 1 the sum of a row of values may be.
+    slack: how far above 1 the sum of a row of values may be. A row without any entry counts only when it is spread.
     """
     check_tau(tau)
-    check_best(values, mask, slack, rest == "spread" and indices.shape[-1] < student.shape[-1])
+    check_best(values, indices, mask, slack, rest, student.shape[-1])
     check_named_classes(indices, student.shape[-1], mask)
+    mask = rows_with_answer(indices, mask, rest)
     kept = _weighing(weights, mask)
     if kept is not None:
         values = _hide(values, kept, 1.0)

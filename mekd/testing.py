@@ -5,6 +5,7 @@ autograd, in float64 on the inputs as they were rounded. The same in float32 say
 of the ops and `mekd selftest` share them.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +25,10 @@ ROW_KINDS = [
     "labels",
     # tempered_kl_topk: the missing mass is shared among the other classes ...
     "spread",
-    # ... or left out, which makes classes of probability exactly 0.
+    # ... or left out, which makes classes of probability exactly 0 ...
     "drop",
+    # ... or a bucket, beside named classes of which every other row has one less.
+    "tail",
     # dkd: two softmaxes a row, one without the target.
     "dkd",
     # jsd: the mixture ...
@@ -67,6 +70,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(IMAGE_KINDS, (4, 3, 5, 5)),
     **dict.fromkeys(GAN_KINDS, (6, 7)),
 }
+TOPK_KINDS = ("spread", "drop", "tail")
+#: What the Triton kernels do not know yet.
+NOT_IN_TRITON = ("tail",)
 IGNORED = -100
 BETAS = {"jsd": 0.3, "jsd-forward": 0.0, "jsd-reverse": 1.0, "jsd-log": 0.6}
 
@@ -148,9 +154,12 @@ def make(
     teacher, labels = logits(*shape), torch.randint(0, shape[-1], shape[:-1], generator=random).to(device)
     student = teacher + 1e-3 * normal(*shape) if values == "near" else logits(*shape)
     options = {"tau": 3.0, **options}
-    if kind in ("spread", "drop"):
+    if kind in TOPK_KINDS:
         # A tenth is missing: 1 - sum is then no difference of rounding errors.
         best, indices = (0.9 * teacher.softmax(-1)).topk(min(3, shape[-1]))
+        if kind == "tail" and shape[-1] > 1:
+            late = torch.arange(math.prod(shape[:-1])).reshape(shape[:-1]) % 2 == 1
+            indices[..., -1].masked_fill_(late, -1)
         return Problem(kind, [to(student)], {"topk": (to(best), indices.to(device)), "rest": kind}, options)
     if kind == "dkd":
         return Problem(kind, [to(student)], {"teacher": to(teacher), "labels": labels}, {"beta": 2.0, **options})
@@ -231,6 +240,8 @@ def _row_losses(kind: str, x: Tensor, target: dict[str, Any], options: dict[str,
         kept &= options["mask"]
     if "labels" in target:
         kept &= target["labels"] != options.get("ignore_index", IGNORED)
+    if kind in ("drop", "tail"):
+        kept &= (target["topk"][1].movedim(dim, -1) != -1).any(-1)
     rows, kept = x.reshape(-1, x.shape[-1])[kept.reshape(-1)], kept.reshape(-1)
 
     def of(y: Tensor) -> Tensor:
@@ -243,7 +254,7 @@ def _row_losses(kind: str, x: Tensor, target: dict[str, Any], options: dict[str,
     elif kind == "labels":
         assert labels is not None
         losses = reference.tempered_kl_labels(rows, labels, tau, ignore_index=-1)
-    elif kind in ("spread", "drop"):
+    elif kind in TOPK_KINDS:
         losses = reference.tempered_kl_topk(rows, of(target["topk"][0]), of(target["topk"][1]), tau, kind)
     elif kind == "dkd":
         assert labels is not None

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from mekd.checks import SLACK
-from op_grid import BETAS, IMAGE_KINDS, Problem
+from op_grid import BETAS, IMAGE_KINDS, TOPK_KINDS, Problem
 
 
 def direct(problem: Problem, reduction: str, grad: bool) -> tuple[Any, list[Any]]:
@@ -32,7 +32,7 @@ def direct(problem: Problem, reduction: str, grad: bool) -> tuple[Any, list[Any]
     ignored = options.get("ignore_index", -100)
     if kind == "labels":
         return ops.tempered_kl_labels.default, [*students, target["labels"], *rows, ignored, "tau2", *rest]
-    if kind in ("spread", "drop"):
+    if kind in TOPK_KINDS:
         return ops.tempered_kl_topk.default, [*students, *target["topk"], *rows, kind, SLACK, "tau2", *rest]
     if kind == "dkd":
         return ops.dkd.default, [

@@ -213,7 +213,7 @@ WRONG = [
     ("distill.preset", "mine", "'default', 'paper', 'authors'"),
     ("distill.scale", "tau3", "'tau2', 'tau', 'one'"),
     ("distill.code", "rank", "'auto', 'logits', 'log_probs', 'onehot', 'standardized'"),
-    ("distill.rest", "keep", "'spread', 'drop'"),
+    ("distill.rest", "keep", "'spread', 'drop', 'tail'"),
     ("distill.reduction", "avg", "'mean'"),
 ]
 WRONG_WORDS = [

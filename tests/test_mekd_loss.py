@@ -104,18 +104,40 @@ def test_a_label_among_many_classes_is_clipped() -> None:
     assert MEKDLoss(generator).terms(student, **answer)[0].item() == pytest.approx(wanted, rel=2e-5)
 
 
-def test_top_k_without_the_rest() -> None:
+@pytest.mark.parametrize("rest", ["spread", "drop", "tail"])
+def test_top_k_and_its_rest(rest: str) -> None:
     student, _ = inputs()
     answer = (torch.tensor([[0.6, 0.2]] * 5), torch.tensor([[1, 4]] * 5))
     generator = Plain()
-    image_term, kl_term = MEKDLoss(generator, rest="drop").terms(student, topk=answer)
-    with np.errstate(divide="ignore"):
-        log_p = np.log(np.array([[0, 0.75, 0, 0, 0.25, 0]] * 5))
+    image_term, kl_term = MEKDLoss(generator, rest=rest).terms(student, topk=answer)
+    spread, dropped = (np.array([[x, y, x, x, z, x]] * 5) for x, y, z in ((0.05, 0.6, 0.2), (0.0, 0.75, 0.25)))
     s = student.double().numpy()
-    own, target = codes("log_probs", "topk", s, s, log_p, 5.0)
+    # The code is made of what is spread, whatever the KL does with the rest.
+    own, target = codes("log_probs", "topk", s, s, np.log(spread), 5.0)
     distance = np.abs(image(generator, own) - image(generator, target)).mean()
     assert image_term.item() == pytest.approx(distance, rel=2e-5)
-    assert kl_term.item() == pytest.approx(kl(log_p, s, 1.0), rel=2e-5)
+    with np.errstate(divide="ignore"):
+        wanted = kl(np.log(dropped if rest == "drop" else spread), s, 1.0)
+    if rest == "tail":
+        q = np.exp(log_softmax(s))
+        p, q = np.array([0.6, 0.2, 0.2]), np.stack([q[:, 1], q[:, 4], q[:, [0, 2, 3, 5]].sum(-1)], -1)
+        wanted = float((p * np.log(p / q)).sum(-1).mean())
+    assert kl_term.item() == pytest.approx(wanted, rel=2e-5)
+
+
+@pytest.mark.parametrize("rest", ["spread", "drop", "tail"])
+def test_an_answer_without_an_entry(rest: str) -> None:
+    student, _ = inputs()
+    values, indices = torch.tensor([[0.6, 0.2]] * 5), torch.tensor([[1, 4]] * 5)
+    indices[2] = -1
+    image_term, kl_term = MEKDLoss(Plain(), rest=rest).terms(student, topk=(values, indices))
+    with_uniform = values.clone(), indices.clone()
+    with_uniform[0][2], with_uniform[1][2] = 1 / 6, torch.tensor([1, 4])  # what is missing makes it uniform
+    same_image, same_kl = MEKDLoss(Plain(), rest=rest).terms(student, topk=with_uniform)
+    assert image_term.item() == pytest.approx(same_image.item(), rel=1e-5)
+    kept = torch.tensor([0, 1, 3, 4])
+    _, without = MEKDLoss(Plain(), rest=rest).terms(student[kept], topk=(values[kept], indices[kept]))
+    assert kl_term.item() == pytest.approx((same_kl if rest == "spread" else without).item(), rel=1e-5)
 
 
 # The generator is frozen.
@@ -259,7 +281,7 @@ def test_the_default_preset_is_what_the_loss_does_by_itself() -> None:
         ({"scale": "tau3"}, ["scale", "'tau3'", "'tau2', 'tau', 'one'"]),
         ({"code": "rank"}, ["code", "'rank'", "'auto', 'logits', 'log_probs', 'onehot', 'standardized'"]),
         ({"reduction": "sum"}, ["reduction", "'sum'", "'mean', 'batchmean'"]),
-        ({"rest": "keep"}, ["rest", "'keep'", "'spread', 'drop'"]),
+        ({"rest": "keep"}, ["rest", "'keep'", "'spread', 'drop', 'tail'"]),
     ],
 )
 def test_errors_name_the_argument(arguments: dict[str, Any], parts: list[str]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mekd import extension
-from op_grid import DEVICES, FUSED, GAN_KINDS, IMAGE_KINDS, IMPLS, KINDS, ROW_KINDS, Problem, make
+from op_grid import DEVICES, FUSED, GAN_KINDS, IMAGE_KINDS, IMPLS, KINDS, ROW_KINDS, TOPK_KINDS, Problem, make
 from op_schemas import direct
 
 NAN, INF = float("nan"), float("inf")
@@ -100,7 +100,7 @@ def test_labels(kind: str, impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("kind", ["spread", "drop"])
+@pytest.mark.parametrize("kind", TOPK_KINDS)
 def test_topk_answers(kind: str, impl: str) -> None:
     values, indices = make(kind, device=DEVICES[impl]).target["topk"]
 
@@ -111,7 +111,7 @@ def test_topk_answers(kind: str, impl: str) -> None:
 
     for bad, error, parts in (
         # No class, one too many, a wild write.
-        ((values, changed(indices, -1)), ValueError, ("topk indices", "-1", "0 to 6")),
+        ((values, changed(indices, -2)), ValueError, ("topk indices", "-2", "0 to 6", "-1 is an absent entry")),
         ((values, changed(indices, 7)), ValueError, ("topk indices", "7", "0 to 6")),
         ((values, changed(indices, 10**12)), ValueError, ("topk indices", "0 to 6")),
         # A class named twice.
@@ -200,7 +200,7 @@ def test_choices(kind: str, impl: str) -> None:
     refused(make(kind, device=DEVICES[impl]), impl, ValueError, "reduction", "'avg'", reduction="avg")
     if kind in ROW_KINDS:
         refused(make(kind, device=DEVICES[impl], scale="tau3"), impl, ValueError, "scale", "'tau3'", "'tau2'")
-    if kind in ("spread", "drop"):
+    if kind in TOPK_KINDS:
         problem = make(kind, device=DEVICES[impl])
         problem.target["rest"] = "keep"
         refused(problem, impl, ValueError, "rest", "'keep'", "'drop'")
@@ -233,7 +233,7 @@ def test_backends_by_name(kind: str) -> None:
 
 
 @pytest.mark.skipif(extension.LOADED is None, reason=extension.WHY_NOT)
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("spread", "drop")])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in TOPK_KINDS])
 def test_cpp_runs_on_the_cpu_only(kind: str) -> None:
     # An implementation that was named never falls back.
     refused(make(kind, device="meta"), "cpp", ValueError, "impl", "cpp", "CPU", "meta")

@@ -8,7 +8,19 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mekd.functional import image_l1_loss, kd_loss
-from op_grid import DEVICES, GAN_KINDS, IMAGE_KINDS, KERNELS, KINDS, OF_EACH_OP, ROW_KINDS, compiled_only, make, result
+from op_grid import (
+    DEVICES,
+    GAN_KINDS,
+    IMAGE_KINDS,
+    KERNELS,
+    KINDS,
+    OF_EACH_OP,
+    ROW_KINDS,
+    TOPK_KINDS,
+    compiled_only,
+    make,
+    result,
+)
 from op_schemas import direct
 
 OUT_OF_PLACE = [kind for kind in KINDS if kind != "in-place"]
@@ -226,8 +238,8 @@ def test_the_op_of_the_dispatcher_is_the_function(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", OUT_OF_PLACE)
 def test_meta_tensors_have_shapes_alone(kind: str) -> None:
-    problem = make(kind, device="meta") if kind not in ("spread", "drop") else make(kind)
-    if kind in ("spread", "drop"):
+    problem = make(kind, device="meta") if kind not in TOPK_KINDS else make(kind)
+    if kind in TOPK_KINDS:
         problem.students = [x.to("meta") for x in problem.students]
         values, indices = problem.target["topk"]
         problem.target["topk"] = (values.to("meta"), indices.to("meta"))

@@ -13,6 +13,7 @@ from op_grid import (
     KERNELS,
     KINDS,
     ROW_KINDS,
+    TOPK_KINDS,
     check,
     compiled_only,
     make,
@@ -252,7 +253,7 @@ def test_dkd_for_any_weights(values: str, alpha: float, beta: float, impl: str) 
         10,
     ],
 )
-@pytest.mark.parametrize("kind", ["spread", "drop"])
+@pytest.mark.parametrize("kind", TOPK_KINDS)
 def test_topk_for_any_k(kind: str, k: int, impl: str) -> None:
     problem = make(kind, (6, 10), device=DEVICES[impl])
     values, indices = (0.9 * make("probs", (6, 10), seed=6, device=DEVICES[impl]).target["probs"]).topk(k)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mekd.functional import kd_loss
+from mekd.metrics import accuracy, confusion
 from mekd.oracle.response import KINDS, AnswerError, Response, answer, concatenate, floor_of, from_names
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5, 0.0], [-3.0, 4.0, 4.5, 1.0], [0.0, 0.0, 0.0, 1e-3]])
@@ -247,6 +248,23 @@ def test_a_row_rounded_to_zeros_prefers_no_class(kind: str) -> None:
     # The answer itself stays what came down.
     assert response.values[0].sum() == 0
     assert kd_loss(torch.randn(2, 10), tau=2.0, **response.target).isfinite()
+
+
+def test_entries_that_an_answer_lacks() -> None:
+    # Whole; one entry; one that was rounded to nothing; none.
+    values = torch.tensor([[0.6, 0.3], [0.4, math.nan], [0.0, 9.0], [0.7, 0.7]])
+    response = Response("topk", values, torch.tensor([[2, 0], [1, -1], [3, -1], [-1, -1]]))
+    assert response.labels.tolist() == [2, 1, 3, -1]
+    torch.testing.assert_close(response.confidence, torch.tensor([0.6, 0.4, 0.0, 0.0]))
+    target, indices = response.target["topk"]
+    torch.testing.assert_close(target, torch.tensor([[0.6, 0.3], [0.4, 0.0], [1.0, 0.0], [0.0, 0.0]]))
+    assert torch.equal(indices, response.indices)  # type: ignore[arg-type]
+    for rest in ("spread", "drop", "tail"):
+        losses = kd_loss(torch.randn(4, 5), **response.target, rest=rest, reduction="none")
+        assert losses.isfinite().all() and (losses[3] == 0) == (rest != "spread")
+    # Nobody agrees with an answer that names no class.
+    assert accuracy(torch.tensor([2, 1, 3, 0]), response.labels) == 0.75
+    assert confusion(response.labels, torch.tensor([2, 1, 0, 0]), 5).sum() == 3
 
 
 def test_a_row_of_logits_that_sums_to_zero_is_left_alone() -> None:

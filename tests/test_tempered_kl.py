@@ -177,7 +177,7 @@ def test_the_missing_mass_is_spread_or_dropped(rest: str, wanted: list[float]) -
     close(got, kl_rows(retemper(np.array([wanted]), 2.0), student.numpy(), 2.0)[0], rtol=1e-7)
 
 
-@pytest.mark.parametrize("rest", ["spread", "drop"])
+@pytest.mark.parametrize("rest", ["spread", "drop", "tail"])
 def test_all_classes_named_is_the_dense_case(rest: str) -> None:
     student, target, _, _ = make("probs", 3.0)
     indices = torch.stack([torch.randperm(7, generator=torch.Generator().manual_seed(i)) for i in range(6)])
@@ -332,7 +332,7 @@ TOPK = (torch.full((4, 2), 0.4), torch.tensor([[0, 1]] * 4))
             ValueError,
             ["reduction", "'avg'", "'none', 'mean', 'batchmean', 'sum'"],
         ),
-        ({"topk": TOPK, "rest": "keep"}, ValueError, ["rest", "'keep'", "'spread', 'drop'"]),
+        ({"topk": TOPK, "rest": "keep"}, ValueError, ["rest", "'keep'", "'spread', 'drop', 'tail'"]),
         # Temperatures that divide by nothing, turn the classes around, or are no number.
         ({"logits": S, "tau": 0.0}, ValueError, ["tau", "0.0", "above 0"]),
         ({"logits": S, "tau": -1.0}, ValueError, ["tau", "-1.0", "above 0"]),

@@ -22,7 +22,8 @@ class Response:
     """The teacher's answer to a batch of m images.
 
     kind "logits" or "probs": values (m, C) float32. "topk": probabilities values (m, k), classes indices (m, k)
-    int64, best first. "label": indices (m,) int64. decimals: what the API rounds its values to, if it does.
+    int64, best first; an entry that an answer lacks has index -1 and value 0. "label": indices (m,) int64. decimals:
+    what the API rounds its values to, if it does.
     """
 
     kind: str
@@ -44,21 +45,23 @@ class Response:
 
     @property
     def labels(self) -> Tensor:
-        """The best class of each image, (m,) int64."""
+        """The best class of each image, (m,) int64; -1, which is equal to no class, where a top-k answer names none."""
         if self.kind == "label":
             assert self.indices is not None
             return self.indices
         assert self.values is not None
-        best = self.values.argmax(-1)
-        return best if self.indices is None else self.indices.gather(-1, best.unsqueeze(-1)).squeeze(-1)
+        if self.indices is None:
+            return self.values.argmax(-1)
+        best = self.values.masked_fill(self.indices < 0, -1.0).argmax(-1)
+        return self.indices.gather(-1, best.unsqueeze(-1)).squeeze(-1)
 
     @property
     def confidence(self) -> Tensor:
-        """The top probability of each image, (m,) float32; 1 where only a label is known."""
+        """The top probability of each image, (m,) float32; 1 where only a label is known, 0 where no class is."""
         if self.kind == "label":
             return torch.ones(self.labels.shape, device=self.labels.device)
         assert self.values is not None
-        probs = self.values.softmax(-1) if self.kind == "logits" else self.values
+        probs = self.values.softmax(-1) if self.kind == "logits" else self._present()
         return probs.amax(-1)
 
     @property
@@ -69,11 +72,17 @@ class Response:
         assert self.values is not None
         values = self.values
         if self.kind != "logits":
-            # Rounding can leave a row of zeros: an answer that prefers no class.
-            values = torch.where(
-                values.sum(-1, keepdim=True) > 0, values, torch.full_like(values, 1 / values.shape[-1])
-            )
+            # Rounding can leave a row of zeros: an answer that prefers no class of those that it names.
+            values = self._present()
+            named = torch.ones_like(values) if self.indices is None else (self.indices >= 0).to(values.dtype)
+            alike = named / named.sum(-1, keepdim=True).clamp_min(1)
+            values = torch.where(values.sum(-1, keepdim=True) > 0, values, alike)
         return {"topk": (values, self.indices)} if self.indices is not None else {self.kind: values}
+
+    def _present(self) -> Tensor:
+        """The values, 0 where the entry is absent."""
+        assert self.values is not None
+        return self.values if self.indices is None else self.values.masked_fill(self.indices < 0, 0.0)
 
     def to(self, device: torch.device | str) -> "Response":
         """The same answer on another device."""
