@@ -1,18 +1,34 @@
-"""A server of `mekd serve` in a process of its own, and what it has counted."""
+"""A server of `mekd serve`, in a process of its own or in a thread, and what it has counted."""
 
 import contextlib
+import http.client
+import json
 import os
 import select
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import unquote, urlsplit
+
+
+@dataclass
+class Answer:
+    """What a server sent."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
 
 START_S = 120.0  # torch alone takes many seconds to import on a busy machine
 
@@ -68,6 +84,31 @@ def serving(path: Path | str, *options: object, port: int = 0) -> Iterator[Serve
         finally:
             _end(process)
             process.stdout.close()
+
+
+@contextlib.contextmanager
+def inside(path: Path | str, *options: object) -> Iterator[str]:
+    """The same server in a thread of this process, which starts at once: its url."""
+    from mekd.serve import prepare
+
+    server, listening, line = prepare([str(path), "--port", "0", *map(str, options)])
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield line.split(" as ")[-1].split("/v2/")[0]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def call(url: str, body: bytes | None = None, **headers: str) -> Answer:
+    """GET an address, or POST a body to it; an _ in a header's name is a -."""
+    address = urlsplit(url)
+    with contextlib.closing(http.client.HTTPConnection(address.netloc, timeout=30)) as connection:
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request("GET" if body is None else "POST", address.path, body, sent)
+        response = connection.getresponse()
+        return Answer(response.status, response.headers, response.read())
 
 
 def _line(process: "subprocess.Popen[str]", output: IO[str]) -> str:
