@@ -1,65 +1,22 @@
-"""What a served classifier answers: tensors of the Open Inference Protocol, and labels with scores for an image."""
+"""What a served classifier answers by the Open Inference Protocol, and what is given away."""
 
-import base64
-import io
-import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper
 
-from mekd.oracle.ort import OnnxOracle
-from onnx_files import FLOAT, IMAGE, INT64, NAMES, SMALL, UINT8, argmax, asked, echo, named, pixels, save, values
+from onnx_files import IMAGE, INT64, NAMES, SMALL, argmax, echo, named, pixels
+from serve_requests import FED, binary, grey, infer, linear, photo_server, png, raw, tensor
 from served import Answer, call, inside, metrics
 
 pytest.importorskip("starlette", reason="starlette is not installed: pip install 'mekd[serve]'")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'mekd[serve]'")
-Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed: pip install pillow")
-
-FED = [0.5, -1.25, 3.0, 0.1, 1e-3, 2.0]  # six logits of echo()
-CLASSES = 5
-
-
-def linear(path: Path, shape: tuple[Any, ...] = ("m", *IMAGE)) -> Path:
-    """Pixels of uint8 to logits, whose last bits depend on the order in which they are summed."""
-    node = helper.make_node
-    nodes = [
-        node("Flatten", ["pixels"], ["flat"]),
-        node("Cast", ["flat"], ["x"], to=FLOAT),
-        node("MatMul", ["x", "weight"], ["logits"]),
-    ]
-    weight = np.random.default_rng(0).standard_normal((192, CLASSES)).astype(np.float32) / 1000
-    return save(path, nodes, [("pixels", UINT8, shape)], [("logits", FLOAT, [shape[0], CLASSES])], {"weight": weight})
-
-
-def raw(path: Path, images: np.ndarray) -> np.ndarray:
-    """What the file answers, without a server."""
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return session.run(None, {session.get_inputs()[0].name: images})[0]
-
-
-def tensor(images: Any, **other: Any) -> dict[str, Any]:
-    """An input of echo()."""
-    array = np.asarray(images, dtype=np.float32).reshape(-1, *SMALL)
-    return {"name": "x", "datatype": "FP32", "shape": list(array.shape), "data": array.reshape(-1).tolist()} | other
-
-
-def infer(url: str, tree: Any, tail: bytes = b"", name: str = "echo") -> Answer:
-    text = tree if isinstance(tree, bytes) else json.dumps(tree).encode()
-    headers = {"Inference_Header_Content_Length": str(len(text))} if tail else {}
-    return call(f"{url}/v2/models/{name}/infer", text + tail, **headers)
-
-
-def binary(answer: Answer) -> tuple[dict[str, Any], bytes]:
-    """The JSON of an answer, and the bytes behind it."""
-    length = int(answer.headers["Inference-Header-Content-Length"])
-    return json.loads(answer.body[:length]), answer.body[length:]
+pytest.importorskip("PIL", reason="Pillow is not installed: pip install 'mekd[serve]'")
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +38,8 @@ def url(small: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def photos(folder: Path) -> Iterator[tuple[Path, str]]:
-    """A file for coloured images, and its server, which knows the classes' names."""
-    path = linear(folder / "photos.onnx")
-    (folder / "names.txt").write_text("\n".join(NAMES[:CLASSES]) + "\n")
-    with inside(path, "--classes", folder / "names.txt") as url:
-        yield path, url
+    with photo_server(folder) as photos:
+        yield photos
 
 
 # -- the Open Inference Protocol ---------------------------------------------------------------------------
@@ -306,106 +260,3 @@ def test_half_precision_has_no_json(folder: Path) -> None:
         assert metrics(url)["mekd_images_computed_total"] == 0
         asked = {"inputs": [head], "parameters": {"binary_data_output": True}}
         assert binary(infer(url, asked, content, "half"))[1] == content
-
-
-# -- the shape of Hugging Face's API -----------------------------------------------------------------------
-
-
-def png(image: np.ndarray, size: tuple[int, int] | None = None, format: str = "PNG") -> bytes:
-    """An image (ch, H, W) as the bytes of a file."""
-    picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
-    file = io.BytesIO()
-    (picture if size is None else picture.resize(size, Image.Resampling.NEAREST)).save(file, format, quality=95)
-    return file.getvalue()
-
-
-def grey(values: list[int]) -> np.ndarray:
-    return np.array(values, np.uint8).reshape(SMALL)
-
-
-def as_pairs(path: Path, image: np.ndarray, **options: Any) -> dict[str, float]:
-    """The probabilities of the file's oracle, by name."""
-    oracle = OnnxOracle(path, "probs", providers="cpu", **options)
-    return dict(zip(NAMES, values(oracle.query(torch.from_numpy(image)[None]))[0].tolist(), strict=False))
-
-
-def test_an_image_up_and_labels_down(photos: tuple[Path, str]) -> None:
-    path, url = photos
-    image = pixels(1, seed=1)[0].numpy()
-    answer = call(f"{url}/hf/photos", png(image), Content_Type="image/png").json()
-    assert {pair["label"]: pair["score"] for pair in answer} == as_pairs(path, image)
-    scores = [pair["score"] for pair in answer]
-    assert len(answer) == CLASSES and scores == sorted(scores, reverse=True)
-
-    def post(**parameters: Any) -> Answer:
-        tree = {"inputs": base64.b64encode(png(image)).decode(), "parameters": parameters}
-        return call(f"{url}/hf/photos", json.dumps(tree).encode(), Content_Type="application/json")
-
-    assert post().json() == answer
-    assert post(top_k=2).json() == answer[:2]
-    for wrong in (0, -1, "2", 1.5):
-        assert post(top_k=wrong).status == 400
-    jpeg = png(image, format="JPEG")
-    decoded = np.asarray(Image.open(io.BytesIO(jpeg))).transpose(2, 0, 1)
-    answer = call(f"{url}/hf/photos", jpeg).json()
-    assert {pair["label"]: pair["score"] for pair in answer} == as_pairs(path, decoded.copy())
-
-
-def test_images_are_resized_and_converted(photos: tuple[Path, str]) -> None:
-    path, url = photos
-    image = pixels(1, seed=2)[0].numpy()
-    large = png(image, (20, 12))
-    fitted = np.array(Image.open(io.BytesIO(large)).resize((8, 8), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-    answer = call(f"{url}/hf/photos", large).json()
-    assert {pair["label"]: pair["score"] for pair in answer} == as_pairs(path, fitted.copy())
-    single = image[:1]
-    answer = call(f"{url}/hf/photos", png(single)).json()
-    assert {pair["label"]: pair["score"] for pair in answer} == as_pairs(path, single.repeat(3, 0))
-
-
-@pytest.mark.parametrize(
-    "body", [b"", b"nothing", b"{}", b'{"inputs": "?"}', b"[1]", b"\x89PNG\r\n\x1a\nbroken", b'{"inputs": "AAAA"}']
-)
-def test_what_is_no_image(photos: tuple[Path, str], body: bytes) -> None:
-    before = metrics(photos[1])["mekd_images_computed_total"]
-    answer = call(f"{photos[1]}/hf/photos", body)
-    assert answer.status == 400 and answer.json()["error"]
-    assert metrics(photos[1])["mekd_images_computed_total"] == before
-
-
-def test_other_formats_are_refused(photos: tuple[Path, str]) -> None:
-    answer = call(f"{photos[1]}/hf/photos", png(pixels(1)[0].numpy(), format="BMP"))
-    assert answer.status == 400
-
-
-@pytest.mark.parametrize(
-    ("options", "keep"),
-    [
-        (["--response", "label"], lambda pairs: pairs[:1]),
-        (["--response", "topk", "--k", "3"], lambda pairs: pairs[:3]),
-        (["--threshold", "0.2"], lambda pairs: [pair for pair in pairs if pair[1] >= 0.2]),
-        (["--threshold", "1"], lambda pairs: []),
-        (["--decimals", "2"], lambda pairs: [(label, round(score, 2)) for label, score in pairs]),
-    ],
-)
-def test_what_is_given_away_of_an_image(
-    small: Path, options: list[str], keep: Callable[[list[tuple[str, float]]], list[tuple[str, float]]]
-) -> None:
-    image = grey([200, 0, 255, 100, 3, 120])
-    # Normalised, and by names that are the classes' numbers.
-    oracle = asked(small, "probs", mean=(0.25,), std=(0.1,))
-    probs = values(oracle.query(torch.from_numpy(image)[None]))[0]
-    order = probs.argsort(descending=True).tolist()
-    with inside(small, "--mean", 0.25, "--std", 0.1, *options) as url:
-        pairs = [(pair["label"], pair["score"]) for pair in call(f"{url}/hf/echo", png(image)).json()]
-    assert pairs == keep([(str(i), probs[i].item()) for i in order])
-
-
-def test_channels_last(folder: Path) -> None:
-    path = echo(folder / "last.onnx", shape=("m", 2, 1, 3), output=("scores", FLOAT, ["m", 6]))
-    image = pixels(1, (3, 2, 1))[0].numpy()
-    with inside(path) as url:
-        assert call(f"{url}/v2/models/last").json()["inputs"][0]["shape"] == [-1, 2, 1, 3]
-        answer = call(f"{url}/hf/last", png(image)).json()
-    best = image.transpose(1, 2, 0).reshape(-1).argsort()[::-1]
-    assert [pair["label"] for pair in answer] == [str(i) for i in best]

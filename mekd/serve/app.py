@@ -1,13 +1,11 @@
-"""The addresses of a served classifier, who may ask it, and the count of what was asked."""
+"""The addresses of a served classifier, who may ask it, and how a request ends."""
 
 import asyncio
 import base64
 import contextlib
 import json
 import math
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from hmac import compare_digest
 from typing import Any
 
@@ -22,6 +20,7 @@ from mekd import __version__
 from mekd.errors import MekdError
 from mekd.oracle.session import one_line
 from mekd.serve.batcher import Batcher, QueueFull
+from mekd.serve.counts import Counts
 from mekd.serve.faults import Broken, Bucket, Faults
 from mekd.serve.model import Model
 from mekd.serve.protocol import LENGTH_HEADER, RequestError, read_infer, write_infer
@@ -34,36 +33,6 @@ _FULL = "Exceeds maximum queue size"
 Endpoint = Callable[[Request], Awaitable[Response]]
 #: What answers a request of that body: a response, and the number of images that it answers.
 Work = Callable[[Request, bytes], Awaitable[tuple[Response, int]]]
-
-
-@dataclass
-class Counts:
-    """What was asked and answered so far: requests for an answer alone, not those for metadata."""
-
-    statuses: Counter[int]
-    images_answered: int = 0
-    images_computed: int = 0
-    refused: int = 0
-    received: int = 0
-    sent: int = 0
-
-    def text(self) -> str:
-        """All of them in Prometheus' text format."""
-        lines = [
-            "# HELP mekd_requests_total Requests for an answer, by the status that was sent.",
-            "# TYPE mekd_requests_total counter",
-            *(f'mekd_requests_total{{status="{code}"}} {count}' for code, count in sorted(self.statuses.items())),
-        ]
-        for name, says, count in (
-            ("images_answered", "Images whose answer was sent whole.", self.images_answered),
-            ("images_computed", "Images that the model was run on for a request.", self.images_computed),
-            ("requests_refused", "Requests refused by the rate or the queue, with nothing computed.", self.refused),
-            ("bytes_received", "Bytes of the bodies of requests for an answer.", self.received),
-            ("bytes_sent", "Bytes of the bodies that they were answered with.", self.sent),
-        ):
-            full = f"mekd_{name}_total"
-            lines += [f"# HELP {full} {says}", f"# TYPE {full} counter", f"{full} {count}"]
-        return "\n".join(lines) + "\n"
 
 
 class Service:
@@ -92,7 +61,7 @@ class Service:
         self.bucket = None if rate is None else Bucket(rate)
         self.faults = faults or Faults()
         self.batcher = Batcher(model.run, batch, wait, queue)
-        self.counts = Counts(Counter())
+        self.counts = Counts()
         self.number = 0
 
     def app(self) -> Starlette:
