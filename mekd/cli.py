@@ -22,6 +22,8 @@ stages, in the order in which `mekd run` takes them:
 other commands:
   doctor        what this machine can run, and what is missing for the rest; with --config FILE also what each stage
                 of it will need: memory and time an image, queries, bytes
+  serve         FILE.onnx behind an address, by the Open Inference Protocol v2 and as Hugging Face's API has it: for a
+                student, and for trying out how a teacher is asked there; mekd serve --help lists its options
   selftest      every loss on this machine against float64, and its speed: a table for a bug report (--device, --impl)
 
 mekd STAGE --help lists every setting. A run's folder is --out, or runs/NAME for configs/NAME.yaml. --profile writes
@@ -67,10 +69,14 @@ def _dispatch(command: str, words: list[str]) -> int:
         from mekd.selftest import main as selftest
 
         return selftest(words)
+    if command == "serve":
+        from mekd.serve import main as serve
+
+        return serve(words)
     from mekd.engine.stages import STAGES
 
     if command not in (*STAGES, "run"):
-        raise UsageError(f"there is no such stage; there are {', '.join(STAGES)}, run, doctor and selftest")
+        raise UsageError(f"there is no such stage; there are {', '.join(STAGES)}, run, doctor, serve and selftest")
     parsed = parse(words)
     if parsed is None:
         return 0

@@ -15,6 +15,7 @@ EXTRAS = {
     "plot": ("matplotlib",),
     "demo": ("scikit-learn",),
     "dali": ("nvidia-dali-cuda130",),
+    "serve": ("starlette", "uvicorn"),
 }
 
 
@@ -41,7 +42,7 @@ def doctor() -> int:
     for extra, packages in EXTRAS.items():
         found = {package: _version(package) for package in packages}
         missing = [package for package, v in found.items() if v is None]
-        complete &= not missing or extra in ("dali", "vision")
+        complete &= not missing or extra in ("dali", "vision", "serve")
         have = ", ".join(f"{package} {v}" for package, v in found.items() if v)
         hint = f"missing {', '.join(missing)}: pip install {' '.join(missing)}" if missing else ""
         print(f"{extra:<12} {'; '.join(part for part in (have, hint) if part)}")

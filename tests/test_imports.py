@@ -18,6 +18,8 @@ EXTRAS = [
     "tqdm",
     "torchvision",
     "nvidia.dali",
+    "starlette",
+    "uvicorn",
 ]
 
 #: Makes them look like packages that were never installed, to torch and to us.

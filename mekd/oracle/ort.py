@@ -81,7 +81,7 @@ class OnnxOracle(Oracle):
         # ONNX Runtime makes its own device the current one and leaves it so.
         with contextlib.nullcontext() if stream is None else torch.cuda.device(stream.device):
             session = open_session(path, names, precision=precision, cuda_graph=cuda_graph, stream=stream, cache=cache)
-            source, image, last = _find_input(session, path, image)
+            source, image, last = find_input(session, path, image)
             dtype, here = DTYPES[source.type], torch.device("cpu") if stream is None else stream.device
             for name, numbers in (("mean", mean), ("std", std)):
                 if len(numbers) not in (1, image[0]) or (name == "std" and min(numbers) <= 0):
@@ -94,7 +94,7 @@ class OnnxOracle(Oracle):
                 raise ModelError(f"batch is {batch} (oracle.batch); {path} takes {fixed} images at once: leave it null")
             batch = fixed or batch
             filled = fixed is not None or cuda_graph or names[0] == PROVIDERS["tensorrt"]
-            feed = _feeder(dtype, mean, std, last, here)
+            feed = feeder(dtype, mean, std, last, here)
             plain = open_session(path, "cpu") if precision == "float16" else session
             piece = batch if filled and isinstance(batch, int) and plain is session else fixed or 2
             seen = probe(plain, path, source.name, feed(probe_images(image)), piece)
@@ -196,7 +196,7 @@ def _stream(names: Sequence[str], device: torch.device | None) -> torch.cuda.Str
     return torch.cuda.Stream(device if device is not None and device.type == "cuda" else None)
 
 
-def _feeder(dtype: torch.dtype, mean: Sequence[float], std: Sequence[float], last: bool, device: torch.device) -> Ask:
+def feeder(dtype: torch.dtype, mean: Sequence[float], std: Sequence[float], last: bool, device: torch.device) -> Ask:
     """From images as they are transported to what the model takes: contiguous and on device."""
     shift, spread = (torch.tensor(x, dtype=torch.float32, device=device).view(-1, 1, 1) for x in (mean, std))
     normalised = any(mean) or any(x != 1 for x in std)
@@ -262,7 +262,7 @@ def _failed(m: int, batch: int | None, error: BaseException) -> str:
     return f"the teacher failed on {m} images: {one_line(error)}"
 
 
-def _find_input(
+def find_input(
     session: Any, path: object, image: tuple[int, int, int] | None
 ) -> tuple[Any, tuple[int, int, int], bool]:
     """The image input, its (ch, H, W), and whether channels come last."""
