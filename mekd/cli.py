@@ -20,6 +20,7 @@ stages, in the order in which `mekd run` takes them:
   run           all of them; each resumes where it stopped
 
 other commands:
+  quote         what a run will ask of a remote teacher: queries, calls, bytes, price, time. Nothing is paid
   doctor        what this machine can run, and what is missing for the rest; with --config FILE also what each stage
                 of it will need: memory and time an image, queries, bytes
   serve         FILE.onnx behind an address, by the Open Inference Protocol v2 and as Hugging Face's API has it: for a
@@ -27,8 +28,11 @@ other commands:
   selftest      every loss on this machine against float64, and its speed: a table for a bug report (--device, --impl)
 
 mekd STAGE --help lists every setting. A run's folder is --out, or runs/NAME for configs/NAME.yaml. --profile writes
-where the time of ten steps goes to its folder profile.
+where the time of ten steps goes to its folder profile. --dry-run goes through all stages in a few steps, against a
+made-up teacher in place of a remote one. --yes agrees to the quote of a remote teacher where nobody can be asked.
 """
+#: Words of the command line that are no settings.
+FLAGS = ("--yes", "--dry-run")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,22 +79,31 @@ def _dispatch(command: str, words: list[str]) -> int:
         return serve(words)
     from mekd.engine.stages import STAGES
 
-    if command not in (*STAGES, "run"):
+    if command not in (*STAGES, "run", "quote"):
         raise UsageError(f"there is no such stage; there are {', '.join(STAGES)}, run, doctor, serve and selftest")
-    parsed = parse(words)
+    flags = [word for word in words if word in FLAGS]
+    parsed = parse([word for word in words if word not in FLAGS])
     if parsed is None:
         return 0
     config, out = parsed
     from mekd.engine import parallel
-    from mekd.engine.checkpoint import stopped_by_signals
+    from mekd.engine.checkpoint import asked_to_stop, stopped_by_signals
     from mekd.engine.preflight import preflight
+    from mekd.engine.quote import confirm, dry_run, quote
     from mekd.engine.run import Run
 
     if command == "report" and not out.is_dir():
         raise UsageError(f"--out is {str(out)!r}; there is no run there")
+    if command == "quote":
+        print("\n".join(quote(Run(config, out))))
+        return 0
     parallel.join(config.engine.device)
-    run, stages = Run(config, out), list(STAGES) if command == "run" else [command]
+    run, stages = Run(config, out, asked_to_stop=asked_to_stop), list(STAGES) if command == "run" else [command]
+    if "--dry-run" in flags:
+        dry_run(run, stages)
+        return 0
     preflight(run, stages)
+    confirm(run, stages, agreed="--yes" in flags)
     with stopped_by_signals():
         for stage in stages:
             STAGES[stage](run)

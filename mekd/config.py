@@ -63,7 +63,12 @@ class TeacherConfig:
     """The black box: trained here for an experiment, or given.
 
     Args:
-        onnx: your own classifier; the stages teacher and export are skipped
+        onnx: your own classifier; the stages teacher and export are skipped, as with url and python
+        url: the address of a classifier that answers; secrets in it are written {env:NAME} or {file:PATH}
+        protocol: what it speaks: oip, the Open Inference Protocol 2 (http://HOST/v2/models/NAME), or hf, one picture a
+            call and [{"label", "score"}, ...] back
+        python: FILE.py:function, your own call of any service: uint8 images (m, H, W, ch) in, answers out
+        name: by which a run knows it again at another address; null: host and path, or FILE:function
         checkpoint: a state_dict of arch, instead of training one
         arch: resnet8, 20, 32, 56, 110 or torchvision:NAME
         steps: SGD steps with a cosine learning rate
@@ -77,6 +82,10 @@ class TeacherConfig:
     """
 
     onnx: str | None = None
+    url: str | None = None
+    protocol: str = "oip"
+    python: str | None = None
+    name: str | None = None
     checkpoint: str | None = None
     arch: str = "resnet32"
     steps: int = 10000
@@ -90,7 +99,16 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         check_choice("teacher.precision", self.precision, PRECISIONS)
+        check_choice("teacher.protocol", self.protocol, ("oip", "hf"))
+        given = [name for name in ("onnx", "url", "python") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"teacher.{' and teacher.'.join(given)} are given; one teacher is asked: give one of them")
         _positive("teacher", self, "batch", "lr")
+
+    @property
+    def remote(self) -> bool:
+        """Whether it is asked by calls: it is no file."""
+        return self.url is not None or self.python is not None
 
 
 @dataclass(frozen=True)
@@ -99,11 +117,12 @@ class OracleConfig:
 
     Args:
         response: logits, probs, topk or label
-        k: classes in a topk answer
+        k: classes in a topk answer, at most
         decimals: what the API rounds its values to; null for not at all
         transport: images go up as uint8 or as float
         provider: auto, cpu, cuda or tensorrt
-        batch: images that the teacher computes at once; null: measured once on blank images, and kept in oracle.json
+        batch: images that the teacher computes at once; null: measured once on blank images, and kept in oracle.json.
+            Of a remote teacher: images a call at most; null: 1, and with oip 64 or what the server takes
         precision: the teacher computes in float32, or in float16 (cuda, tensorrt), which is then held against float32
         cuda_graph: the teacher's work is recorded once and replayed, each piece filled up to batch (cuda, tensorrt)
         output: what the ONNX file puts out: logits, probs or auto
@@ -113,6 +132,21 @@ class OracleConfig:
         mean: subtracted from pixels in [0, 1] if the ONNX input is floating
         std: divides them
         price: what one query costs, for the ledger
+        budget: queries of the whole run at most; null for no limit
+        reserve: share of the budget that is left for calls whose fate is unknown, at least two rounds of calls
+        concurrency: calls in flight, over all processes; null: 8 to an address, 1 to a function
+        rate: calls a second, over all processes and restarts; null for no limit
+        image_rate: images a second, likewise
+        timeout: seconds for one attempt as a whole
+        patience: seconds in which a call that is certainly refused is repeated
+        headers: sent to teacher.url; secrets are written {env:NAME} or {file:PATH}
+        input_name: the input of a model whose server does not say
+        size: side in pixels of the images that the teacher takes; null: what its server says, or data.size
+        binary: tensors travel as bytes (true) or JSON (false); null: as the server says
+        encoding: raw, png or jpeg; auto: png with hf, else raw
+        quality: of JPEG
+        base64: with hf, the picture goes up in JSON
+        unknown: a name that is not among the classes is an error, or its mass belongs to the rest
     """
 
     response: str = "probs"
@@ -130,10 +164,35 @@ class OracleConfig:
     mean: list[float] = field(default_factory=lambda: [0.0])
     std: list[float] = field(default_factory=lambda: [1.0])
     price: float | None = None
+    budget: int | None = None
+    reserve: float = 0.05
+    concurrency: int | None = None
+    rate: float | None = None
+    image_rate: float | None = None
+    timeout: float = 60.0
+    patience: float = 300.0
+    headers: dict[str, str] = field(default_factory=dict)
+    input_name: str | None = None
+    size: int | None = None
+    binary: bool | None = None
+    encoding: str = "auto"
+    quality: int = 95
+    base64: bool = False
+    unknown: str = "error"
 
     def __post_init__(self) -> None:
         check_choice("oracle.response", self.response, ("logits", "probs", "topk", "label"))
         check_choice("oracle.transport", self.transport, ("uint8", "float"))
+        check_choice("oracle.encoding", self.encoding, ("auto", "raw", "png", "jpeg"))
+        check_choice("oracle.unknown", self.unknown, ("error", "rest"))
+        for name in ("concurrency", "rate", "image_rate", "size"):
+            if getattr(self, name) is not None:
+                _positive("oracle", self, name)
+        _positive("oracle", self, "timeout", "patience")
+        _between("oracle.reserve", self.reserve, 0, 1)
+        _between("oracle.quality", self.quality, 1, 100)
+        if self.budget is not None and self.budget < 1:
+            raise ValueError(f"oracle.budget is {self.budget}; it must be at least 1 query, or null")
         check_choice("oracle.precision", self.precision, ("float32", "float16"))
         if self.batch is not None and self.batch < 1:
             raise ValueError(f"oracle.batch is {self.batch}; it must be at least 1, or null")
@@ -149,7 +208,7 @@ class DeprivatizeConfig:
         steps: steps of the discriminator and of the generator
         batch: images a step
         lr: Adam's learning rate
-        alpha: weight of the information term; 0 asks the teacher nothing
+        alpha: weight of the information term, 0.5 in the paper; 0 asks the teacher nothing
         minimax: G minimises log(1 - D) instead of -log D
         nuisance: entries of G's second input, drawn from N(0, I), so that one code has many images; 0: the paper
         width: multiplies the generator's channels
@@ -165,7 +224,7 @@ class DeprivatizeConfig:
     batch: int = 64
     lr: float = 2e-4
     latents: str = "shared"
-    alpha: float = 0.5
+    alpha: float = 0.0
     minimax: bool = False
     nuisance: int = 54
     width: float = 1.0
@@ -198,7 +257,8 @@ class DistillConfig:
         batch: images a step
         lr: peak learning rate
         weight_decay: L2 penalty
-        replay: ask this many queries once and reuse them every epoch; 0 for fresh ones every step
+        replay: ask this many queries once and reuse them every epoch; 0 for fresh ones every step; null: 0 for a file,
+            and what oracle.budget reaches for with a remote teacher
         keep: what G draws from the replayed answers is drawn every step (none) or once, and kept as uint8 or bfloat16
         holdout: synthetic queries kept apart, by which the best student is chosen
         eval_every: steps between two looks at the holdout
@@ -223,7 +283,7 @@ class DistillConfig:
     batch: int = 128
     lr: float = 0.1
     weight_decay: float = 5e-4
-    replay: int = 0
+    replay: int | None = None
     keep: str = "none"
     holdout: int = 512
     eval_every: int = 500
@@ -259,9 +319,9 @@ class DistillConfig:
         if not any(weights.values()):
             raise ValueError("distill.beta and distill.image are 0; one must be above 0")
         _positive("distill", self, "steps", "batch", "lr", "holdout", "eval_every")
-        if self.replay < 0:
+        if self.replay is not None and self.replay < 0:
             raise ValueError(f"distill.replay is {self.replay}; it must be at least 0")
-        if self.keep != "none" and not (self.replay and weights["image"]):
+        if self.keep != "none" and (self.replay == 0 or not weights["image"]):
             raise ValueError(
                 f"distill.keep is {self.keep!r}, with nothing to keep: distill.replay and distill.image must be above 0"
             )
@@ -279,12 +339,16 @@ class EvaluateConfig:
 
     Args:
         enabled: run it; off unless asked
-        baseline: also train the plain baseline, a student of the teacher's answers to the private images
+        ask_teacher: send the labelled test images to the teacher, to compare its answers; null: only where it is a file
+            without a price
+        baseline: also train the plain baseline, a student of the teacher's answers to the private images, which are
+            sent for it; null: as ask_teacher
         baseline_steps: its steps; null for as many as distill.steps
     """
 
     enabled: bool = False
-    baseline: bool = True
+    ask_teacher: bool | None = None
+    baseline: bool | None = None
     baseline_steps: int | None = None
 
 

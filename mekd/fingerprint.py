@@ -1,12 +1,16 @@
 """What the result of a stage depends on, and what a configuration's defaults mean on this machine."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
-from mekd.config import PRECISIONS, Config
+from mekd.config import PRECISIONS, Config, TeacherConfig
+from mekd.errors import UsageError
 from mekd.settings import flatten
 
 #: Settings that an interrupted run may be resumed with: where things are, what they cost, how long it shall take, and
@@ -14,11 +18,12 @@ from mekd.settings import flatten
 FREE = {
     "data.path", "data.workers", "data.on_error",
     "oracle.price", "oracle.provider", "oracle.batch", "oracle.precision", "oracle.cuda_graph",
-    "deprivatize.steps", "deprivatize.budget", "distill.budget",
+    "deprivatize.steps", "deprivatize.budget", "distill.budget", "evaluate.ask_teacher",
 }  # fmt: skip
 _ANSWERS = (
     "oracle.response", "oracle.k", "oracle.decimals", "oracle.transport", "oracle.output", "oracle.output_name",
-    "oracle.num_classes", "oracle.classes", "oracle.mean", "oracle.std",
+    "oracle.num_classes", "oracle.classes", "oracle.mean", "oracle.std", "oracle.input_name", "oracle.size",
+    "oracle.encoding", "oracle.quality", "oracle.unknown",
 )  # fmt: skip
 _COMPUTED = ("engine.device", "engine.batch_norm")
 #: What changes the result of a stage, sections or settings; run.depends() adds the digests of what it begins with.
@@ -26,7 +31,7 @@ _DEPENDS = {
     "teacher": ("seed", "data", "teacher", *_COMPUTED),
     "deprivatize": ("seed", "data", "deprivatize", "engine.compile", *_COMPUTED),
     "holdout": ("seed", "distill.holdout", *_ANSWERS),
-    "replay": ("seed", "distill.replay", *_ANSWERS),
+    "replay": ("seed", *_ANSWERS),  # a store may grow
     "distill": ("seed", "distill", *_ANSWERS, *_COMPUTED),
     "baseline": ("seed", "data", "distill", "evaluate.baseline_steps", *_ANSWERS, *_COMPUTED),
 }
@@ -75,4 +80,69 @@ def resolve(config: Config, kept: Mapping[str, Any], faster: Callable[[str], boo
             if known not in PRECISIONS[1:]:
                 known = "bfloat16" if stage in BFLOAT16 and faster(device) else "float32"
             config = dataclasses.replace(config, **{stage: dataclasses.replace(section, precision=known)})
+    return _asked_as_it_is_reached(config, kept)
+
+
+def _asked_as_it_is_reached(config: Config, kept: Mapping[str, Any]) -> Config:
+    """What is asked of the teacher, by the kind of it and never by its price, and how images go up to it."""
+    teacher, oracle, step2, simulation = config.teacher, config.oracle, config.distill, config.evaluate
+    if teacher.remote and teacher.name is None:
+        teacher = dataclasses.replace(teacher, name=kept.get("teacher.name") or default_name(teacher))
+    hf = teacher.url is not None and teacher.protocol == "hf"
+    if oracle.encoding == "auto":
+        oracle = dataclasses.replace(oracle, encoding="png" if hf else "raw")
+    if oracle.concurrency is None and teacher.remote:
+        oracle = dataclasses.replace(oracle, concurrency=1 if teacher.python else 8)
+    if simulation.ask_teacher is None:
+        simulation = dataclasses.replace(simulation, ask_teacher=not teacher.remote and oracle.price is None)
+    if simulation.baseline is None:
+        simulation = dataclasses.replace(simulation, baseline=bool(simulation.ask_teacher))
+    config = dataclasses.replace(config, teacher=teacher, oracle=oracle, evaluate=simulation)
+    if step2.replay is None:
+        count = store_size(config) if teacher.remote else 0
+        before = kept.get("distill.replay") or 0
+        if kept.get("oracle.budget") == oracle.budget:
+            count = before or count  # another concurrency changes no result
+        config = dataclasses.replace(config, distill=dataclasses.replace(step2, replay=max(count, before)))
     return config
+
+
+def default_name(teacher: TeacherConfig) -> str:
+    """Host and path of an address, or FILE:function, by which a remote teacher is known."""
+    if teacher.python is not None:
+        return Path(teacher.python).name
+    parts = urlsplit(teacher.url or "")
+    return parts.netloc.rpartition("@")[2] + parts.path.rstrip("/")
+
+
+#: Images a call to the Open Inference Protocol, where nobody says.
+OIP_BATCH = 64
+
+
+def images_a_call(config: Config) -> int:
+    """Of a remote teacher, as it was asked for: pictures go alone."""
+    teacher = config.teacher
+    if teacher.url is not None and teacher.protocol == "hf":
+        return 1
+    return config.oracle.batch or (OIP_BATCH if teacher.url is not None else 1)
+
+
+def store_size(config: Config) -> int:
+    """The queries of a store that oracle.budget reaches for; UsageError where it is not given, or reaches for none."""
+    oracle, step1 = config.oracle, config.deprivatize
+    if oracle.budget is None:
+        raise UsageError(
+            "oracle.budget is null, and the teacher is remote: say how many queries the run may ask with "
+            "--oracle.budget N, or the size of its store with --distill.replay N"
+        )
+    round_of_calls = (oracle.concurrency or 1) * images_a_call(config)
+    reserve = max(math.ceil(oracle.reserve * oracle.budget), 2 * round_of_calls)
+    first = step1.steps * step1.batch if asks(config) else 0
+    count = oracle.budget - config.distill.holdout - reserve - first
+    if count < config.distill.batch:
+        raise UsageError(
+            f"oracle.budget is {oracle.budget}: after {config.distill.holdout} held out (distill.holdout), {reserve} "
+            f"in reserve (oracle.reserve) and {first} in step 1, {max(count, 0)} are left to learn from; it must be at "
+            f"least {oracle.budget + config.distill.batch - count}, or distill.holdout smaller"
+        )
+    return count

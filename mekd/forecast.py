@@ -263,7 +263,7 @@ def queries(config: Config, classes: int, image: tuple[int, int, int]) -> list[s
         if budget is not None:
             line += f", budget {budget:,}" + ("" if count <= budget else ": it will NOT reach to the end")
         lines.append(line)
-    kept = config.distill.replay * up / 1e9
+    kept = (config.distill.replay or 0) * up / 1e9
     return lines + ([f"replay: {kept:.1f} GB of images on the disk"] if kept else [])
 
 

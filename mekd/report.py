@@ -249,12 +249,13 @@ def _confusion(run: Run, classes: tuple[str, ...], path: Path) -> Any:
     evaluated = run.read_json("evaluate.json")
     if evaluated:
         counts, title = np.array(evaluated["confusion"]), "on the test images"
+        rows = "teacher" if evaluated["agreement"] is not None else "label"
     else:
         images, answer, _ = Replay(run.out / "holdout", run.config.distill.holdout).read(slice(None))
         student = build(run.config.distill.student, len(classes), images.shape[1])
         student.load_state_dict(files.load(run.out / "student.pt"))
         counts = confusion(answer.labels, predict(student, images, convert=as_float), len(classes)).numpy()
-        title = "on held-out synthetic queries"
+        title, rows = "on held-out synthetic queries", "teacher"
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     figure, axis = plt.subplots(figsize=(5.5, 5))
     shown = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -277,8 +278,8 @@ def _confusion(run: Run, classes: tuple[str, ...], path: Path) -> Any:
                 fontsize=7,
                 color="white" if shares[i, j] > 0.5 else "black",
             )
-    axis.set(title=title, xlabel="student", ylabel="teacher")
-    figure.colorbar(shown, label="share of the teacher's class", shrink=0.8)
+    axis.set(title=title, xlabel="student", ylabel=rows)
+    figure.colorbar(shown, label=f"share of the {rows}'s class", shrink=0.8)
     return figure
 
 

@@ -100,16 +100,6 @@ class Checkpoint:
             feed.settle()
 
 
-def finished(run: Run, name: str, steps: int) -> bool:
-    """Whether a stage is done and nothing that it depends on has changed since. StageError where something has."""
-    path = run.checkpoint(name)
-    if not path.exists():
-        return False
-    saved = files.load(path)
-    check_depends(run, name, saved["depends"], run.depends(name))
-    return saved["step"] == steps
-
-
 def check_depends(run: Run, name: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """StageError where a checkpoint is the result of something else, naming what differs."""
     differing = [
@@ -119,7 +109,7 @@ def check_depends(run: Run, name: str, saved: Mapping[str, Any], wanted: Mapping
     ]
     if differing:
         # Where nothing was paid for the file itself, it may go.
-        kept = name in ("teacher", "baseline") or (name == "distill" and run.config.distill.replay > 0)
+        kept = name in ("teacher", "baseline") or (name == "distill" and bool(run.config.distill.replay))
         anew = "; or delete the file, to make it anew from the same answers" if kept else ""
         raise StageError(
             f"{run.checkpoint(name)} is of another configuration: {'; '.join(differing)}. Set that back, or start anew "
@@ -177,6 +167,11 @@ def _check_stop(checkpoint: Checkpoint, log: RunLog) -> None:
 
 
 _asked_to_stop = threading.Event()
+
+
+def asked_to_stop() -> bool:
+    """Whether somebody asked the run to stop."""
+    return _asked_to_stop.is_set()
 
 
 @contextlib.contextmanager

@@ -1,52 +1,76 @@
-"""Synthetic images asked once and kept: the holdout, and the replay store."""
+"""Synthetic images asked once and kept: the holdout, and the replay store, which may grow."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mekd import files
 from mekd.engine import parallel
-from mekd.engine.checkpoint import Checkpoint, finished, steps
+from mekd.engine.checkpoint import Checkpoint, check_depends, steps
 from mekd.engine.feeds import fresh
 from mekd.engine.run import Run
 from mekd.engine.runlog import RunLog
 from mekd.oracle.replay import Replay
 from mekd.oracle.response import concatenate
 
-BATCH = 256
+BLOCK = 256  # latents are drawn in whole blocks, so that an image does not depend on how many there are
+REMOTE = 4  # blocks a step where calls overlap: the last of a step wait for each other
 
 
 def collect(run: Run, name: str, draw: nn.Module, count: int) -> Replay:
-    """Ask for count images that draw makes of latents, and keep them in the folder NAME; nothing if they are there.
+    """Ask for count images that draw makes of latents, and keep them in the folder NAME; what is there is not asked.
 
-    Each process asks for its part of a batch, the first one writes.
+    Each process asks for its part of a step, the first one writes.
     """
-    batch = min(BATCH, count)
-    store = Replay(run.out / name, count)
+    path, depends = run.checkpoint(name), run.depends(name)
+    stands, taken = 0, 0
+    if path.exists():
+        saved = files.load(path)
+        check_depends(run, name, saved["depends"], depends)
+        stands, taken = saved["state"]["place"]["rows"], saved["step"]
+    with parallel.first_alone():
+        store = Replay(run.out / name, count, grows=parallel.rank() == 0)
+    if stands >= count:
+        return store
+    per_step = min(BLOCK * (REMOTE if run.config.teacher.remote else 1), count)
+    bounds = [stands, *range((stands // per_step + 1) * per_step, count, per_step), count]
 
-    def rows(step: int) -> int:
-        return min(batch, count - step * batch)
-
-    def mine(step: int) -> int:
-        return len(range(rows(step))[parallel.part(rows(step))])
+    def rows(step: int) -> tuple[int, int]:
+        """The rows of a step that this process asks for."""
+        first, end = bounds[step - taken], bounds[step - taken + 1]
+        mine = parallel.part(end - first)
+        return first + mine.start, first + mine.stop
 
     def drawn(step: int) -> tuple[Tensor, Tensor]:
-        code, n = run.latents(name, step, rows(step))
-        with torch.no_grad():
-            return draw(code, n), n
+        first, end = rows(step)
+        parts: list[tuple[Tensor, Tensor]] = []
+        for block in range(first // BLOCK, -(-end // BLOCK)):
+            begin = block * BLOCK
+            code, n = run.latents(name, block, BLOCK, slice(None))
+            with torch.no_grad():
+                images = draw(code, n)
+            mine = slice(max(first - begin, 0), end - begin)
+            parts.append((images[mine], n[mine]))
+        images, nuisances = (list(column) for column in zip(*parts, strict=True))
+        return torch.cat(images), torch.cat(nuisances)
 
-    count_steps = -(-count // batch)
-    if not finished(run, name, count_steps):
-        with fresh(run, "distill", name, count_steps, drawn, mine) as feed:
-            log = RunLog(run, name, count_steps, batch, {"queries": feed})
-            checkpoint = Checkpoint(run, name, {"store": store}, {"queries": feed}, run.depends(name))
-            checkpoint.restore(log)
-            for step in steps(checkpoint, log):
-                asked = []
-                if mine(step):
-                    images, answer, n, _ = feed.take(step)
-                    assert answer is not None
-                    asked = [(images.cpu(), answer.to("cpu"), n.cpu())]
-                parts = [part for process in parallel.gather(asked) for part in process]
-                if parts:
-                    sent, answers, nuisances = (list(column) for column in zip(*parts, strict=True))
-                    store.write(step * batch, torch.cat(sent), concatenate(answers), torch.cat(nuisances))
+    place: dict[str, Any] = {"rows": stands}
+    total = taken + len(bounds) - 1
+    with fresh(run, "distill", name, total, drawn, lambda step: rows(step)[1] - rows(step)[0]) as feed:
+        log = RunLog(run, name, total, per_step, {"queries": feed})
+        checkpoint = Checkpoint(run, name, {"store": store, "place": place}, {"queries": feed}, depends)
+        checkpoint.restore(log)
+        for step in steps(checkpoint, log):
+            asked = []
+            first, end = rows(step)
+            if end > first:
+                images, answer, n, _ = feed.take(step)
+                assert answer is not None
+                asked = [(images.cpu(), answer.to("cpu"), n.cpu())]
+            parts = [part for process in parallel.gather(asked) for part in process]
+            if parts:
+                sent, answers, nuisances = (list(column) for column in zip(*parts, strict=True))
+                store.write(bounds[step - taken], torch.cat(sent), concatenate(answers), torch.cat(nuisances))
+            place["rows"] = bounds[step - taken + 1]
     return store if parallel.rank() == 0 else Replay(store.folder, count)

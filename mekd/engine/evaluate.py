@@ -42,27 +42,37 @@ def evaluate(run: Run) -> None:
         raise StageError(f"{path} is missing: run `mekd distill` first")
     student = run.place(build(config.distill.student, run.num_classes, data.image[0]))
     student.load_state_dict(files.load(path))
-    labels, answers = ask_test(run)
-    mine = [labels, answers, predictions(student, data)]
-    if config.evaluate.baseline:
-        mine.append(predictions(train_baseline(run), data))
-    columns = [torch.cat(parts) for parts in zip(*parallel.gather(mine), strict=True)]
-    if columns:
-        labels, answers, predicted, *baseline = columns
+    asks, simulates = bool(config.evaluate.ask_teacher), bool(config.evaluate.baseline)
+    labels, answers = ask_test(run) if asks else (labels_of(data), None)
+    mine = {"labels": labels, "student": predictions(student, data)}
+    mine |= {"teacher": answers} if answers is not None else {}
+    mine |= {"baseline": predictions(train_baseline(run), data)} if simulates else {}
+    gathered = parallel.gather(mine)
+    if gathered:
+        found = {name: torch.cat([part[name] for part in gathered]) for name in mine}
+        labels, predicted = found.pop("labels"), found["student"]
+        named = ("teacher", "student", "baseline")
         result: dict[str, Any] = {
-            "teacher_accuracy": accuracy(answers, labels),
-            "student_accuracy": accuracy(predicted, labels),
-            "baseline_accuracy": accuracy(baseline[0], labels) if baseline else None,
-            "agreement": accuracy(predicted, answers),
+            f"{name}_accuracy": accuracy(found[name], labels) if name in found else None for name in named
         }
-        shown = ", ".join(
-            f"{name.split('_')[0]} {100 * v:.2f}%" for name, v in result.items() if name != "agreement" and v
-        )
-        counts = {"test_images": len(labels), "confusion": confusion(answers, predicted, run.num_classes).tolist()}
+        result["agreement"] = accuracy(predicted, found["teacher"]) if asks else None
+        shown = ", ".join(f"{name} {100 * accuracy(found[name], labels):.2f}%" for name in named if name in found)
+        against = found["teacher"] if asks else labels
+        counts = {"test_images": len(labels), "confusion": confusion(against, predicted, run.num_classes).tolist()}
         sent = {f"simulation_{key}": n for key, n in run.asked("evaluate").items()}
         run.write_json("evaluate.json", {**result, **counts, **sent})
-        run.log(f"evaluate: {shown}; student = teacher on {100 * result['agreement']:.2f}% of the test images")
+        agrees = (
+            f"; student = teacher on {100 * result['agreement']:.2f}% of the test images"
+            if asks
+            else ("; the teacher was asked nothing (evaluate.ask_teacher)")
+        )
+        run.log(f"evaluate: {shown}{agrees}")
     run.log_skipped()
+
+
+def labels_of(data: Source) -> Tensor:
+    """The labels (n,) of this process's test images."""
+    return torch.cat([labels.cpu() for _, labels in data.once("test", BATCH)])
 
 
 def predictions(model: nn.Module, data: Source) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mekd.data import Batches
 from mekd.engine import parallel
 from mekd.engine.pictures import Pictures
-from mekd.engine.run import Run
+from mekd.engine.run import ACCOUNTS, Run
 from mekd.engine.worker import Worker
 from mekd.errors import Diverged
 from mekd.oracle.base import Oracle
@@ -177,8 +177,11 @@ class Fresh:
                 f"{self.name}: the generator draws NaN at step {step}, nothing was sent. It diverged: start anew with "
                 "another --out and a smaller --deprivatize.lr"
             )
-        sent = to_uint8(images.detach()) if self.oracle.transport == "uint8" else images
-        return (images if images.requires_grad else sent), sent, n  # the student sees what the teacher sees
+        sent = images
+        if self.oracle.transport == "uint8":
+            sent = to_uint8(images.detach())
+        # The student sees what the teacher sees.
+        return (images if images.requires_grad else self.oracle.shown(sent)), sent, n
 
 
 class Ahead(Fresh):
@@ -302,18 +305,33 @@ def _opened(run: Run, account: Ledger) -> Oracle:
 
 def asks_ahead(run: Run) -> bool:
     """Whether the teacher works on another processor than the one that trains, so that asking ahead saves time."""
-    return runs_on_cuda(provider_names(run.config.oracle.provider))
+    return not run.config.teacher.remote and runs_on_cuda(provider_names(run.config.oracle.provider))
 
 
 def open_account(run: Run, stage: str, name: str) -> Ledger:
-    """This process's account NAME, with its share of what all accounts of the stage, in all processes, have left."""
-    budget = getattr(getattr(run.config, stage), "budget", None)
-    account = Ledger(name, run.ledger, budget, setting=f"{stage}.budget", rank=parallel.rank())
+    """This process's account NAME, with its share of what all accounts have left, of the stage's budget and the run's.
+
+    The tighter of the two is the account's.
+    """
+    account = Ledger(name, run.ledger, None, rank=parallel.rank())
     (own,) = map(int, parallel.sum_of(account.spent))  # all are open now, and nobody has asked
-    counts = run.asked(stage)
+    limits = [
+        (budget, setting, _spent(run, *stages))
+        for budget, setting, stages in (
+            (getattr(getattr(run.config, stage), "budget", None), f"{stage}.budget", (stage,)),
+            (run.config.oracle.budget, "oracle.budget", tuple(ACCOUNTS)),
+        )
+        if budget is not None
+    ]
+    account.elsewhere = _spent(run, stage) - own
     parallel.barrier()
-    everywhere = counts["queries"] + counts["uncertain"]
-    account.elsewhere = everywhere - own
-    if budget is not None:
-        account.reserved = budget - account.spent - max(0, budget - everywhere) // parallel.world()
+    if limits:
+        account.budget, account.setting, everywhere = min(limits, key=lambda limit: limit[0] - limit[2])
+        account.elsewhere = everywhere - own
+        account.reserved = account.budget - account.spent - max(0, account.budget - everywhere) // parallel.world()
     return account
+
+
+def _spent(run: Run, *stages: str) -> int:
+    counts = run.asked(*stages)
+    return counts["queries"] + counts["uncertain"]

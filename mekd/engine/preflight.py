@@ -1,6 +1,7 @@
 """What can be known before the first step, and before the first paid query: whether a run can come to its end."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from mekd.nets import build
 def preflight(run: Run, stages: Sequence[str]) -> None:
     """Raise a MekdError for what would stop one of the stages later; then write the configuration. Nothing is asked."""
     config = run.config
-    own_teacher = config.teacher.onnx is not None
+    own_teacher = config.teacher.onnx is not None or config.teacher.remote
     trains = "teacher" in stages and not (own_teacher or config.teacher.checkpoint)
     simulates = "evaluate" in stages and config.evaluate.enabled
     if run.device.type == "cuda":
@@ -96,7 +97,14 @@ def _check_budgets(run: Run, stages: Sequence[str]) -> None:
             f"deprivatize.budget is {step1.budget}, less than the {step1.batch} queries of one step: raise it, or ask "
             "nothing in step 1 with --deprivatize.alpha 0"
         )
+    budget = run.config.oracle.budget
     least = step2.holdout + (step2.replay or step2.batch)
+    if "distill" in stages and budget is not None and budget < least:
+        raise UsageError(
+            f"oracle.budget is {budget}, but {step2.holdout} queries are held out (distill.holdout) and "
+            f"{least - step2.holdout} asked {'for replay (distill.replay)' if step2.replay else 'in the first step'}: "
+            f"it must be at least {least}"
+        )
     if "distill" in stages and step2.budget is not None and step2.budget < least:
         raise UsageError(
             f"distill.budget is {step2.budget}, but {step2.holdout} queries are held out (distill.holdout) and "
@@ -108,9 +116,9 @@ def _check_budgets(run: Run, stages: Sequence[str]) -> None:
 def _check_checkpoints(run: Run, stage: str) -> None:
     """Hold the checkpoints that a stage would go on from against what they depend on now."""
     config = run.config
-    if stage == "teacher" and (config.teacher.onnx or config.teacher.checkpoint):
+    if stage == "teacher" and (config.teacher.onnx or config.teacher.remote or config.teacher.checkpoint):
         return
-    if stage != "teacher" and not run.teacher_onnx.exists():
+    if stage != "teacher" and not config.teacher.remote and not run.teacher_onnx.exists():
         return
     names = {"distill": ("holdout", "replay", "distill"), "evaluate": ("baseline",)}.get(stage, (stage,))
     found = [name for name in names if run.checkpoint(name).exists() and (name != "replay" or config.distill.replay)]
@@ -124,4 +132,27 @@ def _check_checkpoints(run: Run, stage: str) -> None:
                 f"--deprivatize.steps {stands}, or start anew with another --out"
             )
     for name in found:
-        check_depends(run, name, files.load(run.checkpoint(name))["depends"], run.depends(name))
+        saved, depends = files.load(run.checkpoint(name))["depends"], run.depends(name)
+        if name == "distill" and _has_grown(saved, depends):
+            _begin_anew(run, saved["distill.replay"])
+            continue
+        check_depends(run, name, saved, depends)
+
+
+def _has_grown(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a student's store has more answers now, and nothing else changed."""
+    before, now = saved.get("distill.replay"), wanted.get("distill.replay")
+    return bool(before) and now is not None and now > before and {**saved, "distill.replay": now} == wanted
+
+
+def _begin_anew(run: Run, before: int) -> None:
+    """Let the student begin anew, with more answers; the earlier one stays under the number of its."""
+    if parallel.rank() == 0:
+        for path in (run.checkpoint("distill"), run.out / "student.pt", run.out / "student.onnx"):
+            if path.exists():
+                path.rename(path.with_stem(f"{path.stem}-{before}"))
+    parallel.barrier()
+    run.log(
+        f"distill: the store grows from {before:,} answers to {run.config.distill.replay:,}; those that are there "
+        f"stay, and the student begins anew. The earlier one is kept as student-{before}"
+    )

@@ -15,7 +15,7 @@ from torch import Tensor
 from mekd import files
 from mekd.config import Config
 from mekd.data import TREES, Source, open_source, read_names
-from mekd.engine import parallel
+from mekd.engine import parallel, reach
 from mekd.engine.train import faster_in_bfloat16
 from mekd.errors import MekdError
 from mekd.fingerprint import fingerprint, resolve
@@ -25,6 +25,7 @@ from mekd.oracle.base import Oracle
 from mekd.oracle.batch import find_batch, stored_batch
 from mekd.oracle.ledger import Ledger
 from mekd.oracle.ort import OnnxOracle
+from mekd.oracle.remote import Service
 from mekd.oracle.session import provider_names
 from mekd.seeds import generator_at
 from mekd.settings import dump_yaml, read_saved
@@ -53,12 +54,15 @@ class StageError(MekdError, RuntimeError):
 class Run:
     """One configuration, resolved for this machine, in one folder.
 
-    wrap_oracle stands between a stage and its oracle: tests watch through it.
+    wrap_oracle stands between a stage and its oracle: tests watch through it. service answers in a remote teacher's
+    place. asked_to_stop: whether the calls of a query shall end.
     """
 
     config: Config
     out: Path
     wrap_oracle: Callable[[Oracle], Oracle] = lambda oracle: oracle
+    service: Service | None = None
+    asked_to_stop: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
         kept = read_saved(self.out / "config.yaml")
@@ -103,11 +107,11 @@ class Run:
         return Path(own) if own else self.out / "teacher.onnx"
 
     def require_teacher(self) -> Path:
-        """The black box's file, which is there; StageError where it is not."""
-        if not self.teacher_onnx.is_file():
+        """The black box's file, which is there, unless it is remote; StageError where it is not."""
+        if not self.config.teacher.remote and not self.teacher_onnx.is_file():
             raise StageError(
                 f"{self.teacher_onnx} is missing: run `mekd export` first, or give your classifier with --teacher.onnx "
-                "FILE"
+                "FILE, --teacher.url ADDRESS or --teacher.python FILE.py:function"
             )
         return self.teacher_onnx
 
@@ -129,6 +133,8 @@ class Run:
 
     @functools.cached_property
     def _looked_at(self) -> tuple[int, list[str]]:
+        if self.config.teacher.remote:
+            return self.about_teacher.classes, self.about_teacher.notes
         if not self.teacher_onnx.is_file():  # a step 1 that asks nothing needs no more of it than this number
             settings = self.config.oracle
             known = settings.num_classes if self.class_names is None else len(self.class_names)
@@ -141,14 +147,21 @@ class Run:
 
     @property
     def teacher_digest(self) -> str:
-        """A hash of the black box, by which a checkpoint knows its teacher."""
-        return identity.digest(self.teacher_onnx)
+        """A hash of the black box, by which a checkpoint knows its teacher: of its file, or of what names it."""
+        return self.about_teacher.identity if self.config.teacher.remote else identity.digest(self.teacher_onnx)
+
+    @functools.cached_property
+    def about_teacher(self) -> reach.About:
+        """What a remote teacher is, as far as that costs nothing."""
+        return reach.look(self)
 
     # -- what a stage opens --------------------------------------------------------------------------------
 
     def open_oracle(self, account: Ledger, look: bool = False) -> Oracle:
         """The black box with an account; look: only to see what it is, on the CPU, and nothing is measured."""
         settings = self.config.oracle
+        if self.config.teacher.remote:
+            return self.wrap_oracle(reach.open_remote(self, account))
         path = self.require_teacher()
         measured = functools.partial(self._query_batch, self.image)
         oracle = OnnxOracle(
@@ -227,13 +240,12 @@ class Run:
             return placed
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(placed)
 
-    def latents(self, purpose: str, step: int, count: int) -> Latents:
-        """This process's part of a step's count latents, each drawn from N(0, I)."""
+    def latents(self, purpose: str, step: int, count: int, rows: slice | None = None) -> Latents:
+        """Some rows of a step's count latents, each drawn from N(0, I); this process's part where none are named."""
         generator = generator_at(self.config.seed, purpose, step, device=self.device)
         sizes = (self.num_classes, self.config.deprivatize.nuisance)
-        return Latents(
-            *(torch.randn(count, size, generator=generator, device=self.device)[parallel.part(count)] for size in sizes)
-        )
+        rows = parallel.part(count) if rows is None else rows
+        return Latents(*(torch.randn(count, size, generator=generator, device=self.device)[rows] for size in sizes))
 
     # -- where a stage stands ------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from mekd.oracle.export import Classifier, export
 def train_teacher(run: Run) -> None:
     """Train teacher.arch on all training images and their labels."""
     config = run.config.teacher
-    if config.onnx or config.checkpoint:
+    if config.onnx or config.remote or config.checkpoint:
         return
     data = run.data
     torch.manual_seed(run.config.seed)
@@ -51,7 +51,7 @@ def train_teacher(run: Run) -> None:
 def export_teacher(run: Run) -> None:
     """Write the teacher as teacher.onnx, preprocessing inside; from then on it can only be asked."""
     config = run.config.teacher
-    if not (config.onnx or run.teacher_onnx.exists()) and parallel.rank() == 0:
+    if not (config.onnx or config.remote or run.teacher_onnx.exists()) and parallel.rank() == 0:
         _export_teacher(run, config)
     parallel.barrier()
 

@@ -86,6 +86,10 @@ class Oracle(ABC):
         self.ledger.record(sent, part, answer)
         return [(rows.start, answer)]
 
+    def shown(self, images: Tensor) -> Tensor:
+        """uint8 images as the teacher gets to see them, which a student then sees too."""
+        return images
+
     def close(self) -> None:
         """Write the ledger out; nothing is asked afterwards."""
         self.ledger.close()

@@ -141,7 +141,9 @@ class Ledger:
         """Of the next images: the booked calls that hold some, each with the first and the end of those that it has."""
         end = self.next + count
         spans = ((first, first + len(answer)) for first, (_, answer) in sorted(self._answers.items()))
-        return [(first, max(first, self.next), min(stop, end)) for first, stop in spans if first < end and stop > self.next]
+        return [
+            (first, max(first, self.next), min(stop, end)) for first, stop in spans if first < end and stop > self.next
+        ]
 
     def intend(self, images: Tensor, row: int = 0, bytes_up: int | None = None) -> Sent:
         """Book a call before it is sent; BudgetSpent, and nothing booked, if it would not fit.

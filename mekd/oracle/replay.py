@@ -23,11 +23,11 @@ class Replay:
     """N images as they were sent and the teacher's answers to them, in a folder.
 
     Images are uint8 (or float32 where they were sent so) (N, ch, H, W); answers as in Response; and, where there is
-    one, the nuisance (N, entries) that G drew each image with. The files are
+    one, the nuisance (N, entries) that G drew each image with. grows: a shorter store is made longer. The files are
     allocated in full when the first answer arrives, so that a full disk is known before the queries are paid.
     """
 
-    def __init__(self, folder: Path, count: int) -> None:
+    def __init__(self, folder: Path, count: int, grows: bool = False) -> None:
         self.folder, self.count = folder, count
         self._arrays: dict[str, np.ndarray] = {}
         self._kind: dict[str, Any] = {}
@@ -43,8 +43,13 @@ class Replay:
                         f"{path} cannot be read ({error}); it is missing or cut short. Put a copy of {folder} back, or "
                         "start anew with another --out"
                     ) from error
+                if grows and len(array) < count:
+                    array = _grown(path, array, count)
                 if len(array) != count:
-                    raise StoreError(f"{folder} holds {len(array)} queries, the configuration says {count}")
+                    raise StoreError(
+                        f"{folder} holds {len(array)} queries, the configuration says {count} (distill.{folder.name}): "
+                        "set that back; a store can grow, and does not shrink"
+                    )
                 self._arrays[name] = array
 
     def __len__(self) -> int:
@@ -114,6 +119,24 @@ class Replay:
         self._arrays = arrays
         self._kind = {"kind": response.kind, "decimals": response.decimals, "arrays": list(rows)}
         files.write_text(self.folder / "replay.json", json.dumps(self._kind) + "\n")
+
+
+def _grown(path: Path, array: np.ndarray, count: int) -> np.ndarray:
+    """The array of a file with more rows, the old ones first, in a new file of that name."""
+    beside = path.with_suffix(".growing")
+    try:
+        larger = np.lib.format.open_memmap(beside, mode="w+", dtype=array.dtype, shape=(count, *array.shape[1:]))
+        with open(beside, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, beside.stat().st_size)
+        for start in range(0, len(array), 4096):
+            larger[start : start + 4096] = array[start : start + 4096]
+        larger.flush()
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        size = array[:1].nbytes * count / 1e6
+        raise files.WriteError(f"{path} needs {size:.0f} MB to grow ({error}); free some space") from error
+    os.replace(beside, path)
+    return larger
 
 
 def will_need(array: np.ndarray, rows: Tensor) -> None:

@@ -1,0 +1,167 @@
+"""What a run will ask of its teacher, said and agreed to before the first of it is paid."""
+
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mekd import files
+from mekd.engine import parallel, reach
+from mekd.engine.preflight import preflight
+from mekd.engine.run import Run
+from mekd.errors import UsageError
+from mekd.fingerprint import asks
+from mekd.oracle.answers import Raw
+
+
+def queries_of(run: Run) -> dict[str, int]:
+    """The queries of each stage, exactly, but for calls whose fate is unknown."""
+    step1, step2, simulation = run.config.deprivatize, run.config.distill, run.config.evaluate
+    found = {"deprivatize": step1.steps * step1.batch if asks(run.config) else 0}
+    found["distill"] = step2.holdout + (step2.replay or step2.steps * step2.batch)
+    found["evaluate"] = 0
+    if simulation.enabled:
+        found["evaluate"] += run.data.count("test") if simulation.ask_teacher else 0
+        found["evaluate"] += run.data.count("local") if simulation.baseline else 0
+    return found
+
+
+def quote(run: Run) -> list[str]:
+    """Queries, calls, bytes, price and time of each stage, as lines."""
+    oracle = run.config.oracle
+    channels, side, _ = run.image
+    remote = run.config.teacher.remote
+    batch = reach.calls_of(run) if remote else 1
+    side = (reach.side(run) if remote else None) or side
+    pixels = channels * side * side * (4 if oracle.transport == "float" else 1)
+    almost = {"raw": "", "png": "at most ", "jpeg": "at most "}[oracle.encoding]
+    lines = []
+    for stage, queries in queries_of(run).items():
+        calls = math.ceil(queries / batch)
+        line = f"{stage}: {queries:,} queries"
+        if queries:
+            line += f", {calls:,} calls, {almost}{queries * pixels / 1e6:,.1f} MB up"
+            if oracle.price is not None:
+                line += f", price {queries * oracle.price:,.2f}"
+            seconds = [n / rate for n, rate in ((calls, oracle.rate), (queries, oracle.image_rate)) if rate]
+            if seconds:
+                line += f", {_time(max(seconds))} at the given rate"
+        lines.append(line)
+    most = limit(run)
+    line = f"the run: {most:,} queries at most" + ("" if oracle.budget else ", and those whose fate is unknown")
+    if oracle.price is not None:
+        line += f", price {most * oracle.price:,.2f} at most"
+    simulation = run.config.evaluate
+    if simulation.enabled and remote and (simulation.ask_teacher or simulation.baseline):
+        sent = [
+            name
+            for name, on in (("labelled test images", simulation.ask_teacher), ("PRIVATE images", simulation.baseline))
+            if on
+        ]
+        lines.append(f"evaluate sends your {' and your '.join(sent)} to the teacher")
+    return [*lines, line]
+
+
+def limit(run: Run) -> int:
+    """The queries that a run may pay: its budget, or what its stages ask."""
+    return run.config.oracle.budget or sum(queries_of(run).values())
+
+
+def confirm(run: Run, stages: Sequence[str], agreed: bool) -> None:
+    """Before a remote teacher is paid: print the quote, and have it agreed to, once; UsageError where it is not."""
+    if not run.config.teacher.remote or not {
+        "distill",
+        "evaluate",
+        *(["deprivatize"] if asks(run.config) else []),
+    } & set(stages):
+        return
+    path: Path = run.out / "confirmed.json"
+    refused = ""
+    if parallel.rank() == 0:
+        most = limit(run)
+        kept = json.loads(path.read_text("utf-8"))["queries"] if path.exists() else 0
+        if most > kept:
+            for line in quote(run):
+                run.log(line)
+            if agreed or _says_yes(most):
+                files.write_text(path, json.dumps({"queries": most}) + "\n")
+            else:
+                refused = "nothing was asked: agree to the quote with --yes" + (
+                    "" if _somebody() else ", since there is no terminal to be asked on"
+                )
+    said = parallel.any_of(bool(refused))
+    if any(said):
+        raise UsageError(refused or "nothing was asked: the first process did not agree to the quote")
+
+
+def dry_run(run: Run, stages: Sequence[str]) -> None:
+    """Go through the stages, a few steps each, in a folder that is thrown away; a remote teacher is made up."""
+    config = run.config
+    few: dict[str, Any] = {"steps": 2, "budget": None}
+    step2: dict[str, Any] = {
+        "holdout": min(config.distill.holdout, 16),
+        "replay": min(config.distill.replay or 0, 64),
+        "eval_every": 2,
+    }
+    short = dataclasses.replace(
+        config,
+        teacher=dataclasses.replace(config.teacher, steps=2),
+        oracle=dataclasses.replace(config.oracle, budget=None, rate=None, image_rate=None),
+        deprivatize=dataclasses.replace(config.deprivatize, **few),
+        distill=dataclasses.replace(config.distill, **few, **step2),
+        evaluate=dataclasses.replace(config.evaluate, baseline_steps=2),
+    )
+    from mekd.engine.stages import STAGES
+
+    with tempfile.TemporaryDirectory() as folder:
+        about = run.about_teacher if config.teacher.remote else None
+        service = None if about is None else MadeUp(about.classes, config.oracle.response, run.class_names)
+        trial = Run(short, Path(folder), service=service)
+        preflight(trial, stages)
+        for stage in stages:
+            STAGES[stage](trial)
+    print("dry run: every stage went through" + ("" if service is None else "; the teacher was asked nothing"))
+
+
+class MadeUp:
+    """A service that answers what looks like answers: one class is likely, by the sum of the bytes."""
+
+    def __init__(self, classes: int, response: str, names: Sequence[str] | None) -> None:
+        self._classes, self._response, self._names = classes, response, names
+
+    def call(self, images: "list[bytes] | Tensor") -> tuple[Raw, int]:
+        sums = [sum(x) if isinstance(x, bytes) else int(x.float().sum()) for x in images]
+        best = np.array([total % self._classes for total in sums])
+        if self._response == "label":
+            return Raw(indices=best), 0
+        scores = np.full((len(best), self._classes), 0.1 / max(self._classes - 1, 1), dtype=np.float32)
+        scores[np.arange(len(best)), best] = 0.9
+        return Raw(scores=np.log(scores) if self._response == "logits" else scores), 0
+
+    def close(self) -> None:
+        pass
+
+
+def _somebody() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def _says_yes(most: int) -> bool:
+    return _somebody() and input(f"ask up to {most:,} queries? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

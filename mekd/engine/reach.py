@@ -1,0 +1,197 @@
+"""Reaching a teacher that is not a file: what it is, how its answers are read, and what the run keeps of both."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mekd import files
+from mekd.engine import parallel
+from mekd.errors import MekdError, UsageError
+from mekd.fingerprint import images_a_call
+from mekd.oracle.answers import Meaning
+from mekd.oracle.function import Function, load
+from mekd.oracle.hf import Pictures
+from mekd.oracle.http import Line, ServiceError
+from mekd.oracle.images import Encoding
+from mekd.oracle.ledger import Ledger
+from mekd.oracle.oip import Model, Oip, describe
+from mekd.oracle.remote import Rate, RemoteOracle, Service
+
+if TYPE_CHECKING:
+    from mekd.engine.run import Run
+
+
+class About(NamedTuple):
+    """What is known of a remote teacher before it is asked: classes, sentences for people, and what it is known by."""
+
+    classes: int
+    notes: list[str]
+    identity: str
+    model: Model | None
+
+
+def look(run: "Run") -> About:
+    """What a remote teacher says of itself, and what was set by hand; a metadata request at most, which costs nothing.
+
+    MekdError where the number of its classes is in neither, or both differ.
+    """
+    teacher, oracle = run.config.teacher, run.config.oracle
+    model, notes = None, []
+    if teacher.python is not None:
+        load(teacher.python)
+    elif teacher.protocol == "oip":
+        model = _model(run)
+        notes = [model.note]
+    else:
+        _line(run).check()
+    by_hand = oracle.num_classes if run.class_names is None else len(run.class_names)
+    told = None if model is None else model.classes
+    if by_hand is not None and told is not None and by_hand != told:
+        raise UsageError(
+            f"oracle.{'num_classes' if run.class_names is None else 'classes'} says {by_hand} classes, the server's "
+            f"metadata {told}: set it to {told}, or name another output with --oracle.output_name"
+        )
+    classes = by_hand or told
+    if classes is None:
+        raise UsageError(
+            "nothing says how many classes the teacher has, and that is the length of the code that G draws from: list "
+            "their names, one a line, with --oracle.classes FILE, or say --oracle.num_classes N"
+        )
+    versions = () if model is None else model.versions
+    kind = "python" if teacher.python is not None else teacher.protocol
+    known_by = repr((kind, teacher.name, versions, classes))
+    return About(classes, notes, hashlib.sha256(known_by.encode()).hexdigest()[:16], model)
+
+
+def open_remote(run: "Run", account: Ledger) -> RemoteOracle:
+    """The remote teacher with an account; the first call of a run holds one image, whose answer is read and said."""
+    oracle, about = run.config.oracle, run.about_teacher
+    encoding = Encoding(oracle.encoding, oracle.quality, side(run))
+    batch = calls_of(run)
+    share = max(1, (oracle.concurrency or 1) // parallel.world())
+    rates: list[Callable[[int], None]] = []
+    if oracle.rate is not None:
+        calls = Rate(run.ledger, "rate", oracle.rate)
+        rates.append(lambda images: calls.wait())
+    if oracle.image_rate is not None:
+        rates.append(Rate(run.ledger, "image-rate", oracle.image_rate, batch).wait)
+    return RemoteOracle(
+        run.service or _service(run, about),
+        run.image,
+        about.classes,
+        oracle.response,
+        encoding=encoding,
+        batch=batch,
+        concurrency=share,
+        rates=rates,
+        meaning=_kept(run, about),
+        established=functools.partial(_establish, run, about),
+        reading={"output": oracle.output, "classes": run.class_names or (), "unknown": oracle.unknown},
+        stop=run.asked_to_stop,
+        patience=oracle.patience,
+        k=min(oracle.k, about.classes),
+        decimals=oracle.decimals,
+        transport=oracle.transport,
+        ledger=account,
+    )
+
+
+def side(run: "Run") -> int | None:
+    """The side in pixels of what goes up, None for the images' own; UsageError where the server wants another one."""
+    wanted, model = run.config.oracle.size, run.about_teacher.model
+    told = None if model is None else model.size
+    if wanted is not None and told is not None and wanted != told:
+        raise UsageError(
+            f"oracle.size is {wanted}, but the server's model takes {told} pixels: set it to {told}, or null"
+        )
+    return wanted or told
+
+
+def calls_of(run: "Run") -> int:
+    """Images a call; UsageError where oracle.batch is more than the server takes."""
+    model, asked = run.about_teacher.model, run.config.oracle.batch
+    most = None if model is None else model.most
+    if asked is not None and most is not None and asked > most:
+        raise UsageError(f"oracle.batch is {asked}, but the teacher takes {most} images a call: set it to that at most")
+    wanted = images_a_call(run.config)
+    return wanted if most is None else min(wanted, most)
+
+
+def _service(run: "Run", about: About) -> Service:
+    teacher, oracle = run.config.teacher, run.config.oracle
+    pictures = oracle.encoding in ("png", "jpeg")
+    if pictures and oracle.transport != "uint8":
+        raise UsageError(
+            f"oracle.encoding is {oracle.encoding!r}: pictures hold pixels, so oracle.transport must be uint8"
+        )
+    hf = teacher.url is not None and teacher.protocol == "hf"
+    if pictures != hf:
+        raise UsageError(
+            f"oracle.encoding is {oracle.encoding!r}; it must be {'png or jpeg with protocol hf' if hf else 'raw here'}"
+        )
+    if teacher.python is not None:
+        return Function(load(teacher.python), alone=oracle.concurrency == 1)
+    if about.model is None:
+        return Pictures(_line(run), oracle.encoding, about.classes, oracle.base64)
+    k = min(oracle.k, about.classes) if oracle.response == "topk" and about.model.classification else None
+    return Oip(_line(run), about.model, about.classes, mean=oracle.mean, std=oracle.std, k=k)
+
+
+def _line(run: "Run") -> Line:
+    url, oracle = run.config.teacher.url, run.config.oracle
+    assert url is not None
+    return Line(url, oracle.headers, oracle.timeout)
+
+
+def _model(run: "Run") -> Model:
+    """The server's metadata; those of the run's last look where it does not answer now."""
+    oracle, path = run.config.oracle, run.out / "teacher.json"
+    line = _line(run)
+    try:
+        model = describe(
+            line, run.image[0], input_name=oracle.input_name, output_name=oracle.output_name,
+            transport=oracle.transport, binary=oracle.binary,
+        )  # fmt: skip
+    except ServiceError:
+        if not path.exists():
+            raise
+        kept = json.loads(path.read_text("utf-8"))
+        return Model(**{**kept, "versions": tuple(kept["versions"])})
+    finally:
+        line.close()
+    if parallel.rank() == 0:
+        files.write_text(path, json.dumps(dataclasses.asdict(model), indent=1) + "\n")
+    return model
+
+
+def _kept(run: "Run", about: About) -> Meaning | None:
+    """How the run reads its teacher, if it was asked before."""
+    path: Path = run.out / "oracle.json"
+    try:
+        kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        if kept.get("belongs") != _belongs(run, about):
+            return None
+        known: dict[str, Any] = kept["meaning"]
+        return Meaning(**known, classes=tuple(run.class_names or ()), unknown=run.config.oracle.unknown)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _Damaged(f"{path} is damaged ({error}): delete it; the next answer is then read anew") from error
+
+
+def _establish(run: "Run", about: About, meaning: Meaning) -> None:
+    run.log(f"teacher: {meaning.note}")
+    content = {"meaning": meaning.kept(), "belongs": _belongs(run, about)}
+    if parallel.rank() == 0:
+        files.write_text(run.out / "oracle.json", json.dumps(content, indent=1) + "\n")
+
+
+def _belongs(run: "Run", about: About) -> dict[str, str]:
+    oracle = run.config.oracle
+    return {"teacher": about.identity, "response": oracle.response, "output": oracle.output}
+
+
+class _Damaged(MekdError, ValueError):
+    """A small file of the run cannot be read."""

@@ -1,0 +1,179 @@
+"""What a service's answers mean, told by the first of them, and answers of every shape as a Response.
+
+A service says less of itself than a file: one image is asked for, its answer is read, and what stays open is the user's
+to say, by a named setting, before a second one is paid.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mekd.oracle.response import AnswerError, Response, answer, from_names, sum_limit
+
+#: A name and its score.
+Pair = tuple[str, float]
+
+
+class Raw(NamedTuple):
+    """An answer as it came: scores (m, C) floating, indices (m,) whole numbers, names, or pairs for each image."""
+
+    scores: np.ndarray | None = None
+    indices: np.ndarray | None = None
+    names: list[str] | None = None
+    pairs: list[list[Pair]] | None = None
+
+    def __len__(self) -> int:
+        return next(len(part) for part in self if part is not None)
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """kind: of scores, "logits" or "probs"; or "pairs", "index", "names". scale: what a sure answer is, 1 or 100."""
+
+    kind: str
+    scale: float
+    note: str
+    classes: tuple[str, ...] = ()
+    unknown: str = "error"
+
+    def kept(self) -> dict[str, Any]:
+        """What is written to the run: without the list of names, which has a file of its own."""
+        return {key: value for key, value in asdict(self).items() if key in ("kind", "scale", "note")}
+
+
+def establish(
+    raw: Raw, num_classes: int, response: str, *,
+    output: str = "auto", classes: Sequence[str] = (), unknown: str = "error",
+) -> Meaning:  # fmt: skip
+    """Read the first answer; AnswerError names the setting that decides where it leaves two readings open."""
+    more: dict[str, Any] = {"classes": tuple(classes), "unknown": unknown}
+    if raw.indices is not None or raw.names is not None:
+        kind = "index" if raw.indices is not None else "names"
+        if response != "label":
+            raise AnswerError(f"the teacher answers a class and no {response}: say --oracle.response label")
+        if kind == "names" and not classes:
+            raise AnswerError(f"the teacher answers names ({_first(raw.names)}): list them with --oracle.classes FILE")
+        return Meaning(kind, 1.0, f"the first answer is the class {_first(raw.indices, raw.names)}", **more)
+    if raw.pairs is not None:
+        return _pairs(raw.pairs[0], num_classes, response, more)
+    assert raw.scores is not None
+    return _scores(raw.scores, num_classes, output, more)
+
+
+def _scores(scores: np.ndarray, num_classes: int, output: str, more: dict[str, Any]) -> Meaning:
+    if scores.ndim != 2 or scores.shape[1] != num_classes:
+        raise AnswerError(
+            f"the teacher answers {int(np.prod(scores.shape[1:]))} scores an image, and {num_classes} classes are "
+            "meant: say that --oracle.num_classes with another --out, or name another output with "
+            "--oracle.output_name"
+        )
+    low, high, total = (float(x) for x in (scores.min(), scores.max(), scores[0].sum()))
+    said = f"the first answer runs from {low:.4g} to {high:.4g} and sums to {total:.4g}"
+    limit = sum_limit(num_classes, 0.01)
+    like = {
+        "probs": low >= 0 and high <= 1.001 and abs(total - 1) <= limit,
+        "per cent": low >= 0 and high > 1.001 and abs(total - 100) <= 100 * limit,
+        "logits": low < 0 or high > 1.001,
+    }
+    if output == "logits":
+        return Meaning("logits", 1.0, f"{said}: logits, as oracle.output says", **more)
+    if like["probs"]:
+        return Meaning("probs", 1.0, f"{said}: probabilities", **more)
+    if like["per cent"] and output == "probs":
+        return Meaning("probs", 100.0, f"{said}: per cent", **more)
+    if like["per cent"]:
+        raise AnswerError(f"{said}: per cent, or logits? Say --oracle.output probs for per cent, or logits")
+    if output == "probs" or not like["logits"]:
+        raise AnswerError(
+            f"{said}, which is no distribution over {num_classes} classes. Say "
+            "--oracle.output logits if these are logits"
+        )
+    return Meaning("logits", 1.0, f"{said}: logits", **more)
+
+
+def _pairs(pairs: list[Pair], num_classes: int, response: str, more: dict[str, Any]) -> Meaning:
+    scores = [score for _, score in pairs]
+    shown = ", ".join(f"{name} {score:.4g}" for name, score in pairs[:3]) + (", ..." if len(pairs) > 3 else "")
+    said = f"the first answer names {len(pairs)} classes" + (f" ({shown})" if pairs else "")
+    if response not in ("topk", "label", "probs"):
+        raise AnswerError(f"{said}, with no logits: say --oracle.response topk")
+    if response == "probs" and len(pairs) != num_classes:
+        raise AnswerError(f"{said} of {num_classes}: say --oracle.response topk, which takes answers of any length")
+    if scores and (min(scores) < 0 or max(scores) > 100.0 or sum(scores) > 100 * 1.01):
+        raise AnswerError(f"{said}, which are neither shares nor per cent; mekd takes one of both")
+    scale = 100.0 if scores and (max(scores) > 1.0 + 1e-6 or sum(scores) > 1.01) else 1.0
+    return Meaning("pairs", scale, f"{said}: {'shares' if scale == 1 else 'per cent'}", **more)
+
+
+def respond(raw: Raw, meaning: Meaning, num_classes: int, response: str, k: int, decimals: int | None) -> Response:
+    """An answer as what it means; AnswerError for NaN, unknown classes and what is no distribution."""
+    if meaning.kind in ("logits", "probs") and raw.scores is not None:
+        if raw.scores.ndim != 2 or raw.scores.shape[1] != num_classes:
+            raise AnswerError(f"the teacher answered scores {raw.scores.shape[1:]}; {num_classes} were expected")
+        scores = torch.from_numpy(np.ascontiguousarray(raw.scores, dtype=np.float32)) / meaning.scale
+        return answer(scores, response, output=meaning.kind, k=k, decimals=decimals, step=0.01)
+    if meaning.kind == "pairs" and raw.pairs is not None:
+        return _from_pairs(raw.pairs, meaning, num_classes, response, k, decimals)
+    if meaning.kind == "names" and raw.names is not None:
+        return Response("label", None, from_names(raw.names, list(meaning.classes)))
+    if meaning.kind == "index" and raw.indices is not None:
+        indices = torch.from_numpy(np.ascontiguousarray(raw.indices).astype(np.int64)).flatten()
+        wrong = indices[(indices < 0) | (indices >= num_classes)]
+        if len(wrong):
+            raise AnswerError(
+                f"the teacher answered class {int(wrong[0])}; there are {num_classes} (oracle.num_classes)"
+            )
+        return Response("label", None, indices)
+    raise AnswerError(f"the teacher answers in another shape than at first: {meaning.note}")
+
+
+def _from_pairs(
+    pairs: list[list[Pair]], meaning: Meaning, num_classes: int, response: str, k: int, decimals: int | None
+) -> Response:
+    index = {name: i for i, name in enumerate(meaning.classes)}
+    values, indices = torch.zeros(len(pairs), k), torch.full((len(pairs), k), -1, dtype=torch.int64)
+    dense = torch.zeros(len(pairs), num_classes) if response == "probs" else None
+    for row, named in enumerate(pairs):
+        found: dict[int, float] = {}
+        for name, score in named:
+            at = index.get(name, int(name) if not index and name.isdecimal() and int(name) < num_classes else -1)
+            share = score / meaning.scale
+            if not 0 <= share <= 1.01:
+                raise AnswerError(
+                    f"the teacher answered {name!r} with {score:g}; it must lie in 0 to {meaning.scale:g}"
+                )
+            if at < 0 and meaning.unknown == "rest":
+                continue  # its mass is missing mass
+            if at < 0:
+                raise AnswerError(
+                    f"the teacher answered {name!r}, which is not among the {num_classes} classes: give their names, "
+                    "one a line, with --oracle.classes FILE, or let its mass be missing with --oracle.unknown rest"
+                )
+            if at in found:
+                raise AnswerError(f"the teacher named {name!r} twice for one image")
+            found[at] = share
+        if sum(found.values()) > 1 + sum_limit(num_classes, 0.01):
+            raise AnswerError(
+                f"the teacher's shares of one image sum to {sum(found.values()):.4g}; they must not exceed 1"
+            )
+        best = sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))[:k]
+        for column, (at, share) in enumerate(best):
+            values[row, column], indices[row, column] = share, at
+        if dense is not None:
+            if len(found) != num_classes:
+                raise AnswerError(f"the teacher named {len(found)} of {num_classes} classes: --oracle.response topk")
+            dense[row, list(found)] = torch.tensor(list(found.values()))
+    if dense is not None:
+        return answer(dense, "probs", output="probs", decimals=decimals, step=0.01)
+    if response == "label":
+        if (indices[:, 0] < 0).any():
+            raise AnswerError("the teacher named no class for an image: --oracle.response topk takes such answers")
+        return Response("label", None, indices[:, 0].clone())
+    return Response("topk", values if decimals is None else values.round(decimals=decimals), indices, decimals)
+
+
+def _first(*parts: Any) -> str:
+    return str(next(part[0] for part in parts if part is not None))

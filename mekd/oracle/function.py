@@ -1,0 +1,94 @@
+"""A teacher that is the user's own Python function: any SDK, any protocol, in a few lines of theirs."""
+
+import importlib.util
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mekd.errors import UsageError
+from mekd.oracle.answers import Raw
+from mekd.oracle.http import Lost, Refused
+from mekd.oracle.response import AnswerError
+
+
+class Function:
+    """Calls of function(images), images uint8 (m, H, W, ch) as NumPy; one at a time unless several may be in flight.
+
+    It gives scores (m, C), class indices (m,), names, or for each image a list of (name, score). What it raises is of
+    unknown fate, and is asked again; mekd.Refused is free.
+    """
+
+    def __init__(self, function: Callable[[np.ndarray], Any], alone: bool) -> None:
+        self._function = function
+        self._turn = threading.Lock() if alone else None
+
+    def call(self, images: list[bytes] | Tensor) -> tuple[Raw, int]:
+        assert isinstance(images, Tensor)
+        pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+        try:
+            if self._turn is None:
+                found = self._function(pixels)
+            else:
+                with self._turn:
+                    found = self._function(pixels)
+        except (Refused, Lost):
+            raise
+        except Exception as error:
+            raise Lost(f"teacher.python raised {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        raw = read(found)
+        return raw, sum(part.nbytes for part in raw if isinstance(part, np.ndarray))
+
+    def close(self) -> None:
+        pass
+
+
+def load(setting: str) -> Callable[[np.ndarray], Any]:
+    """The function that FILE.py:function names; UsageError where there is none."""
+    file, _, name = setting.rpartition(":")
+    path = Path(file)
+    if not file or not name.isidentifier():
+        raise UsageError(f"teacher.python is {setting!r}; it must be FILE.py:function")
+    if not path.is_file():
+        raise UsageError(f"teacher.python is {setting!r}; no such file {file}")
+    spec = importlib.util.spec_from_file_location(f"mekd_teacher_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"{file} cannot be imported: {type(error).__name__}: {error}") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise UsageError(f"teacher.python is {setting!r}; {file} has no function {name}")
+    return found
+
+
+def read(found: Any) -> Raw:
+    """What a function gave as an answer; AnswerError says what it may give."""
+    if isinstance(found, Tensor):
+        found = found.detach().cpu().numpy()
+    if isinstance(found, np.ndarray):
+        if found.ndim == 2 and found.dtype.kind == "f":
+            return Raw(scores=found)
+        if found.ndim == 1 and found.dtype.kind in "iu":
+            return Raw(indices=found)
+        if found.ndim == 1 and found.dtype.kind in "UO":
+            return Raw(names=[str(name) for name in found])
+    elif isinstance(found, list) and found and all(isinstance(name, str) for name in found):
+        return Raw(names=found)
+    elif isinstance(found, list) and found and all(isinstance(row, list | tuple) for row in found):
+        try:
+            return Raw(pairs=[[(str(name), float(score)) for name, score in row] for row in found])
+        except (TypeError, ValueError):
+            pass
+    shown = f"{type(found).__name__}" + (
+        f" of {found.dtype}, shape {found.shape}" if isinstance(found, np.ndarray) else ""
+    )
+    raise AnswerError(
+        f"teacher.python gave {shown}; it must give scores (m, C) of floats, classes (m,) of whole numbers, m names, "
+        "or for each image a list of (name, score)"
+    )

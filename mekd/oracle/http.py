@@ -1,0 +1,298 @@
+"""One HTTP exchange at a time with the host of a teacher: what failed before it was sent, and what may have been paid.
+
+urllib3 does the protocol. It repeats nothing and follows no redirect: each attempt is an entry of the ledger.
+"""
+
+import os
+import re
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from mekd.errors import MekdError, UsageError
+
+_SECRET = re.compile(r"\{(env|file):([^{}]+)\}")
+_CHUNK = 1 << 16
+
+
+class Refused(Exception):
+    """The attempt was certainly refused and cost nothing; after: seconds that the server asks to wait, if it does."""
+
+    def __init__(self, why: str, after: float | None = None) -> None:
+        super().__init__(why)
+        self.after = after
+
+
+class Lost(Exception):
+    """The attempt was sent, and whether it was answered, and billed, is unknown."""
+
+
+class ServiceError(MekdError, RuntimeError):
+    """The service cannot be asked as it was asked, or answers what cannot be used."""
+
+
+class Reply(NamedTuple):
+    """Status, headers by their names in lower case, and body."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class Secrets:
+    """{env:NAME} and {file:PATH} in settings: expanded when something is sent, and hidden in what is said of it."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str] = {}
+
+    def expand(self, setting: str, text: str) -> str:
+        """The text with its secrets; UsageError names the setting whose secret is not there."""
+
+        def found(match: re.Match[str]) -> str:
+            kind, name = match.groups()
+            if kind == "env":
+                value = os.environ.get(name)
+            else:
+                try:
+                    value = Path(name).expanduser().read_text("utf-8").strip()
+                except (OSError, UnicodeDecodeError):
+                    value = None
+            if not value:
+                what = f"the environment variable {name}" if kind == "env" else f"the file {name}"
+                raise UsageError(f"{setting} needs {what}, which is missing or empty: set it, then run again")
+            if "\n" in value or "\r" in value:
+                raise UsageError(f"{setting} takes one line; {match.group()} holds several")
+            self._known[value] = match.group()
+            return value
+
+        return _SECRET.sub(found, text)
+
+    def hide(self, text: str) -> str:
+        """A message without any secret that was expanded."""
+        for value in sorted(self._known, key=len, reverse=True):
+            text = text.replace(value, self._known[value])
+        return text
+
+
+def check_address(url: str) -> None:
+    """Raise UsageError for what is no address of http or https, or holds a user and password; nothing is expanded."""
+    try:
+        parts = urlsplit(_SECRET.sub("secret", url))
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise UsageError(f"teacher.url is {url!r}, which is no address ({error}): http://HOST:PORT/PATH") from error
+    if "@" in parts.netloc:
+        raise UsageError(
+            "teacher.url holds a user or a password; it is written to the run's folder, so it must not. Send them as a "
+            "header: --oracle.headers '{Authorization: \"Basic {env:NAME}\"}'"
+        )
+    if parts.scheme not in ("http", "https") or not host:
+        raise UsageError(f"teacher.url is {url!r}; it must begin with http:// or https:// and a host")
+
+
+class Line:
+    """Connections to one host, one for each thread that exchanges.
+
+    url: with secrets as they are written; headers: sent with every exchange. timeout: seconds for a whole exchange, of
+    whatever size and however slowly it comes. Nothing is connected before the first exchange.
+    """
+
+    def __init__(self, url: str, headers: Mapping[str, str], timeout: float) -> None:
+        check_address(url)
+        _ = _urllib3()
+        self.url, self.timeout = url, timeout
+        self.secrets = Secrets()
+        self._headers = dict(headers)
+        self._own = threading.local()
+        self._open: set[Any] = set()
+        self._lock = threading.Lock()
+
+    def exchange(
+        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None, *,
+        limit: int = 1 << 20,
+    ) -> Reply:  # fmt: skip
+        """Send one request and read its answer, of limit bytes at most; path follows the address.
+
+        Raises Refused where nothing was sent, Lost where its fate is unknown, ServiceError for a host that cannot be
+        asked at all and for an answer that is too large. Statuses are the caller's to judge.
+        """
+        urllib3 = _urllib3()
+        url = urlsplit(self.secrets.expand("teacher.url", self.url))
+        sent = {"accept-encoding": "identity", "user-agent": "mekd"} | dict(headers or {})
+        sent |= {k: self.secrets.expand(f"oracle.headers {k}", v) for k, v in self._headers.items()}
+        target = url.path.rstrip("/") + path + (f"?{url.query}" if url.query else "")
+        connection = self._connect(url)
+        deadline = time.monotonic() + self.timeout
+        guard = _Deadline(connection, self.timeout)
+        try:
+            connection.request(method, target or "/", body=body, headers=sent, preload_content=False)
+            response = connection.getresponse()
+            parts, size = [], 0
+            announced = response.headers.get("content-length", "")
+            if announced.isdigit() and int(announced) > limit:
+                raise ServiceError(self._too_large(int(announced), limit))
+            while part := response.read(min(_CHUNK, limit + 1 - size), decode_content=True):
+                parts.append(part)
+                size += len(part)
+                if size > limit:
+                    raise ServiceError(self._too_large(size, limit))
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+            if guard.struck:
+                raise TimeoutError
+            found = {name.lower(): value for name, value in response.headers.items()}
+            reply = Reply(response.status, found, b"".join(parts))
+        except ServiceError:
+            self._drop(connection)
+            raise
+        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            self._drop(connection)
+            if guard.struck or isinstance(error, TimeoutError):
+                raise Lost(f"no whole answer in {self.timeout:g} s (oracle.timeout)") from None
+            raise Lost(self.secrets.hide(f"the connection broke: {_said(error)}")) from None
+        finally:
+            guard.end()
+        if reply.status >= 500 or reply.headers.get("connection", "").lower() == "close":
+            self._drop(connection)  # servers reset what is pooled after a fault of theirs
+        return reply
+
+    def check(self) -> None:
+        """Raise UsageError for a secret that is not there; nothing is connected."""
+        self.secrets.expand("teacher.url", self.url)
+        for name, value in self._headers.items():
+            self.secrets.expand(f"oracle.headers {name}", value)
+
+    def close(self) -> None:
+        """End all connections."""
+        with self._lock:
+            for connection in self._open:
+                connection.close()
+            self._open.clear()
+
+    def _connect(self, url: Any) -> Any:
+        """This thread's connection, open; Refused where the host does not take it, ServiceError where it never will."""
+        urllib3 = _urllib3()
+        connection = getattr(self._own, "connection", None)
+        if connection is not None and connection.is_connected:
+            return connection
+        if connection is not None:
+            self._drop(connection)
+        kind = urllib3.connection.HTTPSConnection if url.scheme == "https" else urllib3.connection.HTTPConnection
+        more = {"cert_reqs": "CERT_REQUIRED"} if url.scheme == "https" else {}
+        # An idle socket waits for the whole exchange at most; what drips is ended by the deadline.
+        connection = kind(unquote(url.hostname), url.port, timeout=self.timeout, **more)
+        try:
+            connection.connect()
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            connection.close()
+            said = self.secrets.hide(_said(error))
+            if _is_about_certificates(error):
+                raise ServiceError(
+                    f"{self._host()} shows no certificate that is trusted here, and nothing was sent: "
+                    f"{said}. Check the address; for one of your own, set SSL_CERT_FILE in the environment to its file"
+                ) from None
+            raise Refused(f"{self._host()} takes no connection: {said}") from None
+        self._own.connection = connection
+        with self._lock:
+            self._open.add(connection)
+        return connection
+
+    def _drop(self, connection: Any) -> None:
+        with self._lock:
+            self._open.discard(connection)
+        self._own.connection = None
+        connection.close()
+
+    def _host(self) -> str:
+        return self.secrets.hide(urlsplit(self.url).netloc)
+
+    def _too_large(self, size: int, limit: int) -> str:
+        return (
+            f"{self._host()} answers with {size:,} bytes or more, where at most {limit:,} can be meant; the rest was "
+            "not read. Is teacher.url the address of the model, and teacher.protocol right?"
+        )
+
+
+class _Deadline:
+    """Ends a connection when its time is up, whatever it is doing."""
+
+    def __init__(self, connection: Any, seconds: float) -> None:
+        self.struck = False
+        self._connection = connection
+        self._timer = threading.Timer(seconds, self._strike)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def end(self) -> None:
+        self._timer.cancel()
+
+    def _strike(self) -> None:
+        import socket
+
+        self.struck = True
+        with suppress(OSError, AttributeError):
+            self._connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+def judged(line: Line, reply: Reply) -> Reply:
+    """The reply, if it is an answer; by its status Refused, Lost, or ServiceError with the server's own words."""
+    if reply.status == 200:
+        return reply
+    said = line.secrets.hide(words(reply))
+    status = f"{line._host()} answered {reply.status}" + (f": {said}" if said else "")
+    if reply.status == 429 or (reply.status == 503 and "queue" in said.lower()):
+        raise Refused(status, _retry_after(reply))
+    if reply.status in (408, 500, 502, 503, 504):
+        raise Lost(status)
+    if 300 <= reply.status < 400:
+        raise ServiceError(
+            f"{line._host()} sends elsewhere ({reply.status}), to {reply.headers.get('location', 'nowhere')!r}; mekd "
+            "does not follow, since images and keys would go there too. Give that address with --teacher.url if it is "
+            "the right one"
+        )
+    if reply.status in (401, 403):
+        status += ". Check the key in oracle.headers"
+    elif reply.status == 404:
+        status += ". Check the path of teacher.url"
+    raise ServiceError(status)
+
+
+def words(reply: Reply) -> str:
+    """What a server says in the body of an error, in a line, whatever its type."""
+    text = reply.body[:2000].decode("utf-8", "replace")
+    if found := re.search(r'"(?:error|message|detail)"\s*:\s*"((?:[^"\\]|\\.)*)"', text):
+        text = found.group(1)
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text[:300]
+
+
+def _retry_after(reply: Reply) -> float | None:
+    value = reply.headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        return float(_urllib3().Retry(total=0).parse_retry_after(value))
+    except Exception:
+        return None
+
+
+def _is_about_certificates(error: BaseException) -> bool:
+    return isinstance(error, _urllib3().exceptions.SSLError) or "certificate" in str(error).lower()
+
+
+def _said(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return re.sub(r"^<?[\w.]+ object at 0x[0-9a-f]+>?: |^\w+\(host=.*?\): ", "", text) or type(error).__name__
+
+
+def _urllib3() -> Any:
+    try:
+        import urllib3
+        import urllib3.connection
+    except ImportError as error:
+        raise UsageError("a teacher behind an address needs urllib3: pip install 'mekd[remote]'") from error
+    return urllib3

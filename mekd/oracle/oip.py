@@ -1,0 +1,239 @@
+"""A teacher behind the Open Inference Protocol, version 2, over HTTP: Triton, KServe, MLServer, `mekd serve`."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mekd.oracle.answers import Raw
+from mekd.oracle.http import Line, Lost, Refused, Reply, ServiceError, judged
+from mekd.oracle.response import AnswerError
+
+_TYPES = {
+    "UINT8": np.uint8, "FP32": np.float32, "FP16": np.float16, "FP64": np.float64, "INT64": np.int64, "INT32": np.int32,
+}  # fmt: skip
+_FLOATS = ("FP32", "FP16", "FP64")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is sent and read: of the metadata, or set by hand where the server says nothing.
+
+    input, datatype: of the images; last: whether channels come last. output: the tensor that is read, None for the only
+    one. classes: how many, None where it is not said. size: the side that it takes, None for any. binary: whether
+    tensors travel as bytes. versions: as the server names them. most: images a call at most, None where not said.
+    """
+
+    input: str
+    datatype: str
+    last: bool
+    output: str | None
+    classes: int | None
+    size: int | None
+    binary: bool
+    classification: bool
+    versions: tuple[str, ...]
+    most: int | None
+    note: str
+
+
+def describe(
+    line: Line, channels: int, *, input_name: str | None, output_name: str | None, transport: str, binary: bool | None
+) -> Model:
+    """Ask the server what the model is; nothing of it is paid. ServiceError where it cannot be an image classifier."""
+    said = _json(line, "")
+    about = line.url.split("/models/")[0] if "/models/" in line.url else None
+    extensions: list[str] = []
+    if about is not None:
+        server = Line(about, line._headers, line.timeout)
+        try:
+            extensions = list(_json(server, "").get("extensions") or [])
+        except (ServiceError, Refused, Lost):
+            extensions = []  # a server may keep this to itself
+        finally:
+            server.close()
+    inputs, outputs = list(said.get("inputs") or []), list(said.get("outputs") or [])
+    source = _named(inputs, input_name, "input", "oracle.input_name")
+    sink = _named(outputs, output_name, "output", "oracle.output_name")
+    datatype = source["datatype"] if source else ("UINT8" if transport == "uint8" else "FP32")
+    if datatype not in ("UINT8", *_FLOATS):
+        raise ServiceError(
+            f"the model's input {source['name'] if source else ''} is {datatype}; mekd sends UINT8 or FP"
+        )
+    shape = [n if isinstance(n, int) and n > 0 else None for n in (source["shape"] if source else [])]
+    if shape and len(shape) not in (3, 4):
+        raise ServiceError(f"the model's input has shape {source['shape'] if source else ''}; images are (m, ch, H, W)")
+    shape = shape[-3:] if shape else [None] * 3
+    last = shape[2] in (1, 3) and shape[0] not in (1, 3)
+    if last:
+        shape = [shape[2], shape[0], shape[1]]
+    if shape[0] not in (None, channels):
+        raise ServiceError(f"the model takes images of {shape[0]} channels, the data has {channels}: use data that fit")
+    if shape[1] != shape[2]:
+        raise ServiceError(f"the model takes images of {shape[1]} x {shape[2]} pixels; mekd draws square ones")
+    width = sink["shape"][-1] if sink and len(sink["shape"]) > 1 and sink["datatype"] in _FLOATS else None
+    most = _json(line, "/config", quiet=True).get("max_batch_size")
+    model = Model(
+        input=source["name"] if source else input_name or "input",
+        datatype=datatype,
+        last=last,
+        output=sink["name"] if sink else output_name,
+        classes=width if isinstance(width, int) and width > 0 else None,
+        size=shape[1],
+        binary=any("binary" in name for name in extensions) if binary is None else binary,
+        classification=any("classification" in name for name in extensions),
+        versions=tuple(map(str, said.get("versions") or ())),
+        most=most if isinstance(most, int) and most > 0 else None,
+        note="",
+    )
+    shown = f"{model.input} {datatype} {source['shape'] if source else 'of a shape that the server does not say'}"
+    note = (
+        f"the model takes {shown}, as {'bytes' if model.binary else 'JSON'}, and answers {model.output or 'one tensor'}"
+    )
+    return Model(**{**model.__dict__, "note": note})
+
+
+class Oip:
+    """Calls of one model. k: ask for that many classes by the classification extension; None for the whole output."""
+
+    def __init__(
+        self, line: Line, model: Model, classes: int, *, mean: Sequence[float], std: Sequence[float], k: int | None
+    ) -> None:
+        self._line, self._model, self._classes, self._k = line, model, classes, k
+        self._shift, self._spread = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (mean, std))
+        self._ids = itertools.count()
+
+    def call(self, images: list[bytes] | Tensor) -> tuple[Raw, int]:
+        assert isinstance(images, Tensor)
+        body, headers = self._request(images)
+        limit = (1 << 20) + len(images) * (64 * self._classes + 1024)
+        reply = judged(self._line, self._line.exchange("POST", "/infer", body, headers, limit=limit))
+        return self._answer(reply, len(images)), len(reply.body)
+
+    def close(self) -> None:
+        self._line.close()
+
+    def _request(self, images: Tensor) -> tuple[bytes, dict[str, str]]:
+        model = self._model
+        values = images
+        if model.datatype != "UINT8":
+            values = images.float() / 255 if images.dtype == torch.uint8 else images.add(1).mul(0.5)
+            values = (values - self._shift) / self._spread
+        array = (values.permute(0, 2, 3, 1) if model.last else values).contiguous().numpy()
+        array = array.astype(_TYPES[model.datatype])
+        tensor: dict[str, Any] = {"name": model.input, "shape": list(array.shape), "datatype": model.datatype}
+        asked: dict[str, Any] = {"id": str(next(self._ids)), "inputs": [tensor]}
+        parameters: dict[str, Any] = {"binary_data": True} if model.binary else {}
+        if self._k is not None:
+            parameters = {"classification": self._k}
+        if model.output is not None:
+            asked["outputs"] = [{"name": model.output, **({"parameters": parameters} if parameters else {})}]
+        elif model.binary:
+            asked["parameters"] = {"binary_data_output": True}
+        if not model.binary:
+            tensor["data"] = array.reshape(-1).tolist()
+            return json.dumps(asked).encode(), {"content-type": "application/json"}
+        tensor["parameters"] = {"binary_data_size": array.nbytes}
+        head = json.dumps(asked).encode()
+        headers = {"content-type": "application/octet-stream", "inference-header-content-length": str(len(head))}
+        return head + array.tobytes(), headers
+
+    def _answer(self, reply: Reply, count: int) -> Raw:
+        length = reply.headers.get("inference-header-content-length")
+        try:
+            head = json.loads(reply.body[: int(length)] if length else reply.body)
+            tensors = head["outputs"]
+            at = int(length) if length else 0
+            found = {}
+            for tensor in tensors:
+                size = (tensor.get("parameters") or {}).get("binary_data_size")
+                found[tensor["name"]] = _values(tensor, reply.body[at : at + size] if size is not None else None)
+                at += size or 0
+        except (ValueError, KeyError, TypeError, IndexError, UnicodeDecodeError, AttributeError) as error:
+            raise AnswerError(
+                f"the teacher's answer is not of the Open Inference Protocol ({error!r}): is teacher.url the address "
+                "of a model, http://HOST/v2/models/NAME?"
+            ) from error
+        name = self._model.output
+        if name is None and len(found) == 1:
+            (name,) = found
+        if name not in found:
+            raise AnswerError(
+                f"the teacher answered {', '.join(found) or 'nothing'}; name one with --oracle.output_name"
+            )
+        values = found[name]
+        if isinstance(values, list):
+            if self._k is None:
+                return Raw(names=[str(value) for value in values])
+            return Raw(pairs=_classified(values, count))
+        if values.dtype.kind == "f":
+            return Raw(scores=values.reshape(len(values), -1) if values.ndim else values)
+        return Raw(indices=values.reshape(-1))
+
+
+def _values(tensor: dict[str, Any], raw: bytes | None) -> "np.ndarray | list[str]":
+    shape = [int(n) for n in tensor["shape"]]
+    if tensor["datatype"] == "BYTES":
+        if raw is None:
+            return [str(value) for value in np.ravel(np.array(tensor["data"], dtype=object))]
+        found, at = [], 0
+        while at < len(raw):
+            size = int.from_bytes(raw[at : at + 4], "little")
+            found.append(raw[at + 4 : at + 4 + size].decode("utf-8"))
+            at += 4 + size
+        return found
+    kind = np.dtype(_TYPES.get(tensor["datatype"], np.float32)).newbyteorder("<")
+    values = np.array(tensor["data"], dtype=kind).reshape(-1) if raw is None else np.frombuffer(raw, kind)
+    return values.reshape(shape)
+
+
+def _classified(values: list[str], count: int) -> list[list[tuple[str, float]]]:
+    """value:index[:name] for each entry, in any order, as many for each image."""
+    if count == 0 or len(values) % count:
+        raise AnswerError(f"the teacher answered {len(values)} classes for {count} images")
+    k = len(values) // count
+    pairs = []
+    for value in values:
+        score, _, rest = value.partition(":")
+        pairs.append((rest.partition(":")[0], float(score)))
+    return [pairs[i * k : (i + 1) * k] for i in range(count)]
+
+
+def _named(tensors: list[dict[str, Any]], name: str | None, what: str, setting: str) -> dict[str, Any] | None:
+    """The tensor of that name, or the only one; None where the server lists none."""
+    if not tensors:
+        return None
+    names = [str(tensor.get("name")) for tensor in tensors]
+    if name is None and len(tensors) == 1:
+        return tensors[0]
+    if name not in names:
+        raise ServiceError(
+            f"the model has the {what}s {', '.join(names)}"
+            + (f", and {setting} is {name!r}" if name is not None else "")
+            + f": name one with --{setting}"
+        )
+    return tensors[names.index(name)]
+
+
+def _json(line: Line, path: str, quiet: bool = False) -> dict[str, Any]:
+    """What a free request answers; quiet: nothing where it is refused."""
+    try:
+        reply = judged(line, line.exchange("GET", path))
+        found = json.loads(reply.body)
+    except (Refused, Lost, ServiceError, ValueError) as error:
+        if quiet:
+            return {}
+        if isinstance(error, ServiceError):
+            raise
+        raise ServiceError(
+            f"the model's metadata cannot be read ({error}). Is the server running, and teacher.url "
+            "http://HOST:PORT/v2/models/NAME?"
+        ) from None
+    if not isinstance(found, dict):
+        raise ServiceError("the model's metadata are no JSON object: is teacher.url http://HOST:PORT/v2/models/NAME?")
+    return found

@@ -1,0 +1,183 @@
+"""A teacher that is not a file: a query is cut into calls, several of them in flight, each attempt booked."""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from mekd.errors import MekdError, UsageError
+from mekd.oracle.answers import Meaning, Raw, establish, respond
+from mekd.oracle.base import Oracle
+from mekd.oracle.http import Lost, Refused, ServiceError
+from mekd.oracle.images import Encoding
+from mekd.oracle.response import AnswerError, Response
+
+ATTEMPTS = 3  # of a call, of those whose fate is unknown
+PAUSE_S, LONGEST_S = 0.2, 30.0
+
+
+class Service(Protocol):
+    """A way to reach a teacher. One call holds some images, as they are sent."""
+
+    def call(self, images: list[bytes] | Tensor) -> tuple[Raw, int]:
+        """The answer and its bytes; raises Refused, Lost, ServiceError, AnswerError."""
+        ...
+
+    def close(self) -> None:
+        """Nothing is asked afterwards."""
+        ...
+
+
+class Stopped(MekdError, RuntimeError):
+    """Somebody asked the run to stop; what was in flight is answered and booked."""
+
+    status = 130
+
+
+class ServiceGone(ServiceError):
+    """The service did not answer for too long, or too often left it unknown whether it did."""
+
+    status = 3
+
+
+class Rate:
+    """Calls or images a second, over all processes and restarts that share a folder."""
+
+    def __init__(self, folder: Path, name: str, per_second: float, largest: int = 1) -> None:
+        try:
+            from pyrate_limiter import Limiter, SQLiteBucket
+            from pyrate_limiter import Rate as Window
+        except ImportError as error:
+            raise UsageError("oracle.rate needs pyrate-limiter: pip install 'mekd[remote]'") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        # A window holds the largest call, and spreads the others over a fifth of a second.
+        count = max(largest, round(per_second / 5), 1)
+        window = Window(count, max(1, round(1000 * count / per_second)))
+        bucket = SQLiteBucket.init_from_file([window], db_path=str(folder / f"{name}.sqlite"), use_file_lock=True)
+        self._limiter = Limiter(bucket, buffer_ms=5)
+        self._turn = threading.Lock()  # the threads of a process would fight for the file
+
+    def wait(self, weight: int = 1) -> None:
+        """Return when so much may be sent."""
+        with self._turn:
+            self._limiter.try_acquire("calls", weight=weight)
+
+
+class RemoteOracle(Oracle):
+    """Ask a service: batch images a call, concurrency calls in flight, answers in the order of the images.
+
+    size: side of the images that the service takes, encoding: how they go up. meaning: how answers are read, or None:
+    then the first call holds one image, and established(meaning) is told what it was read as, before anything else is
+    sent. stop(): whether to end before the next call. patience: seconds in which a call that is certainly refused is
+    repeated. The rest as in Oracle.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        image: tuple[int, int, int],
+        num_classes: int,
+        response: str,
+        *,
+        encoding: Encoding,
+        batch: int = 1,
+        concurrency: int = 1,
+        rates: Sequence[Callable[[int], None]] = (),
+        meaning: Meaning | None = None,
+        established: Callable[[Meaning], None] = lambda meaning: None,
+        reading: dict[str, Any] | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        patience: float = 300.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(image, num_classes, response, **options)
+        self._service, self._encoding = service, encoding
+        self._batch, self._rates, self._meaning, self._established = batch, rates, meaning, established
+        self._reading, self._stop, self._patience = reading or {}, stop, patience
+        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="call")
+        self._failed = threading.Event()
+
+    def shown(self, images: Tensor) -> Tensor:
+        """The images as the service gets to see them: decoded again where they go up as JPEG."""
+        return self._encoding.shown(images)
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        self._service.close()
+        super().close()
+
+    def _send(self, images: Tensor) -> Response:
+        raise NotImplementedError("a remote teacher is asked by calls")
+
+    def _ask(self, images: Tensor, rows: slice) -> list[tuple[int, Response]]:
+        images = images.cpu()
+        starts, answered = list(range(rows.start, rows.stop, self._batch)), []
+        ends = [min(start + self._batch, rows.stop) for start in starts]
+        self._failed.clear()
+        if self._meaning is None:  # one image alone tells what answers are, before more is paid
+            answered.append((rows.start, self._call(images, rows.start, rows.start + 1)))
+            starts[0] += 1
+        pieces = [(start, end) for start, end in zip(starts, ends, strict=True) if end > start]
+        futures = [self._threads.submit(self._call, images, *piece) for piece in pieces]
+        wait(futures)  # what is in flight is paid for, and is booked even where another call failed
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:
+            raise next((error for error in errors if not isinstance(error, Stopped)), errors[0])
+        return answered + [(start, future.result()) for (start, _), future in zip(pieces, futures, strict=True)]
+
+    def _call(self, images: Tensor, start: int, end: int) -> Response:
+        """The answer to rows start to end, by as many attempts as it may take."""
+        try:
+            return self._attempts(images[start:end], start)
+        except BaseException:
+            self._failed.set()
+            raise
+
+    def _attempts(self, images: Tensor, row: int) -> Response:
+        payload = self._encoding.encode(images)
+        up = sum(map(len, payload)) if isinstance(payload, list) else payload.nbytes
+        lost, begun, pause = 0, time.monotonic(), PAUSE_S
+        while True:
+            for rate in self._rates:
+                rate(len(images))
+            if self._failed.is_set() or self._stop():
+                raise Stopped(
+                    "stopped while the teacher was asked; what was answered is kept, the same command goes on"
+                )
+            sent = self.ledger.intend(images, row, up)
+            try:
+                raw, down = self._service.call(payload)
+            except Refused as error:
+                self.ledger.refuse(sent)
+                rest = max(pause * random.uniform(0.5, 1.5), error.after or 0.0)
+                if time.monotonic() + rest - begun > self._patience:
+                    raise ServiceGone(
+                        f"{error}; so it went for {time.monotonic() - begun:.0f} s (oracle.patience), at no cost. The "
+                        "same command goes on later"
+                    ) from None
+            except Lost as error:
+                lost, rest = lost + 1, pause * random.uniform(0.5, 1.5)
+                if lost == ATTEMPTS:
+                    raise ServiceGone(
+                        f"{error}. That was the attempt {lost} of one call whose fate is unknown; they are booked as "
+                        "uncertain. Look what the service has; the same command goes on"
+                    ) from None
+            else:
+                answer = self._read(raw, len(images))
+                self.ledger.record(sent, images, answer, down)
+                return answer
+            self._failed.wait(rest)
+            pause = min(2 * pause, LONGEST_S)
+
+    def _read(self, raw: Raw, count: int) -> Response:
+        if len(raw) != count:
+            raise AnswerError(f"the teacher answered {len(raw)} of {count} images")
+        if self._meaning is None:
+            self._meaning = establish(raw, self.num_classes, self.response, **self._reading)
+            self._established(self._meaning)
+        return respond(raw, self._meaning, self.num_classes, self.response, self.k, self.decimals)
