@@ -12,7 +12,7 @@ from mekd.pixels import SIDES
 PRECISIONS = ("auto", "float32", "bfloat16")
 #: Hyper-parameters by name: ours, the paper's (Ma et al., 2024) and those of the authors' public code.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "default": {"tau": 5.0, "kl_tau": 1.0, "beta": 1.0, "scale": "tau2", "reduction": "mean", "image": 5.0},
+    "default": {"tau": 5.0, "kl_tau": 1.0, "beta": 1.0, "scale": "tau2", "reduction": "mean", "image": 20.0},
     "paper": {"tau": 5.0, "kl_tau": 1.0, "beta": 0.5, "scale": "one", "reduction": "batchmean", "image": 1.0},
     "authors": {"tau": 5.0, "kl_tau": 5.0, "beta": 1.0, "scale": "tau", "reduction": "mean", "image": 1.0},
 }

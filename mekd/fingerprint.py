@@ -16,7 +16,7 @@ from mekd.settings import flatten
 #: Settings that an interrupted run may be resumed with: where things are, what they cost, how long it shall take, and
 #: what runs the teacher, which changes its answers by rounding alone.
 FREE = {
-    "data.path", "data.workers", "data.on_error",
+    "data.path", "data.workers", "data.on_error", "teacher.url", "teacher.name",
     "oracle.price", "oracle.provider", "oracle.batch", "oracle.precision", "oracle.cuda_graph",
     "deprivatize.steps", "deprivatize.budget", "distill.budget", "evaluate.ask_teacher",
 }  # fmt: skip

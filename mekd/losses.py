@@ -133,7 +133,7 @@ class MEKDLoss(nn.Module):
         reduction: str = "mean",
         *,
         kl_tau: float | Tensor = 1.0,
-        image: float = 5.0,
+        image: float = 20.0,
         floor: float = FLOAT32_FLOOR,
         rest: str = "spread",
     ) -> None:

@@ -10,11 +10,16 @@ from mekd.config import Config
 from mekd.errors import UsageError
 
 
+#: Settings that hold names and values of the user's own.
+MAPPINGS = ("oracle.headers",)
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Settings by section as pairs of a dotted name and a value."""
     found: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        found += flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+        section = isinstance(value, Mapping) and prefix + key not in MAPPINGS
+        found += flatten(value, f"{prefix}{key}.") if section else [(f"{prefix}{key}", value)]
     return found
 
 

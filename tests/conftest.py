@@ -60,7 +60,8 @@ def tiny(teacher_onnx: Path) -> list[str]:
     """Settings of a run of all stages that takes seconds, with checkpoints in odd places."""
     settings = {
         "data.name": "digits", "data.size": 16, "teacher.onnx": teacher_onnx, "teacher.arch": "resnet8",
-        "deprivatize.steps": 9, "deprivatize.batch": 8, "deprivatize.width": 0.1, "oracle.batch": 64,
+        "deprivatize.steps": 9, "deprivatize.batch": 8, "deprivatize.width": 0.1, "deprivatize.alpha": 0.5,
+        "oracle.batch": 64,
         "distill.steps": 9, "distill.batch": 8, "distill.holdout": 20, "distill.eval_every": 3,
         "engine.checkpoint_every": 4, "engine.log_every": 2, "engine.device": "cpu",
     }  # fmt: skip

@@ -23,6 +23,17 @@ MAY_CHANGE = {
     "oracle.batch": 7,
     "oracle.precision": "float16",
     "oracle.cuda_graph": True,
+    "oracle.budget": 9,
+    "oracle.reserve": 0.1,
+    "oracle.concurrency": 3,
+    "oracle.rate": 2.0,
+    "oracle.image_rate": 2.0,
+    "oracle.timeout": 1.0,
+    "oracle.patience": 1.0,
+    "oracle.headers": {"x": "{env:KEY}"},
+    "oracle.binary": True,
+    "oracle.base64": True,
+    "teacher.url": "http://elsewhere/v2/models/plants",
     "deprivatize.steps": 1,
     "deprivatize.budget": 1,
     "distill.budget": 1,
@@ -70,8 +81,9 @@ def test_what_may_change_is_not_in_the_fingerprint(stage: str, key: str) -> None
     ],
 )
 def test_what_must_not_change_is_in_the_fingerprint(key: str, value: Any, stages: list[str]) -> None:
-    changed = replaced(key, value)
-    assert [s for s in STAGES if fingerprint(changed, s) != fingerprint(Config(), s)] == stages
+    asking = replaced("deprivatize.alpha", 0.5)
+    changed = replaced(key, value, asking)
+    assert [s for s in STAGES if fingerprint(changed, s) != fingerprint(asking, s)] == stages
 
 
 def test_a_step_1_that_asks_nothing_depends_on_no_teacher() -> None:
@@ -89,9 +101,10 @@ def test_two_cards_of_a_kind_are_one() -> None:
 #: another folder.
 BEFORE = {
     "data.path", "data.loader", "data.size", "data.shift", "data.local_fraction",
-    "teacher.onnx", "teacher.arch", "teacher.checkpoint", "teacher.lr",
+    "teacher.onnx", "teacher.python", "teacher.arch", "teacher.checkpoint", "teacher.lr",
     "oracle.response", "oracle.output", "oracle.output_name", "oracle.num_classes", "oracle.classes",
-    "oracle.mean", "oracle.std", "oracle.transport", "oracle.decimals",
+    "oracle.mean", "oracle.std", "oracle.transport", "oracle.decimals", "oracle.size", "oracle.input_name",
+    "oracle.unknown", "distill.replay",
     "deprivatize.alpha", "deprivatize.lr", "deprivatize.d_width", "deprivatize.dropout",
     "distill.lr", "evaluate.enabled", "engine.device",
 }  # fmt: skip

@@ -89,7 +89,8 @@ def test_a_step_1_that_asks_nothing_needs_no_teacher(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stages", [["deprivatize"], ["deprivatize", "distill"], ["evaluate"]])
 def test_what_asks_needs_the_teacher_before_the_first_step(stages: list[str], tmp_path: Path) -> None:
-    config = Config(data=DataConfig(size=16), evaluate=EvaluateConfig(enabled=True))
+    asking = DeprivatizeConfig(alpha=0.5)
+    config = Config(data=DataConfig(size=16), deprivatize=asking, evaluate=EvaluateConfig(enabled=True))
     with pytest.raises(StageError, match=r"teacher\.onnx is missing"):
         preflight(Run(config, tmp_path / "run"), stages)
     assert not (tmp_path / "run").exists()

@@ -96,7 +96,7 @@ def test_the_check_for_private_images_can_fail(tiny: list[str], tmp_path: Path) 
 
 def test_a_run_leaves_what_a_person_looks_for(tiny: list[str], tmp_path: Path) -> None:
     words = [*tiny, "--evaluate.enabled", "true", "--evaluate.baseline_steps", "4"]
-    run = run_stages([*words, "--oracle.price", "0.01"], tmp_path)
+    run = run_stages([*words, "--oracle.price", "0.01", "--evaluate.ask_teacher", "true"], tmp_path)
     expected = ["config.yaml", "log.txt", "metrics.jsonl", "summary.csv", "summary.json", "curves.png", "confusion.png"]
     expected += ["report.md", "samples/classes.png", "student.onnx", "student.pt", "ledger/distill.sqlite"]
     assert [name for name in expected if not (tmp_path / name).is_file()] == []
