@@ -122,7 +122,8 @@ class OracleConfig:
         transport: images go up as uint8 or as float
         provider: auto, cpu, cuda or tensorrt
         batch: images that the teacher computes at once; null: measured once on blank images, and kept in oracle.json.
-            Of a remote teacher: images a call at most; null: 1, and with oip 64 or what the server takes
+            Of a remote teacher: images a call at most (fewer where oracle.reserve could not hold two rounds of them);
+            null: 1, and with oip 64 or what the server takes
         precision: the teacher computes in float32, or in float16 (cuda, tensorrt), which is then held against float32
         cuda_graph: the teacher's work is recorded once and replayed, each piece filled up to batch (cuda, tensorrt)
         output: what the ONNX file puts out: logits, probs or auto

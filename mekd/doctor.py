@@ -15,6 +15,7 @@ EXTRAS = {
     "plot": ("matplotlib",),
     "demo": ("scikit-learn",),
     "dali": ("nvidia-dali-cuda130",),
+    "remote": ("urllib3", "pyrate-limiter"),
     "serve": ("starlette", "uvicorn"),
 }
 
@@ -42,7 +43,7 @@ def doctor() -> int:
     for extra, packages in EXTRAS.items():
         found = {package: _version(package) for package in packages}
         missing = [package for package, v in found.items() if v is None]
-        complete &= not missing or extra in ("dali", "vision", "serve")
+        complete &= not missing or extra in ("dali", "vision", "remote", "serve")
         have = ", ".join(f"{package} {v}" for package, v in found.items() if v)
         hint = f"missing {', '.join(missing)}: pip install {' '.join(missing)}" if missing else ""
         print(f"{extra:<12} {'; '.join(part for part in (have, hint) if part)}")

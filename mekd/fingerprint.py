@@ -119,12 +119,22 @@ def default_name(teacher: TeacherConfig) -> str:
 OIP_BATCH = 64
 
 
+def reserve_of(config: Config) -> int:
+    """The queries of oracle.budget that are left for calls whose fate is unknown: two rounds of calls at least."""
+    oracle = config.oracle
+    assert oracle.budget is not None
+    return max(math.ceil(oracle.reserve * oracle.budget), 2 * (oracle.concurrency or 1))
+
+
 def images_a_call(config: Config) -> int:
-    """Of a remote teacher, as it was asked for: pictures go alone."""
-    teacher = config.teacher
+    """Of a remote teacher, as it was asked for: pictures go alone, and what is in flight fits twice into the reserve."""
+    teacher, oracle = config.teacher, config.oracle
     if teacher.url is not None and teacher.protocol == "hf":
         return 1
-    return config.oracle.batch or (OIP_BATCH if teacher.url is not None else 1)
+    batch = oracle.batch or (OIP_BATCH if teacher.url is not None else 1)
+    if oracle.budget is None:
+        return batch
+    return max(1, min(batch, reserve_of(config) // (2 * (oracle.concurrency or 1))))
 
 
 def store_size(config: Config) -> int:
@@ -135,8 +145,7 @@ def store_size(config: Config) -> int:
             "oracle.budget is null, and the teacher is remote: say how many queries the run may ask with "
             "--oracle.budget N, or the size of its store with --distill.replay N"
         )
-    round_of_calls = (oracle.concurrency or 1) * images_a_call(config)
-    reserve = max(math.ceil(oracle.reserve * oracle.budget), 2 * round_of_calls)
+    reserve = reserve_of(config)
     first = step1.steps * step1.batch if asks(config) else 0
     count = oracle.budget - config.distill.holdout - reserve - first
     if count < config.distill.batch:

@@ -133,7 +133,8 @@ def _forecast(run: Run) -> int:
     config = run.config
     looked = print_data(run)
     image = (3, config.data.size, config.data.size) if not looked else run.image
-    classes = run.num_classes if run.teacher_onnx.is_file() else len(run.data.classes) if looked else IMAGENET
+    given = run.teacher_onnx.is_file() or config.teacher.remote
+    classes = run.num_classes if given else len(run.data.classes) if looked else IMAGENET
     print(f"\nthis configuration: {config.data.name}, {config.data.size} px, {classes} classes, on {run.device}")
     print(f"measured in steps of {SMALL} and {LARGE} images; MB a step and hours are estimates for one process\n")
     heads = ("weights", "MB held", "MB/image", "ms/image", "batch", "MB a step", "images", "hours")
@@ -162,7 +163,7 @@ def _forecast(run: Run) -> int:
 def stages(run: Run, classes: int, image: tuple[int, int, int]) -> Iterator[Need]:
     """The needs of each stage of a run, measured one after the other."""
     config = run.config
-    if not (config.teacher.onnx or config.teacher.checkpoint):
+    if not (config.teacher.onnx or config.teacher.remote or config.teacher.checkpoint):
         name = f"teacher, {config.teacher.arch.removeprefix('torchvision:')}"
         yield _measured(run, classes, image, name, "teacher", ("teacher",), train_teacher)
     pair = ("generator", "discriminator")

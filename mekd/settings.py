@@ -9,7 +9,6 @@ from typing import Any
 from mekd.config import Config
 from mekd.errors import UsageError
 
-
 #: Settings that hold names and values of the user's own.
 MAPPINGS = ("oracle.headers",)
 

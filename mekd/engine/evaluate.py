@@ -112,13 +112,13 @@ def ask_private(run: Run) -> tuple[Replay, int]:
 @contextlib.contextmanager
 def asking(run: Run, name: str) -> Iterator[Oracle]:
     """The oracle with the account NAME, which has no budget: what was answered before is found there."""
-    account = open_account(run, "evaluate", name)
+    account, oracle = open_account(run, "evaluate", name), None
     try:
         with parallel.first_alone():
             oracle = run.open_oracle(account)
         yield oracle
     finally:
-        account.close()
+        (oracle or account).close()
 
 
 def train_baseline(run: Run) -> nn.Module:

@@ -281,20 +281,22 @@ def fresh(
     """
     account = open_account(run, stage, name)
     worker = Worker("oracle") if ahead and asks_ahead(run) else None
+    oracle = None
     try:
         with parallel.first_alone():  # it measures the teacher's batch, and writes TensorRT's engine
             if worker is None:
-                feed = Fresh(name, draw, queries, run.open_oracle(account))
+                oracle = run.open_oracle(account)
+                feed = Fresh(name, draw, queries, oracle)
             else:
-                oracle = worker.submit(lambda: _opened(run, account)).result()
+                asked = worker.submit(lambda: _opened(run, account)).result()
                 every, device = run.config.engine.checkpoint_every, run.device
-                feed = Ahead(name, draw, queries, oracle, worker=worker, every=every, steps=steps, device=device)
-                del oracle
+                feed = Ahead(name, draw, queries, asked, worker=worker, every=every, steps=steps, device=device)
+                del asked
         yield feed
     finally:
         if worker is not None:
             worker.close()
-        account.close()
+        (oracle or account).close()
 
 
 def _opened(run: Run, account: Ledger) -> Oracle:

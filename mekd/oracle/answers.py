@@ -113,14 +113,14 @@ def respond(raw: Raw, meaning: Meaning, num_classes: int, response: str, k: int,
     if meaning.kind in ("logits", "probs") and raw.scores is not None:
         if raw.scores.ndim != 2 or raw.scores.shape[1] != num_classes:
             raise AnswerError(f"the teacher answered scores {raw.scores.shape[1:]}; {num_classes} were expected")
-        scores = torch.from_numpy(np.ascontiguousarray(raw.scores, dtype=np.float32)) / meaning.scale
+        scores = torch.from_numpy(np.array(raw.scores, dtype=np.float32)) / meaning.scale
         return answer(scores, response, output=meaning.kind, k=k, decimals=decimals, step=0.01)
     if meaning.kind == "pairs" and raw.pairs is not None:
         return _from_pairs(raw.pairs, meaning, num_classes, response, k, decimals)
     if meaning.kind == "names" and raw.names is not None:
         return Response("label", None, from_names(raw.names, list(meaning.classes)))
     if meaning.kind == "index" and raw.indices is not None:
-        indices = torch.from_numpy(np.ascontiguousarray(raw.indices).astype(np.int64)).flatten()
+        indices = torch.from_numpy(np.array(raw.indices, dtype=np.int64)).flatten()
         wrong = indices[(indices < 0) | (indices >= num_classes)]
         if len(wrong):
             raise AnswerError(

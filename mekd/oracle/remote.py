@@ -171,7 +171,9 @@ class RemoteOracle(Oracle):
                 answer = self._read(raw, len(images))
                 self.ledger.record(sent, images, answer, down)
                 return answer
-            self._failed.wait(rest)
+            until = time.monotonic() + rest
+            while time.monotonic() < until and not self._failed.wait(min(rest, 0.5)) and not self._stop():
+                pass
             pause = min(2 * pause, LONGEST_S)
 
     def _read(self, raw: Raw, count: int) -> Response:
