@@ -127,7 +127,7 @@ def reserve_of(config: Config) -> int:
 
 
 def images_a_call(config: Config) -> int:
-    """Of a remote teacher, as it was asked for: pictures go alone, and what is in flight fits twice into the reserve."""
+    """Of a remote teacher, as asked for: pictures go alone, and what is in flight fits twice into the reserve."""
     teacher, oracle = config.teacher, config.oracle
     if teacher.url is not None and teacher.protocol == "hf":
         return 1

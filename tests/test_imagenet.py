@@ -62,7 +62,7 @@ def test_doctor_says_what_it_will_need(words: list[str], tmp_path: Path, capsys:
     broken.write_bytes(b"no picture")
     try:
         given = ["--config" if word == "--config" else word for word in words]
-        small = ["--data.size", "32", "--data.resize", "32", "--deprivatize.width", "0.1"]
+        small = ["--data.size", "32", "--data.resize", "32", "--deprivatize.width", "0.1", "--deprivatize.alpha", "0.5"]
         own = given.index("--teacher.onnx")
         status = cli.main(["doctor", *given[:own], *given[own + 2 :], *small])
     finally:
@@ -81,7 +81,16 @@ def test_doctor_does_not_say_that_it_fits_of_data_it_did_not_see(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--data.name", "folder", "--data.path", str(tmp_path / "nowhere"), "--data.size", "16"]
-    words += ["--teacher.arch", "resnet8", "--deprivatize.width", "0.1", "--engine.device", "cpu"]
+    words += [
+        "--teacher.arch",
+        "resnet8",
+        "--deprivatize.width",
+        "0.1",
+        "--deprivatize.alpha",
+        "0.5",
+        "--engine.device",
+        "cpu",
+    ]
     assert cli.main(["doctor", *words]) == 1
     said = capsys.readouterr().out
     assert "nowhere' was NOT looked at" in said and "1000 classes are assumed" in said
@@ -96,7 +105,7 @@ def test_memory_that_does_not_suffice_is_said(
     monkeypatch.setattr(forecast, "memory_mb", lambda device: 1.0)
     config = Config(
         data=DataConfig(name="digits", size=16), teacher=TeacherConfig(arch="resnet8"),
-        deprivatize=DeprivatizeConfig(width=0.1, budget=10), distill=DistillConfig(replay=100),
+        deprivatize=DeprivatizeConfig(alpha=0.5, width=0.1, budget=10), distill=DistillConfig(replay=100),
         engine=EngineConfig(device="cpu"),
     )  # fmt: skip
     assert forecast.forecast(config) == 1
