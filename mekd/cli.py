@@ -144,14 +144,13 @@ def parse(words: list[str]) -> tuple[Config, Path] | None:
             parser.parse_object(tree)  # set_defaults takes text for any type
             parser.set_defaults(dict(flatten(tree)))
         values = parser.instantiate(parser.parse_args([word for word in words if word != "--print_config"]))
+        config = Config(**{name: values[name] for name in Config.__dataclass_fields__})
     except SystemExit:
         return None
     except MekdError:
         raise
     except Exception as error:  # the parser's, and those of the settings' own checks
         raise UsageError(_plain(str(error))) from error
-    fields = {name: values[name] for name in Config.__dataclass_fields__}
-    config = Config(**fields)
     if "--print_config" in words:
         print(dump_yaml(config), end="")
         return None

@@ -322,10 +322,6 @@ class DistillConfig:
         _positive("distill", self, "steps", "batch", "lr", "holdout", "eval_every")
         if self.replay is not None and self.replay < 0:
             raise ValueError(f"distill.replay is {self.replay}; it must be at least 0")
-        if self.keep != "none" and (self.replay == 0 or not weights["image"]):
-            raise ValueError(
-                f"distill.keep is {self.keep!r}, with nothing to keep: distill.replay and distill.image must be above 0"
-            )
 
     def loss_options(self) -> dict[str, Any]:
         """The keyword arguments of MEKDLoss: the preset's, and what was set besides."""
@@ -405,6 +401,15 @@ class Config:
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        step2 = self.distill
+        replays = bool(step2.replay) or (step2.replay is None and self.teacher.remote)
+        if step2.keep != "none" and not (replays and step2.loss_options()["image"]):
+            raise ValueError(
+                f"distill.keep is {step2.keep!r}, with nothing to keep: distill.replay and distill.image must be above "
+                "0"
+            )
 
 
 def _positive(section: str, config: Any, *names: str) -> None:

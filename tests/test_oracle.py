@@ -117,7 +117,7 @@ def test_only_the_question_can_be_reached(connect: Callable[..., Oracle]) -> Non
     oracle.query(pixels(2))
     public = {name for name in dir(oracle) if not name.startswith("_")}
     public_names = {"query", "ledger", "image", "num_classes", "response", "k", "decimals", "transport"}
-    public_names |= {"notes", "close"}
+    public_names |= {"notes", "close", "shown"}
     assert public == public_names
     for name, value in [*vars(oracle).items(), *vars(oracle.ledger).items()]:
         assert not isinstance(value, nn.Module | nn.Parameter | ort.InferenceSession), name

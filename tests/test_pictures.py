@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mekd.config import DistillConfig
+from mekd.config import Config, DistillConfig, TeacherConfig
 from mekd.engine.pictures import Pictures
 from mekd.losses import MEKDLoss
 from mekd.nets import Generator
@@ -74,6 +74,7 @@ def test_a_file_cut_short_says_what_to_do(store: Replay, loss: MEKDLoss) -> None
 
 def test_nothing_to_keep_is_refused() -> None:
     with pytest.raises(ValueError, match=r"distill\.keep is 'uint8'.*distill\.replay"):
-        DistillConfig(keep="uint8")
+        Config(distill=DistillConfig(keep="uint8"))
+    Config(teacher=TeacherConfig(url="http://host/v2/models/m"), distill=DistillConfig(keep="uint8"))
     with pytest.raises(ValueError, match=r"distill\.keep is 'png'.*bfloat16"):
         DistillConfig(replay=10, keep="png")
