@@ -47,7 +47,8 @@ def quote(run: Run) -> list[str]:
         calls = math.ceil(queries / batch)
         line = f"{stage}: {queries:,} queries"
         if queries:
-            line += f", {calls:,} calls, {almost}{queries * pixels / 1e6:,.1f} MB up"
+            line += f", {calls:,} calls" if remote else ""
+            line += f", {almost}{queries * pixels / 1e6:,.1f} MB up"
             if oracle.price is not None:
                 line += f", price {queries * oracle.price:,.2f}"
             seconds = [n / rate for n, rate in ((calls, oracle.rate), (queries, oracle.image_rate)) if rate]
