@@ -10,11 +10,11 @@ from mekd.config import Config
 from mekd.errors import UsageError
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Settings by section as pairs of a dotted name and a value."""
+def flatten(tree: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Settings by section as pairs of a dotted name and a value; a setting may be a mapping itself."""
     found: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        found += flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+        found += [(f"{key}.{name}", one) for name, one in value.items()] if isinstance(value, Mapping) else [(key, value)]
     return found
 
 
