@@ -14,7 +14,8 @@ def flatten(tree: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Settings by section as pairs of a dotted name and a value; a setting may be a mapping itself."""
     found: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        found += [(f"{key}.{name}", one) for name, one in value.items()] if isinstance(value, Mapping) else [(key, value)]
+        within = isinstance(value, Mapping)
+        found += [(f"{key}.{name}", one) for name, one in value.items()] if within else [(key, value)]
     return found
 
 

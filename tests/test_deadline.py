@@ -1,6 +1,5 @@
 """An exchange ends in time however slowly its answer comes, and only that exchange does."""
 
-import threading
 import time
 from pathlib import Path
 
@@ -33,6 +32,6 @@ def test_exchanges_that_end_are_not_struck_later_and_their_thread_ends(teacher_o
             time.sleep(0.15)
         line.close()
         until = time.monotonic() + 5
-        while any(thread.name == "deadlines" for thread in threading.enumerate()):
+        while line._watch._thread is not None:
             assert time.monotonic() < until
             time.sleep(0.02)
