@@ -4,7 +4,9 @@ import sys
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is used for memory alone
 
-NAMES = ("breadth", "data", "kernels", "ledger", "limits", "losses", "matrix", "seeds", "steps", "tree", "tune")
+NAMES = (
+    "breadth", "data", "kernels", "ledger", "limits", "losses", "matrix", "oracle", "seeds", "steps", "tree", "tune",
+)  # fmt: skip
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in NAMES:

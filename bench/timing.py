@@ -68,6 +68,6 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The machine and the rows."""
-    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+def write_json(path: Path, rows: list[dict[str, Any]], more: Mapping[str, Any] | None = None) -> None:
+    """The machine, more of what the figures depend on, and the rows."""
+    path.write_text(json.dumps({"machine": {**machine(), **(more or {})}, "rows": rows}, indent=1) + "\n")

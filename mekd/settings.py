@@ -9,16 +9,13 @@ from typing import Any
 from mekd.config import Config
 from mekd.errors import UsageError
 
-#: Settings that hold names and values of the user's own.
-MAPPINGS = ("oracle.headers",)
 
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Settings by section as pairs of a dotted name and a value."""
+def flatten(tree: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Settings by section as pairs of a dotted name and a value; a setting may be a mapping itself."""
     found: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        section = isinstance(value, Mapping) and prefix + key not in MAPPINGS
-        found += flatten(value, f"{prefix}{key}.") if section else [(f"{prefix}{key}", value)]
+        within = isinstance(value, Mapping)
+        found += [(f"{key}.{name}", one) for name, one in value.items()] if within else [(key, value)]
     return found
 
 

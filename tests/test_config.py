@@ -1,6 +1,7 @@
 """Settings: where they come from, what is refused and how, and that the shipped files are right."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -333,3 +334,12 @@ def _generator() -> Any:
     import torch
 
     return torch.nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_setting_that_is_a_mapping(saved: bool, tmp_path: Path) -> None:
+    headers = {"X-Api-Key": "{env:KEY}", "X.Y": "1"}
+    config, _ = parsed("--oracle.headers", json.dumps(headers))
+    if saved:  # as a run saves it
+        config, _ = parsed("--config", write(tmp_path, dump_yaml(config)))
+    assert config.oracle.headers == headers

@@ -125,6 +125,14 @@ def test_an_empty_folder_is_not_made_by_looking(tmp_path: Path) -> None:
         store.load_state_dict({"begun": True})
 
 
+@pytest.mark.parametrize("more", [1, 5000])
+def test_a_store_grows_by_any_number(tmp_path: Path, more: int) -> None:
+    images, response = drawn()
+    fill(Replay(tmp_path, COUNT), images, response)
+    grown = Replay(tmp_path, COUNT + more, grows=True)
+    check(grown.read(slice(0, COUNT)), images, response)
+
+
 @pytest.mark.parametrize("count", [COUNT - 1, COUNT + 1])
 def test_another_count(tmp_path: Path, count: int) -> None:
     fill(Replay(tmp_path, COUNT), *drawn())

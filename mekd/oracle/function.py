@@ -19,7 +19,7 @@ class Function:
     """Calls of function(images), images uint8 (m, H, W, ch) as NumPy; one at a time unless several may be in flight.
 
     It gives scores (m, C), class indices (m,), names, or for each image a list of (name, score). What it raises is of
-    unknown fate, and is asked again; mekd.Refused is free.
+    unknown fate, and is asked again; mekd.oracle.http.Refused is free.
     """
 
     def __init__(self, function: Callable[[np.ndarray], Any], alone: bool) -> None:

@@ -5,6 +5,7 @@ urllib3 does the protocol. It repeats nothing and follows no redirect: each atte
 
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -110,6 +111,7 @@ class Line:
         self._own = threading.local()
         self._open: set[Any] = set()
         self._lock = threading.Lock()
+        self._watch = _Watch(timeout)
 
     def exchange(
         self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None, *,
@@ -126,8 +128,7 @@ class Line:
         sent |= {k: self.secrets.expand(f"oracle.headers {k}", v) for k, v in self._headers.items()}
         target = url.path.rstrip("/") + path + (f"?{url.query}" if url.query else "")
         connection = self._connect(url)
-        deadline = time.monotonic() + self.timeout
-        guard = _Deadline(connection, self.timeout)
+        begun = self._watch.begin(connection)
         try:
             connection.request(method, target or "/", body=body, headers=sent, preload_content=False)
             response = connection.getresponse()
@@ -140,9 +141,9 @@ class Line:
                 size += len(part)
                 if size > limit:
                     raise ServiceError(self._too_large(size, limit))
-                if time.monotonic() > deadline:
+                if time.monotonic() > begun.until:
                     raise TimeoutError
-            if guard.struck:
+            if begun.struck:
                 raise TimeoutError
             found = {name.lower(): value for name, value in response.headers.items()}
             reply = Reply(response.status, found, b"".join(parts))
@@ -151,12 +152,12 @@ class Line:
             raise
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             self._drop(connection)
-            if guard.struck or isinstance(error, TimeoutError):
+            if begun.struck or isinstance(error, TimeoutError):
                 raise Lost(f"no whole answer in {self.timeout:g} s (oracle.timeout)") from None
             raise Lost(self.secrets.hide(f"the connection broke: {_said(error)}")) from None
         finally:
-            guard.end()
-        if reply.status >= 500 or reply.headers.get("connection", "").lower() == "close":
+            self._watch.end(begun)
+        if begun.struck or reply.status >= 500 or reply.headers.get("connection", "").lower() == "close":
             self._drop(connection)  # servers reset what is pooled after a fault of theirs
         return reply
 
@@ -172,6 +173,7 @@ class Line:
             for connection in self._open:
                 connection.close()
             self._open.clear()
+        self._watch.look()
 
     def _connect(self, url: Any) -> Any:
         """This thread's connection, open; Refused where the host does not take it, ServiceError where it never will."""
@@ -217,25 +219,53 @@ class Line:
         )
 
 
-class _Deadline:
-    """Ends a connection when its time is up, whatever it is doing."""
+class _Exchange:
+    """A connection in use until a moment of time.monotonic(); struck: whether it was ended for being late."""
 
-    def __init__(self, connection: Any, seconds: float) -> None:
-        self.struck = False
-        self._connection = connection
-        self._timer = threading.Timer(seconds, self._strike)
-        self._timer.daemon = True
-        self._timer.start()
+    def __init__(self, connection: Any, until: float) -> None:
+        self.connection, self.until, self.struck = connection, until, False
 
-    def end(self) -> None:
-        self._timer.cancel()
 
-    def _strike(self) -> None:
-        import socket
+class _Watch:
+    """Ends connections when their time is up, whatever they are doing: one thread, while anything is in use."""
 
-        self.struck = True
-        with suppress(OSError, AttributeError):
-            self._connection.sock.shutdown(socket.SHUT_RDWR)
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._changed = threading.Condition()
+        self._open: dict[_Exchange, None] = {}  # all may take as long, so the oldest is due first
+        self._thread: threading.Thread | None = None
+
+    def begin(self, connection: Any) -> _Exchange:
+        with self._changed:
+            begun = _Exchange(connection, time.monotonic() + self._seconds)
+            self._open[begun] = None
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="deadlines", daemon=True)
+                self._thread.start()
+        return begun
+
+    def end(self, exchange: _Exchange) -> None:
+        """It is not struck afterwards."""
+        with self._changed:
+            self._open.pop(exchange, None)
+
+    def look(self) -> None:
+        """Let the thread end if nothing is in use."""
+        with self._changed:
+            self._changed.notify()
+
+    def _work(self) -> None:
+        with self._changed:
+            while self._open:
+                oldest = next(iter(self._open))
+                if (left := oldest.until - time.monotonic()) > 0:
+                    self._changed.wait(left)
+                    continue
+                del self._open[oldest]
+                oldest.struck = True
+                with suppress(OSError, AttributeError):
+                    oldest.connection.sock.shutdown(socket.SHUT_RDWR)
+            self._thread = None
 
 
 def judged(line: Line, reply: Reply) -> Reply:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mekd.errors import UsageError
 from mekd.oracle.answers import Raw
 from mekd.oracle.http import Line, Lost, Refused, Reply, ServiceError, judged
 from mekd.oracle.response import AnswerError
@@ -225,6 +226,8 @@ def _json(line: Line, path: str, quiet: bool = False) -> dict[str, Any]:
     try:
         reply = judged(line, line.exchange("GET", path))
         found = json.loads(reply.body)
+    except UsageError:
+        raise  # a secret that is missing
     except (Refused, Lost, ServiceError, ValueError) as error:
         if quiet:
             return {}
