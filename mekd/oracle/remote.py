@@ -13,7 +13,7 @@ from torch import Tensor
 from mekd.errors import MekdError, UsageError
 from mekd.oracle.answers import Meaning, Raw, establish, respond
 from mekd.oracle.base import Oracle
-from mekd.oracle.http import Lost, Refused, ServiceError
+from mekd.oracle.http import Denied, Lost, Refused, ServiceError
 from mekd.oracle.images import Encoding
 from mekd.oracle.response import AnswerError, Response
 
@@ -26,7 +26,7 @@ class Service(Protocol):
     """A way to reach a teacher. One call holds some images, as they are sent."""
 
     def call(self, images: list[bytes] | Tensor) -> tuple[Raw, int]:
-        """The answer and its bytes; raises Refused, Lost, ServiceError, AnswerError."""
+        """The answer and its bytes; raises Refused, Lost, Denied, ServiceError, AnswerError."""
         ...
 
     def close(self) -> None:
@@ -154,6 +154,9 @@ class RemoteOracle(Oracle):
             sent = self.ledger.intend(images, row, up)
             try:
                 raw, down = self._service.call(payload)
+            except (Denied, UsageError):  # the user's to mend, and nothing was paid
+                self.ledger.refuse(sent)
+                raise
             except Refused as error:
                 self.ledger.refuse(sent)
                 rest = max(pause * random.uniform(0.5, 1.5), error.after or 0.0)
