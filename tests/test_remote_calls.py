@@ -137,7 +137,7 @@ def test_a_server_that_asks_to_wait_beyond_patience_is_not_waited_for() -> None:
 def test_three_lost_attempts_are_the_end(tmp_path: Path) -> None:
     service = Fake([Lost("no whole answer")] * 5)
     oracle = connect(service, tmp_path, budget=100, batch=4)
-    with pytest.raises(ServiceGone, match="no whole answer. That was the attempt 3 of one call whose fate is unknown"):
+    with pytest.raises(ServiceGone, match=r"no whole answer\. That was the attempt 3 of one call whose fate is"):
         oracle.query(images(4))
     assert oracle.ledger.left == 100 - 12
     oracle.close()
@@ -149,7 +149,7 @@ def test_three_lost_attempts_are_the_end(tmp_path: Path) -> None:
 def test_what_is_lost_counts_against_the_budget(tmp_path: Path) -> None:
     oracle = connect(Fake([Lost("cut")] * 5), tmp_path, budget=9, batch=4)
     with pytest.raises(
-        BudgetSpent, match="s.budget is 9 queries, 8 are spent and the next call has 4; it was not sent"
+        BudgetSpent, match=r"s\.budget is 9 queries, 8 are spent and the next call has 4; it was not sent"
     ):
         oracle.query(images(4))
     oracle.close()
@@ -212,7 +212,7 @@ def test_a_resumed_ledger_pays_only_what_is_missing_however_it_is_cut(tmp_path: 
 def test_the_budget_is_hard_under_sixteen_threads(tmp_path: Path) -> None:
     service = Fake(pause=lambda call: 0.002)
     oracle = connect(service, tmp_path, budget=37, batch=3, concurrency=16)
-    with pytest.raises(BudgetSpent, match="s.budget is 37"):
+    with pytest.raises(BudgetSpent, match=r"s\.budget is 37"):
         oracle.query(images(90))
     assert service.images <= 37 and service.images == oracle.ledger.counts["queries"]
     oracle.close()

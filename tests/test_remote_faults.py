@@ -15,80 +15,24 @@ from typing import Any
 import pytest
 import torch
 
-from fake_service import CLASSES, IMAGE, images
-from ledger_teacher import counts, rows
+from fake_service import IMAGE, images
 from mekd.errors import MekdError, UsageError
 from mekd.oracle import remote
-from mekd.oracle.answers import Meaning
-from mekd.oracle.hf import Pictures
-from mekd.oracle.http import Line, ServiceError
-from mekd.oracle.images import Encoding
-from mekd.oracle.ledger import Ledger
-from mekd.oracle.oip import Model, Oip, describe
-from mekd.oracle.remote import RemoteOracle, ServiceGone
-from mekd.oracle.response import AnswerError
-from raw_server import chunked, dripping, pairs, reply, scripted, silent, tensor
-
-NAMES = ("cat", "dog", "owl", "elk")
-MODEL = Model("x", "UINT8", False, "probs", CLASSES, None, False, False, (), None, "")
-SHARES = [0.5, 0.25, 0.125, 0.125]
-GOOD = {"hf": pairs(cat=0.5, dog=0.25), "oip": tensor(SHARES, [1, CLASSES])}
+from mekd.oracle.http import ServiceError
+from mekd.oracle.remote import ServiceGone
+from raw_server import chunked, dripping, reply, scripted, silent, tensor
+from remote_ask import GOOD, ask, assert_right, connect, good, paid
 
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call that failed is repeated at once; no proxy stands between."""
+    """A call that failed is repeated at once."""
     monkeypatch.setattr(remote, "PAUSE_S", 0.001)
 
 
 @pytest.fixture(params=["hf", "oip"])
 def protocol(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-def good(protocol: str) -> bytes:
-    return reply(200, GOOD[protocol])
-
-
-def connect(
-    protocol: str, url: str, folder: Path, *, timeout: float = 10.0, headers: dict[str, str] | None = None,
-    budget: int | None = None, model: Model = MODEL, k: int | None = None, unknown: str = "error", **options: Any,
-) -> RemoteOracle:  # fmt: skip
-    line = Line(url, headers or {}, timeout)
-    hf = protocol == "hf"
-    service = Pictures(line, "png", CLASSES) if hf else Oip(line, model, CLASSES, mean=[0.0], std=[1.0], k=k)
-    kind = "pairs" if hf or k else "probs"
-    ledger = Ledger("s", folder, budget)
-    ledger.rewind(0)
-    options = {
-        "meaning": Meaning(kind, 1.0, "so", NAMES, unknown),
-        "response": "topk" if hf or k else "probs",
-    } | options
-    encoding = Encoding("png") if hf else Encoding()
-    return RemoteOracle(service, IMAGE, CLASSES, k=2, encoding=encoding, ledger=ledger, **options)
-
-
-def ask(protocol: str, url: str, folder: Path, m: int = 1, **options: Any) -> Any:
-    """The answer to m images, or the error; the account is closed."""
-    oracle = connect(protocol, url, folder, **options)
-    try:
-        return oracle.query(images(m))
-    except (MekdError, UsageError) as error:
-        return error
-    finally:
-        oracle.close()
-
-
-def assert_right(protocol: str, answer: Any) -> None:
-    if isinstance(answer, Exception):
-        raise answer
-    assert torch.equal(answer.values[0], torch.tensor(SHARES[:2] if protocol == "hf" else SHARES))
-
-
-def paid(folder: Path) -> tuple[int, int, int]:
-    """Queries, uncertain ones, attempts."""
-    found = counts(folder)
-    return found["queries"], found["uncertain"], rows(folder, "SELECT count(*) FROM calls")[0][0]
 
 
 REFUSALS = [
@@ -218,7 +162,7 @@ ECHOES: list[Callable[[str], bytes]] = [
     lambda token: reply(200, json.dumps({"error": f"the token {token} has expired"})),
     lambda token: reply(200, json.dumps("y" * 110 + token)),
     lambda token: reply(200, json.dumps([{"label": token, "score": 0.5}])),
-    lambda token: reply(200, json.dumps({"outputs": [{"name": token, "shape": [1, 1], "datatype": "FP32", "data": [1]}]})),
+    lambda token: reply(200, tensor([1], [1, 1], name=token)),
     lambda token: reply(200, tensor([1], [1], token)),
     lambda token: reply(200, token),
     lambda token: reply(302, Location=token),
@@ -321,68 +265,6 @@ def test_answers_may_be_chunked_and_compressed(protocol: str, encoding: str, tmp
     assert isinstance(error, ServiceError) and "the rest was not read" in str(error)
 
 
-GARBAGE = [
-    b"", b"{", b"null", b"[]]", b"\xff\xfe", b"17", b'"text"', b"{}", b"[1]", b'[{"label": "cat"}]', b"[" * 60_000,
-    b'[{"label": "cat", "score": null}]', b'[{"label": "cat", "score": "high"}]', b'[{"label": "cat", "score": NaN}]',
-    b'[{"label": "cat", "score": 1' + b"0" * 400 + b"}]", b'[{"label": "cat", "score": Infinity}]', b"[[[]]]",
-    b'{"outputs": 3}', b'{"outputs": [3]}', b'{"outputs": []}', b'{"outputs": [{}]}', b'{"outputs": null}',
-    tensor([1], []), tensor([0.5] * 4, [1, 5]), tensor(SHARES, [4]), tensor(SHARES, [1, -1]), tensor("text", [1, 4]),
-    tensor(SHARES, [1, 4], name="other"), tensor(SHARES, [1, 4], "BF16"), tensor(SHARES, [1, 4], "STRING"),
-    tensor([1e400, 0, 0, 0], [1, 4]), tensor([float("nan")] * 4, [1, 4]), tensor([9**99] * 4, [1, 4], "INT64"),
-    tensor(SHARES, [float("inf")]), tensor([None] * 4, [1, 4]), tensor([0.9, 0.9, 0.9, 0.9], [1, 4]),  # type: ignore[list-item]
-    tensor([["a", "b"], ["c"]], [1, 4], "BYTES"), tensor([4], [1], "INT64"), tensor(SHARES * 2, [1, 8]),
-    b'{"outputs": [{"name": "probs", "shape": [1, 4], "datatype": "FP32", "parameters": {"binary_data_size": -3}}]}',
-    b'{"outputs": [{"name": "probs", "shape": [1, 4], "datatype": "FP32", "parameters": {"binary_data_size": "x"}}]}',
-    b'{"outputs": [{"name": "probs", "shape": [1, 4], "datatype": "FP32", "parameters": 3}]}',
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("meant", [True, False])
-@pytest.mark.parametrize("body", GARBAGE, ids=range(len(GARBAGE)))
-def test_garbage_is_no_answer(protocol: str, body: bytes, meant: bool, tmp_path: Path) -> None:
-    """A message, never a traceback; it was paid once, and is not asked for again."""
-    options = {} if meant else {"meaning": None}
-    with scripted(reply(200, body), reply(200, body)) as server:
-        error = ask(protocol, server.url, tmp_path, **options)
-        assert isinstance(error, AnswerError), error
-        assert len(server.requests) == 1
-    assert str(error).startswith(("the teacher", "the first answer")) and len(str(error)) < 600, error
-    assert paid(tmp_path) == (0, 1, 1)
-
-
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_another_number_of_answers_is_refused(count: int, tmp_path: Path) -> None:
-    with scripted(reply(200, tensor(SHARES * count, [count, CLASSES]))) as server:
-        error = ask("oip", server.url, tmp_path, m=2, batch=2)
-    assert isinstance(error, AnswerError) and f"answered {count} of 2 images" in str(error)
-    assert paid(tmp_path) == (0, 2, 1)
-
-
-def test_a_name_that_is_no_class(tmp_path: Path) -> None:
-    body = reply(200, pairs(cat=0.5, yak=0.25))
-    with scripted(body) as server:
-        error = ask("hf", server.url, tmp_path / "error")
-    assert isinstance(error, AnswerError)
-    assert "'yak', which is not among the 4 classes" in str(error) and "--oracle.unknown rest" in str(error)
-    with scripted(body) as server:
-        answer = ask("hf", server.url, tmp_path / "rest", unknown="rest")
-    assert answer.indices.tolist() == [[0, -1]] and answer.values.tolist() == [[0.5, 0.0]]
-    assert paid(tmp_path / "rest") == (1, 0, 1)
-
-
-def test_the_classification_extension(tmp_path: Path) -> None:
-    values = ["0.25:1:dog", "0.5:0:cat", "0.875:3:elk", "0.125:0"]
-    with scripted(reply(200, tensor(values, [2, 2], "BYTES")), reply(200, tensor(values[:3], [3], "BYTES"))) as server:
-        answer = ask("oip", server.url, tmp_path, m=2, batch=2, k=2, meaning=Meaning("pairs", 1.0, "so"))
-        assert answer.indices.tolist() == [[0, 1], [3, 0]] and answer.values.tolist() == [[0.5, 0.25], [0.875, 0.125]]
-        error = ask("oip", server.url, tmp_path / "odd", m=2, batch=2, k=2, meaning=Meaning("pairs", 1.0, "so"))
-    assert isinstance(error, AnswerError) and "3 classes for 2 images" in str(error)
-    for wrong in (["0.5"], ["high:1"], [":"], ["0.5:12"], ["nan:1"]):
-        with scripted(reply(200, tensor(wrong, [1, 1], "BYTES"))) as server:
-            error = ask("oip", server.url, tmp_path / wrong[0], k=2, meaning=Meaning("pairs", 1.0, "so"))
-        assert isinstance(error, AnswerError), (wrong, error)
-
-
 def test_pixels_go_up_as_pixels(tmp_path: Path) -> None:
     """What a float transport holds is no pixel: a uint8 input would get 0 and 1 for it."""
     with scripted(good("oip")) as server:
@@ -390,31 +272,9 @@ def test_pixels_go_up_as_pixels(tmp_path: Path) -> None:
         sent = json.loads(server.requests[0][2])["inputs"][0]
     assert sent["datatype"] == "UINT8" and sent["data"] == images(1).flatten().tolist()
     with scripted(good("oip")) as server:
-        with pytest.raises(UsageError, match="oracle.transport is 'float', but the model takes UINT8"):
+        with pytest.raises(UsageError, match=r"oracle\.transport is 'float', but the model takes UINT8"):
             connect("oip", server.url, tmp_path / "float", transport="float").query(torch.zeros(1, *IMAGE))
         assert not server.requests
-
-
-METADATA = [
-    b"{}", b"[]", b"null", b"", b"<html>", b"[" * 100_000, b'{"inputs": 3}', b'{"inputs": [3]}', b'{"inputs": [{}]}',
-    b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": 3}]}', b'{"inputs": {"name": "x"}}', b'{"outputs": [[]]}',
-    b'{"inputs": [{"name": "x", "datatype": ["FP32"], "shape": [1, 2, 3, 3]}]}',
-    b'{"outputs": [{"name": "y"}], "versions": 3}', b'{"outputs": [{"name": "y", "shape": []}]}', b"\xff",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("body", METADATA, ids=range(len(METADATA)))
-def test_metadata_that_say_nothing_or_nonsense(body: bytes) -> None:
-    with scripted(*[reply(200, body)] * 3) as server:
-        line = Line(f"{server.url}/v2/models/m", {}, 5)
-        try:
-            found = describe(line, 1, input_name=None, output_name=None, transport="uint8", binary=None)
-        except ServiceError as error:
-            assert body != b"{}" and ("teacher.url" in str(error) or "mekd sends UINT8" in str(error)), error
-        else:
-            assert found.classes is None
-        finally:
-            line.close()
 
 
 def test_secrets_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

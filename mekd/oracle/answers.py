@@ -141,7 +141,9 @@ def _from_pairs(
     for row, named in enumerate(pairs):
         found: dict[int, float] = {}
         for name, score in named:
-            at = index.get(name, int(name) if not index and name.isdecimal() and int(name) < num_classes else -1)
+            number = int(name) if not index and name.isdecimal() and len(name) < 10 else num_classes
+            at = index.get(name, number if number < num_classes else -1)
+            name = name[:80]
             share = score / meaning.scale
             if not 0 <= share <= 1.01:
                 raise AnswerError(
