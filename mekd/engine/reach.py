@@ -18,7 +18,7 @@ from mekd.oracle.hf import Pictures
 from mekd.oracle.http import Line, ServiceError
 from mekd.oracle.images import Encoding
 from mekd.oracle.ledger import Ledger
-from mekd.oracle.oip import Model, Oip, describe
+from mekd.oracle.oip import Model, Oip, check_transport, describe
 from mekd.oracle.remote import Rate, RemoteOracle, Service
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def look(run: "Run") -> About:
         load(teacher.python)
     elif teacher.protocol == "oip":
         model = _model(run)
+        check_transport(model, oracle.transport)
         notes = [model.note]
     else:
         _line(run).check()

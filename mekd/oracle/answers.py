@@ -70,6 +70,8 @@ def _scores(scores: np.ndarray, num_classes: int, output: str, more: dict[str, A
             "meant: say that --oracle.num_classes with another --out, or name another output with "
             "--oracle.output_name"
         )
+    if not np.isfinite(scores.max(1)).all():
+        raise AnswerError("the teacher answered NaN or infinity to the first image")
     low, high, total = (float(x) for x in (scores.min(), scores.max(), scores[0].sum()))
     said = f"the first answer runs from {low:.4g} to {high:.4g} and sums to {total:.4g}"
     limit = sum_limit(num_classes, 0.01)
@@ -139,7 +141,9 @@ def _from_pairs(
     for row, named in enumerate(pairs):
         found: dict[int, float] = {}
         for name, score in named:
-            at = index.get(name, int(name) if not index and name.isdecimal() and int(name) < num_classes else -1)
+            number = int(name) if not index and name.isdecimal() and len(name) < 10 else num_classes
+            at = index.get(name, number if number < num_classes else -1)
+            name = name[:80]
             share = score / meaning.scale
             if not 0 <= share <= 1.01:
                 raise AnswerError(

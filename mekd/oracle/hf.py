@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -27,24 +28,27 @@ class Pictures:
         reply = judged(self._line, self._line.exchange("POST", "", body, {"content-type": kind}, limit=limit))
         try:
             found = json.loads(reply.body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise AnswerError(f"the teacher's answer is no JSON ({error}): is teacher.protocol right?") from error
-        return Raw(pairs=[named(found)]), len(reply.body)
+        return Raw(pairs=[named(found, self._line.secrets.hide)]), len(reply.body)
 
     def close(self) -> None:
         self._line.close()
 
 
-def named(found: Any) -> list[tuple[str, float]]:
-    """[{"label", "score"}, ...], or that in a list of its own, as names and scores; AnswerError for anything else."""
+def named(found: Any, hide: Callable[[str], str] = str) -> list[tuple[str, float]]:
+    """[{"label", "score"}, ...], or that in a list of its own, as names and scores; AnswerError for anything else.
+
+    hide: takes secrets out of what a server says.
+    """
     if isinstance(found, list) and len(found) == 1 and isinstance(found[0], list):
         found = found[0]
     try:
         if not isinstance(found, list):
             raise TypeError
-        pairs = [(str(entry["label"]), float(entry["score"])) for entry in found]
-    except (TypeError, KeyError, ValueError):
-        shown = json.dumps(found)[:120] if not isinstance(found, str) else found[:120]
+        pairs = [(hide(str(entry["label"])), float(entry["score"])) for entry in found]
+    except (TypeError, KeyError, ValueError, OverflowError):
+        shown = hide(found if isinstance(found, str) else json.dumps(found))[:120]
         raise AnswerError(
             f'the teacher answered {shown}; it must be [{{"label": name, "score": number}}, ...]'
         ) from None

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -18,6 +19,7 @@ from mekd.errors import MekdError, UsageError
 
 _SECRET = re.compile(r"\{(env|file):([^{}]+)\}")
 _CHUNK = 1 << 16
+_PAGE = 1 << 16  # bytes of an error's body that are read
 
 
 class Refused(Exception):
@@ -34,6 +36,10 @@ class Lost(Exception):
 
 class ServiceError(MekdError, RuntimeError):
     """The service cannot be asked as it was asked, or answers what cannot be used."""
+
+
+class Denied(ServiceError):
+    """The service cannot be asked as it was asked, and the attempt certainly cost nothing."""
 
 
 class Reply(NamedTuple):
@@ -119,8 +125,9 @@ class Line:
     ) -> Reply:  # fmt: skip
         """Send one request and read its answer, of limit bytes at most; path follows the address.
 
-        Raises Refused where nothing was sent, Lost where its fate is unknown, ServiceError for a host that cannot be
-        asked at all and for an answer that is too large. Statuses are the caller's to judge.
+        Raises Refused where nothing was sent, Lost where its fate is unknown, Denied for a host that cannot be asked at
+        all, ServiceError for an answer that is too large; of what is no answer, the first bytes are read. Statuses are
+        the caller's to judge.
         """
         urllib3 = _urllib3()
         url = urlsplit(self.secrets.expand("teacher.url", self.url))
@@ -132,14 +139,15 @@ class Line:
         try:
             connection.request(method, target or "/", body=body, headers=sent, preload_content=False)
             response = connection.getresponse()
-            parts, size = [], 0
+            parts, size, answers = [], 0, response.status == 200
+            most = limit if answers else _PAGE
             announced = response.headers.get("content-length", "")
-            if announced.isdigit() and int(announced) > limit:
+            if answers and announced.isdigit() and int(announced) > limit:
                 raise ServiceError(self._too_large(int(announced), limit))
-            while part := response.read(min(_CHUNK, limit + 1 - size), decode_content=True):
+            while size <= most and (part := response.read(min(_CHUNK, most + 1 - size), decode_content=True)):
                 parts.append(part)
                 size += len(part)
-                if size > limit:
+                if answers and size > limit:
                     raise ServiceError(self._too_large(size, limit))
                 if time.monotonic() > begun.until:
                     raise TimeoutError
@@ -150,14 +158,15 @@ class Line:
         except ServiceError:
             self._drop(connection)
             raise
-        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+        except (urllib3.exceptions.HTTPError, HTTPException, OSError, ValueError) as error:
             self._drop(connection)
             if begun.struck or isinstance(error, TimeoutError):
                 raise Lost(f"no whole answer in {self.timeout:g} s (oracle.timeout)") from None
             raise Lost(self.secrets.hide(f"the connection broke: {_said(error)}")) from None
         finally:
             self._watch.end(begun)
-        if begun.struck or reply.status >= 500 or reply.headers.get("connection", "").lower() == "close":
+        late = begun.struck or size > most
+        if late or reply.status >= 500 or reply.headers.get("connection", "").lower() == "close":
             self._drop(connection)  # servers reset what is pooled after a fault of theirs
         return reply
 
@@ -176,7 +185,7 @@ class Line:
         self._watch.look()
 
     def _connect(self, url: Any) -> Any:
-        """This thread's connection, open; Refused where the host does not take it, ServiceError where it never will."""
+        """This thread's connection, open; Refused where the host does not take it, Denied where it never will."""
         urllib3 = _urllib3()
         connection = getattr(self._own, "connection", None)
         if connection is not None and connection.is_connected:
@@ -193,7 +202,7 @@ class Line:
             connection.close()
             said = self.secrets.hide(_said(error))
             if _is_about_certificates(error):
-                raise ServiceError(
+                raise Denied(
                     f"{self._host()} shows no certificate that is trusted here, and nothing was sent: "
                     f"{said}. Check the address; for one of your own, set SSL_CERT_FILE in the environment to its file"
                 ) from None
@@ -223,7 +232,8 @@ class _Exchange:
     """A connection in use until a moment of time.monotonic(); struck: whether it was ended for being late."""
 
     def __init__(self, connection: Any, until: float) -> None:
-        self.connection, self.until, self.struck = connection, until, False
+        self.socket = connection.sock  # a connection that will close lets go of it before its answer is read
+        self.until, self.struck = until, False
 
 
 class _Watch:
@@ -263,31 +273,32 @@ class _Watch:
                     continue
                 del self._open[oldest]
                 oldest.struck = True
-                with suppress(OSError, AttributeError):
-                    oldest.connection.sock.shutdown(socket.SHUT_RDWR)
+                with suppress(OSError):
+                    oldest.socket.shutdown(socket.SHUT_RDWR)
             self._thread = None
 
 
 def judged(line: Line, reply: Reply) -> Reply:
-    """The reply, if it is an answer; by its status Refused, Lost, or ServiceError with the server's own words."""
+    """The reply, if it is an answer; else Refused, Lost, Denied or ServiceError with the server's own words."""
     if reply.status == 200:
         return reply
-    said = line.secrets.hide(words(reply))
+    said = words(reply._replace(body=line.secrets.hide(reply.body.decode("utf-8", "replace")).encode()))
     status = f"{line._host()} answered {reply.status}" + (f": {said}" if said else "")
     if reply.status == 429 or (reply.status == 503 and "queue" in said.lower()):
         raise Refused(status, _retry_after(reply))
     if reply.status in (408, 500, 502, 503, 504):
         raise Lost(status)
     if 300 <= reply.status < 400:
-        raise ServiceError(
-            f"{line._host()} sends elsewhere ({reply.status}), to {reply.headers.get('location', 'nowhere')!r}; mekd "
+        where = line.secrets.hide(reply.headers.get("location", "nowhere"))[:300]
+        raise Denied(
+            f"{line._host()} sends elsewhere ({reply.status}), to {where!r}; mekd "
             "does not follow, since images and keys would go there too. Give that address with --teacher.url if it is "
             "the right one"
         )
     if reply.status in (401, 403):
-        status += ". Check the key in oracle.headers"
-    elif reply.status == 404:
-        status += ". Check the path of teacher.url"
+        raise Denied(f"{status}. Check the key in oracle.headers")
+    if reply.status == 404:
+        raise Denied(f"{status}. Check the path of teacher.url")
     raise ServiceError(status)
 
 

@@ -34,10 +34,12 @@ class Encoding(NamedTuple):
 
 
 def resized(images: Tensor, size: int | None) -> Tensor:
-    """uint8 images (m, ch, S, S) with another side, bilinear and antialiased, the same on every machine."""
+    """Images (m, ch, S, S) with another side, bilinear and antialiased; of the same type, uint8 rounded."""
     if size is None or images.shape[-1] == size:
         return images
     larger = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    if images.is_floating_point():
+        return larger
     return larger.round().clamp(0, 255).to(torch.uint8)
 
 

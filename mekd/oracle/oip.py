@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,11 @@ _TYPES = {
     "UINT8": np.uint8, "FP32": np.float32, "FP16": np.float16, "FP64": np.float64, "INT64": np.int64, "INT32": np.int32,
 }  # fmt: skip
 _FLOATS = ("FP32", "FP16", "FP64")
+_READ = _TYPES | {
+    "INT8": np.int8, "INT16": np.int16, "UINT16": np.uint16, "UINT32": np.uint32, "UINT64": np.uint64,
+}  # fmt: skip
+#: What reading a tree of another shape than the expected one raises.
+_STRANGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -47,17 +53,39 @@ def describe(
     line: Line, channels: int, *, input_name: str | None, output_name: str | None, transport: str, binary: bool | None
 ) -> Model:
     """Ask the server what the model is; nothing of it is paid. ServiceError where it cannot be an image classifier."""
-    said = _json(line, "")
+    said, extensions, limits = _json(line, ""), _extensions(line), _json(line, "/config", quiet=True)
+    try:
+        return _model(said, extensions, limits, channels, input_name, output_name, transport, binary)
+    except _STRANGE as error:
+        raise ServiceError(
+            f"the model's metadata are not of the Open Inference Protocol ({error!r}): is teacher.url "
+            "http://HOST:PORT/v2/models/NAME?"
+        ) from None
+
+
+def check_transport(model: Model, transport: str) -> None:
+    """Raise UsageError where pixels are taken and unrounded values would be sent."""
+    if model.datatype == "UINT8" and transport == "float":
+        raise UsageError("oracle.transport is 'float', but the model takes UINT8: say --oracle.transport uint8")
+
+
+def _extensions(line: Line) -> list[str]:
+    """What the server offers besides the protocol itself."""
     about = line.url.split("/models/")[0] if "/models/" in line.url else None
-    extensions: list[str] = []
-    if about is not None:
-        server = Line(about, line._headers, line.timeout)
-        try:
-            extensions = list(_json(server, "").get("extensions") or [])
-        except (ServiceError, Refused, Lost):
-            extensions = []  # a server may keep this to itself
-        finally:
-            server.close()
+    if about is None:
+        return []
+    server = Line(about, line._headers, line.timeout)
+    try:  # a server may keep this to itself
+        said = _json(server, "", quiet=True).get("extensions")
+    finally:
+        server.close()
+    return [str(name) for name in said] if isinstance(said, list) else []
+
+
+def _model(
+    said: dict[str, Any], extensions: list[str], limits: dict[str, Any], channels: int, input_name: str | None,
+    output_name: str | None, transport: str, binary: bool | None,
+) -> Model:  # fmt: skip
     inputs, outputs = list(said.get("inputs") or []), list(said.get("outputs") or [])
     source = _named(inputs, input_name, "input", "oracle.input_name")
     sink = _named(outputs, output_name, "output", "oracle.output_name")
@@ -78,7 +106,7 @@ def describe(
     if shape[1] != shape[2]:
         raise ServiceError(f"the model takes images of {shape[1]} x {shape[2]} pixels; mekd draws square ones")
     width = sink["shape"][-1] if sink and len(sink["shape"]) > 1 and sink["datatype"] in _FLOATS else None
-    most = _json(line, "/config", quiet=True).get("max_batch_size")
+    most = limits.get("max_batch_size")
     model = Model(
         input=source["name"] if source else input_name or "input",
         datatype=datatype,
@@ -114,7 +142,10 @@ class Oip:
         body, headers = self._request(images)
         limit = (1 << 20) + len(images) * (64 * self._classes + 1024)
         reply = judged(self._line, self._line.exchange("POST", "/infer", body, headers, limit=limit))
-        return self._answer(reply, len(images)), len(reply.body)
+        try:
+            return self._answer(reply, len(images)), len(reply.body)
+        except AnswerError as error:
+            raise AnswerError(self._line.secrets.hide(str(error))) from None
 
     def close(self) -> None:
         self._line.close()
@@ -122,6 +153,7 @@ class Oip:
     def _request(self, images: Tensor) -> tuple[bytes, dict[str, str]]:
         model = self._model
         values = images
+        check_transport(model, "float" if images.is_floating_point() else "uint8")
         if model.datatype != "UINT8":
             values = images.float() / 255 if images.dtype == torch.uint8 else images.add(1).mul(0.5)
             values = (values - self._shift) / self._spread
@@ -155,7 +187,7 @@ class Oip:
                 size = (tensor.get("parameters") or {}).get("binary_data_size")
                 found[tensor["name"]] = _values(tensor, reply.body[at : at + size] if size is not None else None)
                 at += size or 0
-        except (ValueError, KeyError, TypeError, IndexError, UnicodeDecodeError, AttributeError) as error:
+        except (*_STRANGE, RecursionError) as error:
             raise AnswerError(
                 f"the teacher's answer is not of the Open Inference Protocol ({error!r}): is teacher.url the address "
                 "of a model, http://HOST/v2/models/NAME?"
@@ -173,12 +205,14 @@ class Oip:
                 return Raw(names=[str(value) for value in values])
             return Raw(pairs=_classified(values, count))
         if values.dtype.kind == "f":
-            return Raw(scores=values.reshape(len(values), -1) if values.ndim else values)
+            return Raw(scores=values.reshape(len(values), math.prod(values.shape[1:])))
         return Raw(indices=values.reshape(-1))
 
 
 def _values(tensor: dict[str, Any], raw: bytes | None) -> "np.ndarray | list[str]":
     shape = [int(n) for n in tensor["shape"]]
+    if not shape or min(shape) < 0:
+        raise ValueError(f"a tensor of shape {shape}")
     if tensor["datatype"] == "BYTES":
         if raw is None:
             return [str(value) for value in np.ravel(np.array(tensor["data"], dtype=object))]
@@ -188,7 +222,7 @@ def _values(tensor: dict[str, Any], raw: bytes | None) -> "np.ndarray | list[str
             found.append(raw[at + 4 : at + 4 + size].decode("utf-8"))
             at += 4 + size
         return found
-    kind = np.dtype(_TYPES.get(tensor["datatype"], np.float32)).newbyteorder("<")
+    kind = np.dtype(_READ[tensor["datatype"]]).newbyteorder("<")
     values = np.array(tensor["data"], dtype=kind).reshape(-1) if raw is None else np.frombuffer(raw, kind)
     return values.reshape(shape)
 
@@ -201,7 +235,10 @@ def _classified(values: list[str], count: int) -> list[list[tuple[str, float]]]:
     pairs = []
     for value in values:
         score, _, rest = value.partition(":")
-        pairs.append((rest.partition(":")[0], float(score)))
+        try:
+            pairs.append((rest.partition(":")[0], float(score)))
+        except ValueError:
+            raise AnswerError(f"the teacher answered {value[:80]!r}; it must be value:index") from None
     return [pairs[i * k : (i + 1) * k] for i in range(count)]
 
 
@@ -228,7 +265,7 @@ def _json(line: Line, path: str, quiet: bool = False) -> dict[str, Any]:
         found = json.loads(reply.body)
     except UsageError:
         raise  # a secret that is missing
-    except (Refused, Lost, ServiceError, ValueError) as error:
+    except (Refused, Lost, ServiceError, ValueError, RecursionError) as error:
         if quiet:
             return {}
         if isinstance(error, ServiceError):

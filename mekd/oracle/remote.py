@@ -13,19 +13,20 @@ from torch import Tensor
 from mekd.errors import MekdError, UsageError
 from mekd.oracle.answers import Meaning, Raw, establish, respond
 from mekd.oracle.base import Oracle
-from mekd.oracle.http import Lost, Refused, ServiceError
+from mekd.oracle.http import Denied, Lost, Refused, ServiceError
 from mekd.oracle.images import Encoding
 from mekd.oracle.response import AnswerError, Response
 
 ATTEMPTS = 3  # of a call, of those whose fate is unknown
 PAUSE_S, LONGEST_S = 0.2, 30.0
+LOOK_S = 0.1  # between two looks whether somebody asks to stop
 
 
 class Service(Protocol):
     """A way to reach a teacher. One call holds some images, as they are sent."""
 
     def call(self, images: list[bytes] | Tensor) -> tuple[Raw, int]:
-        """The answer and its bytes; raises Refused, Lost, ServiceError, AnswerError."""
+        """The answer and its bytes; raises Refused, Lost, Denied, ServiceError, AnswerError."""
         ...
 
     def close(self) -> None:
@@ -72,9 +73,9 @@ class RemoteOracle(Oracle):
     """Ask a service: batch images a call, concurrency calls in flight, answers in the order of the images.
 
     size: side of the images that the service takes, encoding: how they go up. meaning: how answers are read, or None:
-    then the first call holds one image, and established(meaning) is told what it was read as, before anything else is
-    sent. stop(): whether to end before the next call. patience: seconds in which a call that is certainly refused is
-    repeated. The rest as in Oracle.
+    then calls hold one image, one after another, until an answer tells it; established(meaning) is told what it was
+    read as, before anything else is sent. stop(): whether to end before the next call. patience: seconds in which a
+    call that is certainly refused is repeated. The rest as in Oracle.
     """
 
     def __init__(
@@ -116,13 +117,14 @@ class RemoteOracle(Oracle):
 
     def _ask(self, images: Tensor, rows: slice) -> list[tuple[int, Response]]:
         images = images.cpu()
-        starts, answered = list(range(rows.start, rows.stop, self._batch)), []
-        ends = [min(start + self._batch, rows.stop) for start in starts]
+        first, answered = rows.start, []
         self._failed.clear()
-        if self._meaning is None:  # one image alone tells what answers are, before more is paid
-            answered.append((rows.start, self._call(images, rows.start, rows.start + 1)))
-            starts[0] += 1
-        pieces = [(start, end) for start, end in zip(starts, ends, strict=True) if end > start]
+        while self._meaning is None and first < rows.stop:  # one image tells what answers are, before more is paid
+            answered.append((first, self._call(images, first, first + 1)))
+            first += 1
+        starts = range(rows.start, rows.stop, self._batch)
+        ends = [min(start + self._batch, rows.stop) for start in starts]
+        pieces = [(max(start, first), end) for start, end in zip(starts, ends, strict=True) if end > first]
         futures = [self._threads.submit(self._call, images, *piece) for piece in pieces]
         wait(futures)  # what is in flight is paid for, and is booked even where another call failed
         errors = [error for future in futures if (error := future.exception()) is not None]
@@ -152,6 +154,9 @@ class RemoteOracle(Oracle):
             sent = self.ledger.intend(images, row, up)
             try:
                 raw, down = self._service.call(payload)
+            except (Denied, UsageError):  # the user's to mend, and nothing was paid
+                self.ledger.refuse(sent)
+                raise
             except Refused as error:
                 self.ledger.refuse(sent)
                 rest = max(pause * random.uniform(0.5, 1.5), error.after or 0.0)
@@ -171,15 +176,22 @@ class RemoteOracle(Oracle):
                 answer = self._read(raw, len(images))
                 self.ledger.record(sent, images, answer, down)
                 return answer
-            until = time.monotonic() + rest
-            while time.monotonic() < until and not self._failed.wait(min(rest, 0.5)) and not self._stop():
-                pass
+            self._rest(rest)
             pause = min(2 * pause, LONGEST_S)
+
+    def _rest(self, seconds: float) -> None:
+        """Wait, but no longer than another call goes well and nobody asks to stop."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self._stop():
+            if self._failed.wait(min(left, LOOK_S)):
+                return
 
     def _read(self, raw: Raw, count: int) -> Response:
         if len(raw) != count:
             raise AnswerError(f"the teacher answered {len(raw)} of {count} images")
-        if self._meaning is None:
-            self._meaning = establish(raw, self.num_classes, self.response, **self._reading)
-            self._established(self._meaning)
-        return respond(raw, self._meaning, self.num_classes, self.response, self.k, self.decimals)
+        meaning = self._meaning or establish(raw, self.num_classes, self.response, **self._reading)
+        answer = respond(raw, meaning, self.num_classes, self.response, self.k, self.decimals)
+        if self._meaning is None and (raw.pairs is None or any(raw.pairs)):  # an empty answer tells no scale
+            self._meaning = meaning
+            self._established(meaning)
+        return answer
