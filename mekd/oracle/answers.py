@@ -115,7 +115,7 @@ def respond(raw: Raw, meaning: Meaning, num_classes: int, response: str, k: int,
     if meaning.kind in ("logits", "probs") and raw.scores is not None:
         if raw.scores.ndim != 2 or raw.scores.shape[1] != num_classes:
             raise AnswerError(f"the teacher answered scores {raw.scores.shape[1:]}; {num_classes} were expected")
-        scores = torch.from_numpy(np.ascontiguousarray(raw.scores, dtype=np.float32)) / meaning.scale
+        scores = torch.from_numpy(np.array(raw.scores, dtype=np.float32, order="C")) / meaning.scale
         return answer(scores, response, output=meaning.kind, k=k, decimals=decimals, step=0.01)
     if meaning.kind == "pairs" and raw.pairs is not None:
         return _from_pairs(raw.pairs, meaning, num_classes, response, k, decimals)

@@ -74,8 +74,8 @@ class RemoteOracle(Oracle):
 
     size: side of the images that the service takes, encoding: how they go up. meaning: how answers are read, or None:
     then calls hold one image, one after another, until an answer tells it; established(meaning) is told what it was
-    read as, before anything else is sent. stop(): whether to end before the next call. patience: seconds in which a call that is certainly refused is
-    repeated. The rest as in Oracle.
+    read as, before anything else is sent. stop(): whether to end before the next call. patience: seconds in which a
+    call that is certainly refused is repeated. The rest as in Oracle.
     """
 
     def __init__(
