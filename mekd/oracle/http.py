@@ -279,7 +279,7 @@ class _Watch:
 
 
 def judged(line: Line, reply: Reply) -> Reply:
-    """The reply, if it is an answer; else Refused, Lost, Denied or ServiceError with the server's own words."""
+    """The reply, if it is an answer; Refused, Lost, Denied or ServiceError by its status, in the server's words."""
     if reply.status == 200:
         return reply
     said = words(reply._replace(body=line.secrets.hide(reply.body.decode("utf-8", "replace")).encode()))

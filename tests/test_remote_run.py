@@ -1,0 +1,166 @@
+"""Runs whose teacher is behind an address: the books, what is agreed to, what is kept secret, what never goes up."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mekd import cli, files
+from mekd.config import Config, DataConfig
+from mekd.engine.run import Run
+from remote_run import contents, total, words
+from served import inside, metrics
+
+
+@pytest.fixture(scope="module")
+def url(teacher_onnx: Path) -> Iterator[str]:
+    with inside(teacher_onnx) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def books(url: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    """A finished run, and what the server counted of it."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    before = metrics(url)
+    assert cli.main(words(url, out, "--yes")) == 0
+    return out, {name: count - before.get(name, 0) for name, count in metrics(url).items()}
+
+
+@pytest.fixture
+def out(books: tuple[Path, dict[str, float]], tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(books[0], tmp_path / "out"))
+
+
+@pytest.fixture
+def asked(url: str) -> Iterator[dict[str, float]]:
+    """For a test that must not ask: what the server has counted before is what it has counted afterwards."""
+    before = metrics(url)
+    yield before
+    assert metrics(url) == before, "the teacher was asked"
+
+
+def store(out: Path) -> dict[str, np.ndarray]:
+    return {path.stem: np.load(path) for path in (out / "replay").glob("*.npy")}
+
+
+def test_the_books_are_the_servers(books: tuple[Path, dict[str, float]]) -> None:
+    out, server = books
+    found = total(out)
+    assert found["queries"] == 136 == server["mekd_images_answered_total"] == server["mekd_images_computed_total"]
+    assert found["calls"] == server['mekd_requests_total{status="200"}']
+    assert found["bytes_down"] == server["mekd_bytes_sent_total"] and found["uncertain"] == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["queries"] == 136 and summary["uncertain"] == 0
+    assert len(store(out)["images"]) == 116
+
+
+def test_nothing_is_asked_before_somebody_agrees(
+    url: str, asked: dict[str, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words(url, tmp_path)) == 2
+    said = capsys.readouterr()
+    assert "agree to the quote with --yes, since there is no terminal to be asked on" in said.err
+    assert "the run: 200 queries at most" in said.out
+
+
+def test_what_was_agreed_to_is_asked_about_again_only_beyond_it(
+    url: str, asked: dict[str, float], out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = files.load(out / "student.pt")
+    for settings, status in (({}, 0), ({"oracle__budget": 201}, 2), ({}, 0), ({"oracle__price": 0.5}, 0)):
+        assert cli.main(words(url, out, **settings)) == status, capsys.readouterr().err
+        said = capsys.readouterr()
+        assert ("at most" in said.out) == (status == 2)
+    again = files.load(out / "student.pt")
+    assert all(torch.equal(kept[key], again[key]) for key in kept) and len(store(out)["images"]) == 116
+
+
+def test_a_larger_budget_grows_the_store(url: str, out: Path, tmp_path: Path) -> None:
+    before, paid = metrics(url), store(out)
+    assert cli.main(words(url, out, "--yes", oracle__budget=300)) == 0
+    grown = store(out)
+    assert len(grown["images"]) == 300 - 20 - 64 and paid.keys() == grown.keys()
+    assert all(np.array_equal(grown[name][:116], paid[name]) for name in paid)
+    more = metrics(url)["mekd_images_computed_total"] - before["mekd_images_computed_total"]
+    assert more == 100 and total(out)["queries"] == 236 and total(out)["uncertain"] == 0
+    # The student begins anew: it is that of a run which had the larger budget from the first.
+    fresh = tmp_path / "fresh"
+    assert cli.main(words(url, fresh, "--yes", oracle__budget=300)) == 0
+    one, other = files.load(out / "student.pt"), files.load(fresh / "student.pt")
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+def test_quote_and_dry_run_pay_nothing(
+    url: str, asked: dict[str, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words(url, tmp_path, stage="quote", oracle__price=0.5, oracle__rate=2)) == 0
+    said = capsys.readouterr().out
+    assert "distill: 136 queries, 17 calls" in said and "price 68.00" in said and "price 100.00 at most" in said
+    assert cli.main(words(url, tmp_path, "--dry-run")) == 0
+    assert "every stage went through; the teacher was asked nothing" in capsys.readouterr().out
+    assert not (tmp_path / "student.pt").exists() and not (tmp_path / "ledger").exists()
+
+
+def test_evaluate_asks_a_remote_teacher_nothing(url: str, asked: dict[str, float], out: Path) -> None:
+    assert cli.main(words(url, out, stage="evaluate", evaluate__enabled="true")) == 0
+    found = json.loads((out / "evaluate.json").read_text())
+    assert found["simulation_queries"] == 0 and found["student_accuracy"] is not None
+    assert found["teacher_accuracy"] is None and found["baseline_accuracy"] is None
+
+
+def test_secrets_are_in_no_file_and_no_message(
+    teacher_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    key, other = "sk-QwErTyUiOpAsDfGh", "sk-ZxCvBnMlKjHgFdSa"
+    (tmp_path / "keys").write_text(f"{key}\n")
+    out = tmp_path / "out"
+    headers = ["--oracle.headers", '{Authorization: "Bearer {env:MEKD_TEST_KEY}"}']
+    with inside(teacher_onnx, "--keys", tmp_path / "keys") as url:
+        monkeypatch.setenv("MEKD_TEST_KEY", other)
+        assert cli.main(words(url, out, "--yes", *headers)) == 2
+        monkeypatch.setenv("MEKD_TEST_KEY", key)
+        assert cli.main(words(url, out, "--yes", *headers)) == 0
+        assert metrics(url)["mekd_images_computed_total"] == total(out)["queries"] == 136
+    said = capfd.readouterr()
+    assert "answered 401" in said.err and "oracle.headers" in said.err
+    assert not [secret for secret in (key, other) if secret in said.out + said.err]
+    found = contents(out)
+    assert b"{env:MEKD_TEST_KEY}" in found["config.yaml"]
+    assert not [name for name, content in found.items() for one in (key, other) if one.encode() in content]
+
+
+RECORDER = """
+import os, threading, numpy as np
+turn = threading.Lock()
+def ask(images):
+    with turn:
+        np.save(os.path.join({path!r}, str(len(os.listdir({path!r})))), images)
+    pixels = images.reshape(len(images), -1).astype(np.float64)
+    scores = np.exp(pixels @ np.linspace(-1, 1, 2560).reshape(256, 10) / 2e4)
+    return (scores / scores.sum(1, keepdims=True)).astype(np.float32)
+"""
+
+
+def test_no_private_image_goes_up(tmp_path: Path) -> None:
+    """Every image that was sent, against every private one: by a function, which sees what an SDK would."""
+    recorded, file = tmp_path / "sent", tmp_path / "teacher.py"
+    recorded.mkdir()
+    file.write_text(RECORDER.format(path=str(recorded)))
+    settings = {"teacher__python": f"{file}:ask", "oracle__num_classes": 10, "evaluate__enabled": "true"}
+    assert cli.main(words("", tmp_path / "out", "--yes", **settings)) == 0
+    sent = np.concatenate([np.load(path) for path in recorded.iterdir()]).transpose(0, 3, 1, 2)
+    assert len(sent) == total(tmp_path / "out")["queries"] == 136
+    data = Run(Config(data=DataConfig(name="digits", size=16)), tmp_path / "other").data
+    private = np.concatenate([images.numpy() for images, _ in data.once("local", 256)])
+    test = np.concatenate([images.numpy() for images, _ in data.once("test", 256)])
+    real = np.concatenate([private, test]).reshape(-1, 256).astype(np.float32)
+    flat = sent.reshape(-1, 256).astype(np.float32)
+    assert len(private) > 100 and real.max() > 100, "these are no pixels"
+    squares = (flat**2).sum(1)[:, None] + (real**2).sum(1)[None] - 2 * flat @ real.T
+    assert squares.min() / 256 > 100, "an image that was sent is a real one, but for 10 steps of 255 a pixel"
