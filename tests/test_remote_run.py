@@ -52,12 +52,12 @@ def store(out: Path) -> dict[str, np.ndarray]:
 def test_the_books_are_the_servers(books: tuple[Path, dict[str, float]]) -> None:
     out, server = books
     found = total(out)
-    assert found["queries"] == 136 == server["mekd_images_answered_total"] == server["mekd_images_computed_total"]
+    assert found["queries"] == 190 == server["mekd_images_answered_total"] == server["mekd_images_computed_total"]
     assert found["calls"] == server['mekd_requests_total{status="200"}']
     assert found["bytes_down"] == server["mekd_bytes_sent_total"] and found["uncertain"] == 0
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["queries"] == 136 and summary["uncertain"] == 0
-    assert len(store(out)["images"]) == 116
+    assert summary["queries"] == 190 and summary["uncertain"] == 0
+    assert len(store(out)["images"]) == 170
 
 
 def test_nothing_is_asked_before_somebody_agrees(
@@ -78,15 +78,15 @@ def test_what_was_agreed_to_is_asked_about_again_only_beyond_it(
         said = capsys.readouterr()
         assert ("at most" in said.out) == (status == 2)
     again = files.load(out / "student.pt")
-    assert all(torch.equal(kept[key], again[key]) for key in kept) and len(store(out)["images"]) == 116
+    assert all(torch.equal(kept[key], again[key]) for key in kept) and len(store(out)["images"]) == 170
 
 
 def test_a_larger_budget_grows_the_store(url: str, out: Path, tmp_path: Path) -> None:
     before, paid = metrics(url), store(out)
     assert cli.main(words(url, out, "--yes", oracle__budget=300)) == 0
     grown = store(out)
-    assert len(grown["images"]) == 300 - 20 - 64 and paid.keys() == grown.keys()
-    assert all(np.array_equal(grown[name][:116], paid[name]) for name in paid)
+    assert len(grown["images"]) == 300 - 20 - 15 and paid.keys() == grown.keys()
+    assert all(np.array_equal(grown[name][:170], paid[name]) for name in paid)
     more = metrics(url)["mekd_images_computed_total"] - before["mekd_images_computed_total"]
     assert more == 100 and total(out)["queries"] == 236 and total(out)["uncertain"] == 0
     # The student begins anew: it is that of a run which had the larger budget from the first.
@@ -101,7 +101,7 @@ def test_quote_and_dry_run_pay_nothing(
 ) -> None:
     assert cli.main(words(url, tmp_path, stage="quote", oracle__price=0.5, oracle__rate=2)) == 0
     said = capsys.readouterr().out
-    assert "distill: 136 queries, 17 calls" in said and "price 68.00" in said and "price 100.00 at most" in said
+    assert "distill: 190 queries, 190 calls" in said and "price 95.00" in said and "price 100.00 at most" in said
     assert cli.main(words(url, tmp_path, "--dry-run")) == 0
     assert "every stage went through; the teacher was asked nothing" in capsys.readouterr().out
     assert not (tmp_path / "student.pt").exists() and not (tmp_path / "ledger").exists()
@@ -126,7 +126,7 @@ def test_secrets_are_in_no_file_and_no_message(
         assert cli.main(words(url, out, "--yes", *headers)) == 2
         monkeypatch.setenv("MEKD_TEST_KEY", key)
         assert cli.main(words(url, out, "--yes", *headers)) == 0
-        assert metrics(url)["mekd_images_computed_total"] == total(out)["queries"] == 136
+        assert metrics(url)["mekd_images_computed_total"] == total(out)["queries"] == 190
     said = capfd.readouterr()
     assert "answered 401" in said.err and "oracle.headers" in said.err
     assert not [secret for secret in (key, other) if secret in said.out + said.err]
@@ -155,7 +155,7 @@ def test_no_private_image_goes_up(tmp_path: Path) -> None:
     settings = {"teacher__python": f"{file}:ask", "oracle__num_classes": 10, "evaluate__enabled": "true"}
     assert cli.main(words("", tmp_path / "out", "--yes", **settings)) == 0
     sent = np.concatenate([np.load(path) for path in recorded.iterdir()]).transpose(0, 3, 1, 2)
-    assert len(sent) == total(tmp_path / "out")["queries"] == 136
+    assert len(sent) == total(tmp_path / "out")["queries"] == 190
     data = Run(Config(data=DataConfig(name="digits", size=16)), tmp_path / "other").data
     private = np.concatenate([images.numpy() for images, _ in data.once("local", 256)])
     test = np.concatenate([images.numpy() for images, _ in data.once("test", 256)])

@@ -90,7 +90,7 @@ def test_from_a_quote_to_a_student_and_on(address: str, capsys: pytest.CaptureFi
     assert asked["queries"] == 700 - 35 and asked["uncertain"] == 0
     assert KEY not in Path("runs/mine/config.yaml").read_text() + Path("runs/mine/log.txt").read_text()
     more = run(command("--oracle.budget"), address)
-    assert more["queries"] == asked["queries"] + 100
+    assert more["queries"] == asked["queries"] + 95  # five more in reserve
     assert Path(f"runs/mine/student-{asked['queries'] - 64}.onnx").is_file()
 
     picture = io.BytesIO()
