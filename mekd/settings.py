@@ -11,10 +11,11 @@ from mekd.errors import UsageError
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Settings by section as pairs of a dotted name and a value."""
+    """Settings by section as pairs of a dotted name and a value, which may be a mapping itself."""
     found: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        found += flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+        section = isinstance(value, Mapping) and not prefix
+        found += flatten(value, f"{key}.") if section else [(f"{prefix}{key}", value)]
     return found
 
 

@@ -129,7 +129,8 @@ def _grown(path: Path, array: np.ndarray, count: int) -> np.ndarray:
         with open(beside, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, beside.stat().st_size)
         for start in range(0, len(array), 4096):
-            larger[start : start + 4096] = array[start : start + 4096]
+            part = array[start : start + 4096]
+            larger[start : start + len(part)] = part
         larger.flush()
     except OSError as error:
         beside.unlink(missing_ok=True)
