@@ -102,8 +102,7 @@ def _dispatch(command: str, words: list[str]) -> int:
     if "--dry-run" in flags:
         dry_run(run, stages)
         return 0
-    preflight(run, stages)
-    confirm(run, stages, agreed="--yes" in flags)
+    preflight(run, stages, lambda: confirm(run, stages, agreed="--yes" in flags))
     with stopped_by_signals():
         for stage in stages:
             STAGES[stage](run)

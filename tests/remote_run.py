@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from ledger_teacher import accounts
+from mekd.engine.run import ACCOUNTS
+from mekd.oracle.ledger import totals
 
 #: 200 queries: 20 held out, 64 in reserve (two rounds of 4 calls of 8), 116 to learn from.
 SETTINGS = {
@@ -24,8 +25,7 @@ def words(url: str, out: Path, *more: object, stage: str = "run", **settings: ob
 
 def total(out: Path) -> dict[str, int]:
     """The counts of all accounts of a run."""
-    found = accounts(out).values()
-    return {key: sum(account[key] for account in found) for key in ("calls", "queries", "bytes_down", "uncertain")}
+    return totals(out / "ledger", *(name for stage in ACCOUNTS.values() for name in stage))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

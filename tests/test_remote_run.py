@@ -74,7 +74,7 @@ def test_what_was_agreed_to_is_asked_about_again_only_beyond_it(
 ) -> None:
     kept = files.load(out / "student.pt")
     for settings, status in (({}, 0), ({"oracle__budget": 201}, 2), ({}, 0), ({"oracle__price": 0.5}, 0)):
-        assert cli.main(words(url, out, **settings)) == status, capsys.readouterr().err
+        assert cli.main(words(url, out, stage="distill", **settings)) == status, capsys.readouterr().err
         said = capsys.readouterr()
         assert ("at most" in said.out) == (status == 2)
     again = files.load(out / "student.pt")
@@ -83,15 +83,17 @@ def test_what_was_agreed_to_is_asked_about_again_only_beyond_it(
 
 def test_a_larger_budget_grows_the_store(url: str, out: Path, tmp_path: Path) -> None:
     before, paid = metrics(url), store(out)
-    assert cli.main(words(url, out, "--yes", oracle__budget=300)) == 0
+    assert cli.main(words(url, out, "--yes", stage="distill", oracle__budget=300)) == 0
     grown = store(out)
     assert len(grown["images"]) == 300 - 20 - 15 and paid.keys() == grown.keys()
     assert all(np.array_equal(grown[name][:170], paid[name]) for name in paid)
     more = metrics(url)["mekd_images_computed_total"] - before["mekd_images_computed_total"]
-    assert more == 100 and total(out)["queries"] == 236 and total(out)["uncertain"] == 0
+    assert more == 95 and total(out)["queries"] == 285 and total(out)["uncertain"] == 0
     # The student begins anew: it is that of a run which had the larger budget from the first.
     fresh = tmp_path / "fresh"
-    assert cli.main(words(url, fresh, "--yes", oracle__budget=300)) == 0
+    (fresh / "checkpoints").mkdir(parents=True)
+    shutil.copy(out / "checkpoints" / "deprivatize.pt", fresh / "checkpoints")
+    assert cli.main(words(url, fresh, "--yes", stage="distill", oracle__budget=300)) == 0
     one, other = files.load(out / "student.pt"), files.load(fresh / "student.pt")
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
 
@@ -153,7 +155,8 @@ def test_no_private_image_goes_up(tmp_path: Path) -> None:
     recorded.mkdir()
     file.write_text(RECORDER.format(path=str(recorded)))
     settings = {"teacher__python": f"{file}:ask", "oracle__num_classes": 10, "evaluate__enabled": "true"}
-    assert cli.main(words("", tmp_path / "out", "--yes", **settings)) == 0
+    for stage in ("deprivatize", "distill", "evaluate"):
+        assert cli.main(words("", tmp_path / "out", "--yes", stage=stage, **settings)) == 0
     sent = np.concatenate([np.load(path) for path in recorded.iterdir()]).transpose(0, 3, 1, 2)
     assert len(sent) == total(tmp_path / "out")["queries"] == 190
     data = Run(Config(data=DataConfig(name="digits", size=16)), tmp_path / "other").data

@@ -1,6 +1,6 @@
 """What can be known before the first step, and before the first paid query: whether a run can come to its end."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,11 @@ from mekd.fingerprint import asks
 from mekd.nets import build
 
 
-def preflight(run: Run, stages: Sequence[str]) -> None:
-    """Raise a MekdError for what would stop one of the stages later; then write the configuration. Nothing is asked."""
+def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambda: None) -> None:
+    """Raise a MekdError for what would stop one of the stages later; then write the configuration. Nothing is asked.
+
+    agree(): may refuse too, before anything is written.
+    """
     config = run.config
     own_teacher = config.teacher.onnx is not None or config.teacher.remote
     trains = "teacher" in stages and not (own_teacher or config.teacher.checkpoint)
@@ -63,6 +66,7 @@ def preflight(run: Run, stages: Sequence[str]) -> None:
     _check_budgets(run, stages)
     for stage in stages:
         _check_checkpoints(run, stage)
+    agree()
     if stages and tuple(stages) != ("report",):
         run.save_config()
     for note in notes:
