@@ -5,7 +5,7 @@ from pathlib import Path
 from mekd.engine.run import ACCOUNTS
 from mekd.oracle.ledger import totals
 
-#: 200 queries: 20 held out, 64 in reserve (two rounds of 4 calls of 8), 116 to learn from.
+#: 200 queries: 20 held out, 10 in reserve, twice the 4 calls of one image that are in flight, 170 to learn from.
 SETTINGS = {
     "data.name": "digits", "data.size": 16, "teacher.name": "the-same",
     "deprivatize.steps": 3, "deprivatize.batch": 8, "deprivatize.width": 0.1,
