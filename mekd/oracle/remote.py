@@ -15,6 +15,7 @@ from mekd.oracle.answers import Meaning, Raw, establish, respond
 from mekd.oracle.base import Oracle
 from mekd.oracle.http import Denied, Lost, Refused, ServiceError
 from mekd.oracle.images import Encoding
+from mekd.oracle.ledger import BudgetSpent
 from mekd.oracle.response import AnswerError, Response
 
 ATTEMPTS = 3  # of a call, of those whose fate is unknown
@@ -151,7 +152,13 @@ class RemoteOracle(Oracle):
                 raise Stopped(
                     "stopped while the teacher was asked; what was answered is kept, the same command goes on"
                 )
-            sent = self.ledger.intend(images, row, up)
+            try:
+                sent = self.ledger.intend(images, row, up)
+            except BudgetSpent as error:
+                raise BudgetSpent(
+                    f"{error}. What was answered is kept; to go on, run the same command with a larger "
+                    f"{self.ledger.setting}"
+                ) from None
             try:
                 raw, down = self._service.call(payload)
             except (Denied, UsageError):  # the user's to mend, and nothing was paid
