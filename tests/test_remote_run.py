@@ -132,7 +132,7 @@ def test_secrets_are_in_no_file_and_no_message(
     assert "answered 401" in said.err and "oracle.headers" in said.err
     assert not [secret for secret in (key, other) if secret in said.out + said.err]
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["queries"] == 136 and summary["uncertain"] == 0
+    assert summary["queries"] == 190 and summary["uncertain"] == 0
     found = contents(out)
     assert b"{env:MEKD_TEST_KEY}" in found["config.yaml"]
     assert not [name for name, content in found.items() for one in (key, other) if one.encode() in content]
