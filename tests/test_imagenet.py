@@ -35,7 +35,8 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     export(Classifier(Cheap()), folder / "teacher.onnx", (3, 224, 224))
     settings = {
         "config": CONFIG, "data.path": folder / "tree", "data.workers": 1, "teacher.onnx": folder / "teacher.onnx",
-        "oracle.batch": 4, "deprivatize.steps": 2, "deprivatize.batch": 2, "distill.steps": 2, "distill.batch": 2,
+        "oracle.batch": 4, "deprivatize.steps": 2, "deprivatize.batch": 2, "deprivatize.alpha": 0.5,
+        "distill.steps": 2, "distill.batch": 2,
         "distill.replay": 0, "distill.holdout": 4, "distill.student": "torchvision:mobilenet_v3_small",
         "engine.device": "cpu", "evaluate.enabled": "false",
     }  # fmt: skip
@@ -62,7 +63,7 @@ def test_doctor_says_what_it_will_need(words: list[str], tmp_path: Path, capsys:
     broken.write_bytes(b"no picture")
     try:
         given = ["--config" if word == "--config" else word for word in words]
-        small = ["--data.size", "32", "--data.resize", "32", "--deprivatize.width", "0.1", "--deprivatize.alpha", "0.5"]
+        small = ["--data.size", "32", "--data.resize", "32", "--deprivatize.width", "0.1"]
         own = given.index("--teacher.onnx")
         status = cli.main(["doctor", *given[:own], *given[own + 2 :], *small])
     finally:
