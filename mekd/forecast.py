@@ -17,9 +17,9 @@ from mekd.data import TREES, Batches, listing
 from mekd.engine.deprivatize import deprivatize
 from mekd.engine.distill import train_student
 from mekd.engine.profile import peak_mb
+from mekd.engine.quote import queries_of
 from mekd.engine.run import Run
 from mekd.engine.teacher import classifier, train_teacher
-from mekd.fingerprint import asks
 from mekd.oracle.base import Oracle
 from mekd.oracle.ledger import Ledger
 from mekd.oracle.module import TorchOracle
@@ -237,16 +237,6 @@ def _trial(run: Run, out: Path, classes: int, image: tuple[int, int, int], batch
     )
     trial.__dict__.update(num_classes=classes, image=image)
     return trial
-
-
-def queries_of(config: Config) -> list[tuple[str, int]]:
-    """The queries of each stage, exactly."""
-    step1, step2 = config.deprivatize, config.distill
-    second = step2.replay or step2.steps * step2.batch
-    return [
-        ("deprivatize", step1.steps * step1.batch if asks(config) else 0),
-        ("distill", step2.holdout + second),
-    ]
 
 
 def queries(config: Config, classes: int, image: tuple[int, int, int]) -> list[str]:

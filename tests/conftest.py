@@ -55,6 +55,14 @@ def teacher_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file whose output is what it was sent."""
+    from onnx_files import echo
+
+    return echo(tmp_path_factory.mktemp("small") / "echo.onnx")
+
+
 @pytest.fixture
 def tiny(teacher_onnx: Path) -> list[str]:
     """Settings of a run of all stages that takes seconds, with checkpoints in odd places."""

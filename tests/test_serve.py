@@ -25,11 +25,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def small(folder: Path) -> Path:
-    return echo(folder / "echo.onnx")
-
-
-@pytest.fixture(scope="module")
 def url(small: Path) -> Iterator[str]:
     """A server without options."""
     with inside(small) as url:

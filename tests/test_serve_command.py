@@ -18,11 +18,6 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'me
 ONE = {"inputs": [tensor(FED)]}
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return echo(tmp_path_factory.mktemp("limits") / "echo.onnx")
-
-
 # -- the command -------------------------------------------------------------------------------------------
 
 

@@ -27,11 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def small(folder: Path) -> Path:
-    return echo(folder / "echo.onnx")
-
-
-@pytest.fixture(scope="module")
 def photos(folder: Path) -> Iterator[tuple[Path, str]]:
     with photo_server(folder) as photos:
         yield photos

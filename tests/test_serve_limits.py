@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnx_files import IMAGE, echo, pixels
+from onnx_files import IMAGE, pixels
 from serve_requests import FED, binary, infer, linear, raw, tensor
 from served import Answer, call, inside, metrics
 
@@ -21,11 +21,6 @@ pytest.importorskip("starlette", reason="starlette is not installed: pip install
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'mekd[serve]'")
 
 ONE = {"inputs": [tensor(FED)]}
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return echo(tmp_path_factory.mktemp("limits") / "echo.onnx")
 
 
 def at_once(count: int, ask: Callable[[int], Any]) -> list[Any]:

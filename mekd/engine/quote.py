@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from mekd import files
+from mekd.config import Config
 from mekd.engine import parallel, reach
 from mekd.engine.preflight import preflight
 from mekd.engine.run import Run
@@ -21,12 +22,18 @@ from mekd.fingerprint import asks
 from mekd.oracle.answers import Raw
 
 
-def queries_of(run: Run) -> dict[str, int]:
-    """The queries of each stage, exactly, but for calls whose fate is unknown."""
-    step1, step2, simulation = run.config.deprivatize, run.config.distill, run.config.evaluate
-    found = {"deprivatize": step1.steps * step1.batch if asks(run.config) else 0}
-    found["distill"] = step2.holdout + (step2.replay or step2.steps * step2.batch)
-    found["evaluate"] = 0
+def queries_of(config: Config) -> list[tuple[str, int]]:
+    """The queries of each step, exactly, but for calls whose fate is unknown."""
+    step1, step2 = config.deprivatize, config.distill
+    return [
+        ("deprivatize", step1.steps * step1.batch if asks(config) else 0),
+        ("distill", step2.holdout + (step2.replay or step2.steps * step2.batch)),
+    ]
+
+
+def _all_queries(run: Run) -> dict[str, int]:
+    """The same, and those of the simulation."""
+    simulation, found = run.config.evaluate, dict(queries_of(run.config)) | {"evaluate": 0}
     if simulation.enabled:
         found["evaluate"] += run.data.count("test") if simulation.ask_teacher else 0
         found["evaluate"] += run.data.count("local") if simulation.baseline else 0
@@ -43,7 +50,7 @@ def quote(run: Run) -> list[str]:
     pixels = channels * side * side * (4 if oracle.transport == "float" else 1)
     almost = {"raw": "", "png": "at most ", "jpeg": "at most "}[oracle.encoding]
     lines = []
-    for stage, queries in queries_of(run).items():
+    for stage, queries in _all_queries(run).items():
         calls = math.ceil(queries / batch)
         line = f"{stage}: {queries:,} queries"
         if queries:
@@ -72,16 +79,13 @@ def quote(run: Run) -> list[str]:
 
 def limit(run: Run) -> int:
     """The queries that a run may pay: its budget, or what its stages ask."""
-    return run.config.oracle.budget or sum(queries_of(run).values())
+    return run.config.oracle.budget or sum(_all_queries(run).values())
 
 
 def confirm(run: Run, stages: Sequence[str], agreed: bool) -> None:
     """Before a remote teacher is paid: print the quote, and have it agreed to, once; UsageError where it is not."""
-    if not run.config.teacher.remote or not {
-        "distill",
-        "evaluate",
-        *(["deprivatize"] if asks(run.config) else []),
-    } & set(stages):
+    pays = {"distill", "evaluate"} | ({"deprivatize"} if asks(run.config) else set())
+    if not run.config.teacher.remote or not pays & set(stages):
         return
     path: Path = run.out / "confirmed.json"
     refused = ""
@@ -123,7 +127,7 @@ def dry_run(run: Run, stages: Sequence[str]) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         about = run.about_teacher if config.teacher.remote else None
-        service = None if about is None else MadeUp(about.classes, config.oracle.response, run.class_names)
+        service = None if about is None else MadeUp(about.classes, config.oracle.response)
         trial = Run(short, Path(folder), service=service)
         preflight(trial, stages)
         for stage in stages:
@@ -134,8 +138,8 @@ def dry_run(run: Run, stages: Sequence[str]) -> None:
 class MadeUp:
     """A service that answers what looks like answers: one class is likely, by the sum of the bytes."""
 
-    def __init__(self, classes: int, response: str, names: Sequence[str] | None) -> None:
-        self._classes, self._response, self._names = classes, response, names
+    def __init__(self, classes: int, response: str) -> None:
+        self._classes, self._response = classes, response
 
     def call(self, images: "list[bytes] | Tensor") -> tuple[Raw, int]:
         sums = [sum(x) if isinstance(x, bytes) else int(x.float().sum()) for x in images]
@@ -159,10 +163,7 @@ def _says_yes(most: int) -> bool:
 
 
 def _time(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+    for most, divisor, unit in ((120, 1, "s"), (7200, 60, "min")):
+        if seconds < most:
+            return f"{seconds / divisor:.0f} {unit}"
+    return f"{seconds / 3600:.1f} h"

@@ -138,8 +138,6 @@ def _service(run: "Run", about: About) -> Service:
         return Function(load(teacher.python), alone=oracle.concurrency == 1)
     if about.model is None:
         return Pictures(_line(run), oracle.encoding, about.classes, oracle.base64)
-    if about.model.datatype == "UINT8" and oracle.transport == "float":
-        raise UsageError("oracle.transport is 'float', but the server's model takes UINT8: set it to uint8")
     k = min(oracle.k, about.classes) if oracle.response == "topk" and about.model.classification else None
     return Oip(_line(run), about.model, about.classes, mean=oracle.mean, std=oracle.std, k=k)
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from mekd.errors import UsageError
 
-ENCODINGS = ("raw", "png", "jpeg")
-
 
 class Encoding(NamedTuple):
     """kind: raw, png or jpeg (of that quality); size: side of what goes up, in pixels, None for the images' own."""
