@@ -1,15 +1,15 @@
 """Everything that can be set, in one tree of frozen dataclasses."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from mekd.checks import SCALES, TOPK_RESTS, check_choice
 from mekd.codes import CODES
 from mekd.pixels import SIDES
+from mekd.teacher_config import PRECISIONS, OracleConfig, TeacherConfig, above_zero, within
 
-#: What the convolutions of a step are computed in; auto is decided once, by a measurement.
-PRECISIONS = ("auto", "float32", "bfloat16")
 #: Hyper-parameters by name: ours, the paper's (Ma et al., 2024) and those of the authors' public code.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {"tau": 5.0, "kl_tau": 1.0, "beta": 1.0, "scale": "tau2", "reduction": "mean", "image": 20.0},
@@ -23,11 +23,14 @@ class DataConfig:
     """The images.
 
     Args:
-        name: digits, mnist, fashion_mnist, cifar10, cifar100; or a tree of files with train and val in it: folder
-            (class folders of JPEGs), webdataset or tfrecord
-        path: folder of the data set's own files (idx, CIFAR's python batches, a tree); digits need none
+        name: photos, your own, unlabelled, of any format and in any folders; digits, mnist, fashion_mnist, cifar10,
+            cifar100; or a tree of files with train in it, and val where evaluate is enabled: folder (class folders of
+            JPEGs), webdataset or tfrecord. null: photos, or folder where path holds the folder train
+        path: folder of the photos, or of the data set's own files (idx, CIFAR's python batches, a tree); digits need
+            none
         size: side of an image in pixels: 16, 32, 64, 128 or 224
-        local_fraction: share of the training images that are the user's private, unlabelled ones
+        local_fraction: share of the training images that are the user's private, unlabelled ones; null: 1 for photos,
+            else 0.1
         flip: whether mirrored images are images of the same class
         shift: whether D sees the private images shifted, by up to an eighth of the side, edges repeated; not of trees
         loader: what reads a tree: dali or torchvision
@@ -36,10 +39,10 @@ class DataConfig:
         on_error: an image of a tree that cannot be read stops the run (raise) or is left out and counted (skip)
     """
 
-    name: str = "digits"
+    name: str | None = None
     path: str | None = None
     size: int = 32
-    local_fraction: float = 0.1
+    local_fraction: float | None = None
     flip: bool = False
     shift: bool = False
     loader: str = "dali"
@@ -51,154 +54,21 @@ class DataConfig:
         check_choice("data.size", self.size, SIDES)
         check_choice("data.loader", self.loader, ("dali", "torchvision"))
         check_choice("data.on_error", self.on_error, ("raise", "skip"))
-        _between("data.local_fraction", self.local_fraction, 0, 1)
+        if self.local_fraction is not None:
+            within("data.local_fraction", self.local_fraction, 0, 1)
         if self.workers < 0 or (self.loader == "dali" and self.workers < 1):
             raise ValueError(f"data.workers is {self.workers}; it must be at least 1 (torchvision: 0)")
         if self.resize is not None and self.resize < self.size:
             raise ValueError(f"data.resize is {self.resize}; it must be at least data.size, {self.size}")
 
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    """The black box: trained here for an experiment, or given.
-
-    Args:
-        onnx: your own classifier; the stages teacher and export are skipped, as with url and python
-        url: the address of a classifier that answers; secrets in it are written {env:NAME} or {file:PATH}
-        protocol: what it speaks: oip, the Open Inference Protocol 2 (http://HOST/v2/models/NAME), or hf, one picture a
-            call and [{"label", "score"}, ...] back
-        python: FILE.py:function, your own call of any service: uint8 images (m, H, W, ch) in, answers out
-        name: by which a run knows it again at another address; null: host and path, or FILE:function
-        checkpoint: a state_dict of arch, instead of training one
-        arch: resnet8, 20, 32, 56, 110 or torchvision:NAME
-        steps: SGD steps with a cosine learning rate
-        batch: images a step
-        lr: peak learning rate
-        weight_decay: L2 penalty
-        resize: side in pixels that arch wants, inside the exported graph; null for data.size
-        mean: per channel, subtracted from pixels in [0, 1], inside the exported graph
-        std: per channel, divides them, inside the exported graph
-        precision: of the convolutions in a step: float32, bfloat16, or auto: bfloat16 where this machine is faster so
-    """
-
-    onnx: str | None = None
-    url: str | None = None
-    protocol: str = "oip"
-    python: str | None = None
-    name: str | None = None
-    checkpoint: str | None = None
-    arch: str = "resnet32"
-    steps: int = 10000
-    batch: int = 128
-    lr: float = 0.1
-    weight_decay: float = 5e-4
-    resize: int | None = None
-    mean: list[float] = field(default_factory=lambda: [0.5])
-    std: list[float] = field(default_factory=lambda: [0.5])
-    precision: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_choice("teacher.precision", self.precision, PRECISIONS)
-        check_choice("teacher.protocol", self.protocol, ("oip", "hf"))
-        given = [name for name in ("onnx", "url", "python") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"teacher.{' and teacher.'.join(given)} are given; one teacher is asked: give one of them")
-        _positive("teacher", self, "batch", "lr")
-
-    @property
-    def remote(self) -> bool:
-        """Whether it is asked by calls: it is no file."""
-        return self.url is not None or self.python is not None
-
-
-@dataclass(frozen=True)
-class OracleConfig:
-    """What the black box gives away, and how it is reached.
-
-    Args:
-        response: logits, probs, topk or label
-        k: classes in a topk answer, at most
-        decimals: what the API rounds its values to; null for not at all
-        transport: images go up as uint8 or as float
-        provider: auto, cpu, cuda or tensorrt
-        batch: images that the teacher computes at once; null: measured once on blank images, and kept in oracle.json.
-            Of a remote teacher: images a call at most (fewer where oracle.reserve could not hold two rounds of them);
-            null: 1, and with oip 64 or what the server takes
-        precision: the teacher computes in float32, or in float16 (cuda, tensorrt), which is then held against float32
-        cuda_graph: the teacher's work is recorded once and replayed, each piece filled up to batch (cuda, tensorrt)
-        output: what the ONNX file puts out: logits, probs or auto
-        output_name: the output of the ONNX file that is read, where it has several; null: the one that can be meant
-        num_classes: the teacher's classes, where its file does not say; null: what it says
-        classes: a file of class names, one a line, for a teacher that answers names
-        mean: subtracted from pixels in [0, 1] if the ONNX input is floating
-        std: divides them
-        price: what one query costs, for the ledger
-        budget: queries of the whole run at most; null for no limit
-        reserve: share of the budget that is left for calls whose fate is unknown, at least two rounds of calls
-        concurrency: calls in flight, over all processes; null: 8 to an address, 1 to a function
-        rate: calls a second, over all processes and restarts; null for no limit
-        image_rate: images a second, likewise
-        timeout: seconds for one attempt as a whole
-        patience: seconds in which a call that is certainly refused is repeated
-        headers: sent to teacher.url; secrets are written {env:NAME} or {file:PATH}
-        input_name: the input of a model whose server does not say
-        size: side in pixels of the images that the teacher takes; null: what its server says, or data.size
-        binary: tensors travel as bytes (true) or JSON (false); null: as the server says
-        encoding: raw, png or jpeg; auto: png with hf, else raw
-        quality: of JPEG
-        base64: with hf, the picture goes up in JSON
-        unknown: a name that is not among the classes is an error, or its mass belongs to the rest
-    """
-
-    response: str = "probs"
-    k: int = 5
-    decimals: int | None = None
-    transport: str = "uint8"
-    provider: str = "auto"
-    batch: int | None = None
-    precision: str = "float32"
-    cuda_graph: bool = False
-    output: str = "auto"
-    output_name: str | None = None
-    num_classes: int | None = None
-    classes: str | None = None
-    mean: list[float] = field(default_factory=lambda: [0.0])
-    std: list[float] = field(default_factory=lambda: [1.0])
-    price: float | None = None
-    budget: int | None = None
-    reserve: float = 0.05
-    concurrency: int | None = None
-    rate: float | None = None
-    image_rate: float | None = None
-    timeout: float = 60.0
-    patience: float = 300.0
-    headers: dict[str, str] = field(default_factory=dict)
-    input_name: str | None = None
-    size: int | None = None
-    binary: bool | None = None
-    encoding: str = "auto"
-    quality: int = 95
-    base64: bool = False
-    unknown: str = "error"
-
-    def __post_init__(self) -> None:
-        check_choice("oracle.response", self.response, ("logits", "probs", "topk", "label"))
-        check_choice("oracle.transport", self.transport, ("uint8", "float"))
-        check_choice("oracle.encoding", self.encoding, ("auto", "raw", "png", "jpeg"))
-        check_choice("oracle.unknown", self.unknown, ("error", "rest"))
-        for name in ("concurrency", "rate", "image_rate", "size"):
-            if getattr(self, name) is not None:
-                _positive("oracle", self, name)
-        _positive("oracle", self, "timeout", "patience")
-        _between("oracle.reserve", self.reserve, 0, 1)
-        _between("oracle.quality", self.quality, 1, 100)
-        if self.budget is not None and self.budget < 1:
-            raise ValueError(f"oracle.budget is {self.budget}; it must be at least 1 query, or null")
-        check_choice("oracle.precision", self.precision, ("float32", "float16"))
-        if self.batch is not None and self.batch < 1:
-            raise ValueError(f"oracle.batch is {self.batch}; it must be at least 1, or null")
-        if self.num_classes is not None and self.num_classes < 2:
-            raise ValueError(f"oracle.num_classes is {self.num_classes}; it must be at least 2, or null")
+    def decided(self) -> "DataConfig":
+        """With name and local_fraction as their null is meant; without a path the name stays open."""
+        name, fraction = self.name, self.local_fraction
+        if name is None and self.path is not None:
+            name = "folder" if (Path(self.path) / "train").is_dir() else "photos"
+        if fraction is None:
+            fraction = 1.0 if name == "photos" else 0.1
+        return replace(self, name=name, local_fraction=fraction)
 
 
 @dataclass(frozen=True)
@@ -219,6 +89,7 @@ class DeprivatizeConfig:
         ema: decay of an average of G's weights, used in step 2; 0 for the last weights
         latents: D and G learn from the same images of a step (shared), or G from others of its own (fresh)
         budget: queries at most; null for no limit
+        generator: the folder of another run, whose trained generator is used instead of training one
     """
 
     steps: int = 20000
@@ -234,15 +105,16 @@ class DeprivatizeConfig:
     dropout: float = 0.25
     ema: float = 0.999
     budget: int | None = None
+    generator: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("deprivatize.latents", self.latents, ("shared", "fresh"))
         check_choice("deprivatize.precision", self.precision, PRECISIONS)
-        _positive("deprivatize", self, "steps", "batch", "lr", "width", "d_width")
+        above_zero("deprivatize", self, "steps", "batch", "lr", "width", "d_width")
         if self.nuisance < 0:
             raise ValueError(f"deprivatize.nuisance is {self.nuisance}; it must be at least 0 entries")
-        _between("deprivatize.dropout", self.dropout, 0, 1)
-        _between("deprivatize.ema", self.ema, 0, 1)
+        within("deprivatize.dropout", self.dropout, 0, 1)
+        within("deprivatize.ema", self.ema, 0, 1)
         if self.alpha < 0:
             raise ValueError(f"deprivatize.alpha is {self.alpha}; it must be at least 0")
 
@@ -252,7 +124,8 @@ class DistillConfig:
     """Step 2: the student learns.
 
     Args:
-        student: resnet8, 20, 32, 56, 110 or torchvision:NAME
+        student: resnet8, 20, 32, 56, 110, torchvision:NAME, timm:NAME, or your own: package.module:factory or
+            FILE.py:factory, called with num_classes and channels
         checkpoint: a state_dict that the student begins with; null for random weights
         steps: SGD steps with a cosine learning rate
         batch: images a step
@@ -276,6 +149,9 @@ class DistillConfig:
         precision: of the convolutions in a step: float32, bfloat16, float16 (with a scaler), or auto, as in
             teacher.precision
         budget: queries at most, the holdout's included; null for no limit
+        store: the folder of another run, whose answers are learnt from instead of asking for any
+        coverage: share of the classes (of those that as many answers could show) below which a run stops after its
+            first answers, before more are paid; 0 to go on whatever they show
     """
 
     student: str = "resnet8"
@@ -299,8 +175,11 @@ class DistillConfig:
     rest: str = "spread"
     precision: str = "auto"
     budget: int | None = None
+    store: str | None = None
+    coverage: float = 0.5
 
     def __post_init__(self) -> None:
+        within("distill.coverage", self.coverage, 0, 1)
         check_choice("distill.preset", self.preset, tuple(PRESETS))
         check_choice("distill.code", self.code, CODES)
         check_choice("distill.rest", self.rest, TOPK_RESTS)
@@ -312,14 +191,14 @@ class DistillConfig:
             check_choice("distill.reduction", self.reduction, ("mean", "batchmean"))
         for name in ("tau", "kl_tau"):
             if getattr(self, name) is not None:
-                _positive("distill", self, name)
+                above_zero("distill", self, name)
         weights = {name: self.loss_options()[name] for name in ("beta", "image")}
         for name, value in weights.items():
             if not value >= 0:
                 raise ValueError(f"distill.{name} is {value}; it must be at least 0")
         if not any(weights.values()):
             raise ValueError("distill.beta and distill.image are 0; one must be above 0")
-        _positive("distill", self, "steps", "batch", "lr", "holdout", "eval_every")
+        above_zero("distill", self, "steps", "batch", "lr", "holdout", "eval_every")
         if self.replay is not None and self.replay < 0:
             raise ValueError(f"distill.replay is {self.replay}; it must be at least 0")
 
@@ -336,6 +215,7 @@ class EvaluateConfig:
 
     Args:
         enabled: run it; off unless asked
+        path: a folder of class folders with labelled images, for photos, or instead of a tree's val
         ask_teacher: send the labelled test images to the teacher, to compare its answers; null: only where it is a file
             without a price
         baseline: also train the plain baseline, a student of the teacher's answers to the private images, which are
@@ -344,6 +224,7 @@ class EvaluateConfig:
     """
 
     enabled: bool = False
+    path: str | None = None
     ask_teacher: bool | None = None
     baseline: bool | None = None
     baseline_steps: int | None = None
@@ -375,7 +256,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         check_choice("engine.batch_norm", self.batch_norm, ("local", "synchronised"))
         check_choice("engine.compile", self.compile, ("auto", "off", "default", "reduce-overhead"))
-        _positive("engine", self, "checkpoint_every", "log_every")
+        above_zero("engine", self, "checkpoint_every", "log_every")
 
 
 @dataclass(frozen=True)
@@ -410,14 +291,3 @@ class Config:
                 f"distill.keep is {step2.keep!r}, with nothing to keep: distill.replay and distill.image must be above "
                 "0"
             )
-
-
-def _positive(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{section}.{name} is {getattr(config, name)}; it must be above 0")
-
-
-def _between(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")

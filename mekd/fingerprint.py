@@ -9,16 +9,18 @@ from urllib.parse import urlsplit
 
 import torch
 
-from mekd.config import PRECISIONS, Config, TeacherConfig
+from mekd.config import Config
 from mekd.errors import UsageError
 from mekd.settings import flatten
+from mekd.teacher_config import PRECISIONS, TeacherConfig
 
 #: Settings that an interrupted run may be resumed with: where things are, what they cost, how long it shall take, and
 #: what runs the teacher, which changes its answers by rounding alone.
 FREE = {
     "data.path", "data.workers", "data.on_error", "teacher.url", "teacher.name",
     "oracle.price", "oracle.provider", "oracle.batch", "oracle.precision", "oracle.cuda_graph",
-    "deprivatize.steps", "deprivatize.budget", "distill.budget", "evaluate.ask_teacher",
+    "deprivatize.steps", "deprivatize.budget", "deprivatize.generator", "distill.budget", "distill.store",
+    "distill.coverage", "evaluate.ask_teacher", "evaluate.path",
 }  # fmt: skip
 _ANSWERS = (
     "oracle.response", "oracle.k", "oracle.decimals", "oracle.transport", "oracle.output", "oracle.output_name",
@@ -80,7 +82,7 @@ def resolve(config: Config, kept: Mapping[str, Any], faster: Callable[[str], boo
             if known not in PRECISIONS[1:]:
                 known = "bfloat16" if stage in BFLOAT16 and faster(device) else "float32"
             config = dataclasses.replace(config, **{stage: dataclasses.replace(section, precision=known)})
-    return _asked_as_it_is_reached(config, kept)
+    return _asked_as_it_is_reached(dataclasses.replace(config, data=config.data.decided()), kept)
 
 
 def _asked_as_it_is_reached(config: Config, kept: Mapping[str, Any]) -> Config:

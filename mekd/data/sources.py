@@ -2,6 +2,8 @@
 
 import importlib
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -70,6 +72,12 @@ class Source(Protocol):
 
 def open_source(config: Config, device: torch.device, rank: int = 0, world: int = 1) -> Source:
     """The data set of the configuration. Raises DataError naming the file or the folder, and what to do."""
+    config = replace(config, data=config.data.decided())
+    if config.data.name is None:
+        raise arrays.DataError(
+            "data.path is not set: give the folder of your photos with --data.path FOLDER, or try everything with "
+            "--data.name digits"
+        )
     if config.data.name in TREES:
         return TreeSource(config, device, rank, world)
     data = arrays.load(config.data.name, config.data.path, config.data.size).to(device)
@@ -82,6 +90,7 @@ class ArraySource:
     def __init__(self, data: Dataset, config: Config, rank: int, world: int) -> None:
         self.data, self.classes, self.image = data, data.classes, data.image
         self._config, self._rank, self._world = config, rank, world
+        assert config.data.local_fraction is not None
         self._local = arrays.local_images(data, config.data.local_fraction, config.seed)
         self._unlabelled = torch.zeros(len(self._local), dtype=torch.int64, device=self._local.device)
 
@@ -144,7 +153,8 @@ class TreeSource:
     def __init__(self, config: Config, device: torch.device, rank: int, world: int) -> None:
         settings = config.data
         if settings.path is None:
-            raise arrays.DataError(f"data.path is not set; {settings.name} needs the folder of train/ and val/")
+            raise arrays.DataError(f"data.path is not set; {settings.name} needs the folder that holds train/")
+        assert settings.name is not None and settings.local_fraction is not None
         if settings.shift:
             raise arrays.DataError(
                 f"data.shift is true, which data.name {settings.name!r} does not do: --data.shift false"
@@ -155,8 +165,11 @@ class TreeSource:
             {"dali": "mekd.data.dali_loader", "torchvision": "mekd.data.torchvision_loader"}[settings.loader]
         )
         self._training = listing.read(settings.path, settings.name, "train")
-        self._test = listing.read(settings.path, settings.name, "val")
-        listing.same_classes(self._training, self._test)
+        labelled = Path(config.evaluate.path or Path(settings.path) / "val")
+        self._test = None  # only evaluate reads it
+        if config.evaluate.enabled or labelled.is_dir():
+            self._test = listing.read(labelled.parent, settings.name, labelled.name)
+            listing.same_classes(self._training, self._test)
         self._loader.check(self._training)
         self._local = listing.part(self._training, settings.local_fraction, config.seed)
         self.classes, self.image = self._training.classes, (3, settings.size, settings.size)
@@ -172,13 +185,22 @@ class TreeSource:
 
     def once(self, part: str, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """As Source.once: resized and cropped in the centre."""
-        stream = self._opened(self._test if part == "test" else self._local, batch, "once")
+        stream = self._opened(self._part(part), batch, "once")
         yield from stream
         stream.close()
 
     def count(self, part: str) -> int:
         """As Source.count."""
-        return len({"training": self._training, "local": self._local, "test": self._test}[part])
+        return len(self._part(part))
+
+    def _part(self, part: str) -> Listing:
+        found = {"training": self._training, "local": self._local, "test": self._test}[part]
+        if found is None:
+            raise arrays.DataError(
+                f"{Path(str(self._settings.path)) / 'val'} is missing: labelled images belong there, or give their "
+                "folder with --evaluate.path FOLDER"
+            )
+        return found
 
     def left_out(self) -> set[str]:
         """As Source.left_out."""
@@ -186,7 +208,7 @@ class TreeSource:
 
     def notes(self) -> list[str]:
         """As Source.notes."""
-        return [*self._training.notes, *self._test.notes]
+        return [*self._training.notes, *(self._test.notes if self._test is not None else ())]
 
     def _opened(self, listed: Listing, batch: int, crop: str) -> Stream:
         settings, shuffled = self._settings, crop != "once"

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 
 from mekd import files
-from mekd.config import TeacherConfig
 from mekd.engine import parallel
 from mekd.engine.checkpoint import Checkpoint, steps
 from mekd.engine.feeds import Images
@@ -13,6 +12,7 @@ from mekd.engine.runlog import RunLog
 from mekd.engine.train import computed_in, predict, set_cosine_lr, sgd
 from mekd.nets import build
 from mekd.oracle.export import Classifier, export
+from mekd.teacher_config import TeacherConfig
 
 
 def train_teacher(run: Run) -> None:
