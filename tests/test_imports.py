@@ -116,5 +116,5 @@ sys.modules["mekd"] = package
 import mekd.config
 print(*sorted(name for name in sys.modules if name.startswith("mekd.")))
 """
-    light = {"checks", "codes", "config", "errors", "pixels", "reference"}
+    light = {"checks", "codes", "config", "errors", "pixels", "reference", "teacher_config"}
     assert set(run("-c", code).split()) <= {f"mekd.{name}" for name in light}
