@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from mekd import files
+from mekd import files, user_code
 from mekd.config import Config
 from mekd.data import TREES, Source, open_source, read_names
 from mekd.engine import parallel, reach
@@ -20,6 +20,7 @@ from mekd.engine.train import faster_in_bfloat16
 from mekd.errors import MekdError
 from mekd.fingerprint import fingerprint, resolve
 from mekd.nets import Generator
+from mekd.nets.registry import file_of
 from mekd.oracle import identity, ledger
 from mekd.oracle.base import Oracle
 from mekd.oracle.batch import find_batch, stored_batch
@@ -260,6 +261,9 @@ class Run:
             found["teacher"] = self.teacher_digest
         if self.class_names is not None and "oracle.classes" in found:  # the names, wherever their file lies
             found["oracle.classes"] = hashlib.sha256(repr(self.class_names).encode()).hexdigest()[:16]
+        file = file_of(self.config.distill.student)
+        if file is not None and "distill.student" in found:
+            found["distill.student's file"] = user_code.digest(file)
         if name == "deprivatize":
             found["classes"] = self.num_classes
         if name in ("holdout", "replay", "distill"):
