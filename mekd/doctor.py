@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 EXTRAS = {
-    "run": ("PyYAML", "jsonargparse", "tqdm"),
+    "run": ("PyYAML", "jsonargparse", "safetensors", "tqdm"),
     "onnx": ("onnx", "onnxscript"),
     "vision": ("torchvision",),
     "plot": ("matplotlib",),

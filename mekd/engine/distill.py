@@ -9,19 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mekd import files
 from mekd.engine import coverage, parallel
 from mekd.engine.checkpoint import Checkpoint, steps
 from mekd.engine.collect import collect
 from mekd.engine.feeds import Fresh, Replayed, fresh
 from mekd.engine.pictures import Pictures
+from mekd.engine.result import STUDENT, write_student
 from mekd.engine.run import Run
 from mekd.engine.runlog import RunLog
 from mekd.engine.train import computed_in, predict, set_cosine_lr, sgd
 from mekd.losses import MEKDLoss
 from mekd.nets import build
 from mekd.nets.frozen import freeze
-from mekd.oracle.export import Classifier, export
 from mekd.oracle.ledger import describe
 from mekd.oracle.replay import Replay
 from mekd.oracle.response import floor_of
@@ -55,10 +54,9 @@ def take_step(
 def distill(run: Run) -> None:
     """Train distill.student on generated images and the teacher's answers to them (Ma et al., section 3.3)."""
     student, best, news = train_student(run)
-    if parallel.rank() == 0 and (news or not (run.out / "student.onnx").exists()):
+    if parallel.rank() == 0 and (news or not all((run.out / name).exists() for name in STUDENT)):
         student.load_state_dict(best["weights"])
-        files.save(run.out / "student.pt", student.state_dict())
-        worst = export(Classifier(student), run.out / "student.onnx", run.image, run.config.oracle.transport)
+        worst = write_student(run, student)
         run.log(
             f"distill: {run.config.distill.student} at step {best['step']} of {run.config.distill.steps} agrees with "
             f"the teacher on {100 * best['agreement']:.2f}% of the holdout, {describe(run.asked('distill'))}; "

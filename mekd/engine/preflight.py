@@ -1,6 +1,9 @@
 """What can be known before the first step, and before the first paid query: whether a run can come to its end."""
 
+import copy
 import functools
+import importlib.util
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,10 +14,14 @@ from mekd.codes import resolve_code
 from mekd.engine import again, parallel
 from mekd.engine.checkpoint import check_depends
 from mekd.engine.run import Run, StageError
+from mekd.engine.train import computed_in
 from mekd.errors import UsageError
 from mekd.fingerprint import asks
 from mekd.nets import build
+from mekd.nets.check import check_network
+from mekd.nets.registry import is_users
 from mekd.oracle import identity
+from mekd.oracle.export import Classifier, ExportError, export
 
 
 def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambda: None) -> None:
@@ -87,7 +94,9 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
 
 def _check_distill(run: Run, classes: int) -> None:
     config = run.config.distill
-    student = _built("distill.student", config.student, classes, run.image[0])
+    if importlib.util.find_spec("safetensors") is None:
+        raise UsageError("safetensors is missing, as which the student is written: pip install 'mekd[run]'")
+    student = _check_student(run, classes)
     if config.checkpoint is not None:
         run.load_weights(student, "distill.checkpoint", config.checkpoint)
     if run.config.deprivatize.generator is not None:
@@ -129,9 +138,32 @@ def _check_reused(run: Run, classes: int) -> None:
         )
 
 
+def _check_student(run: Run, classes: int) -> torch.nn.Module:
+    """distill.student as it begins, which takes a batch, gives logits, has a gradient and can be written as ONNX."""
+    name, transport = run.config.distill.student, run.config.oracle.transport
+    student = _built("distill.student", name, classes, run.image[0])
+    real = _is_real(name)
+    if real:
+        student = student.to(run.device).to(memory_format=torch.channels_last)
+    try:
+        with computed_in(run.config.distill.precision, run.device):
+            check_network(student, run.image, classes)
+        if real and parallel.rank() == 0 and not run.checkpoint("distill").exists():
+            with tempfile.TemporaryDirectory() as folder:
+                export(Classifier(copy.deepcopy(student)), Path(folder) / "student.onnx", run.image, transport)
+    except (UsageError, ExportError) as error:
+        raise UsageError(f"distill.student is {name!r}: {error}") from error
+    return student
+
+
+def _is_real(name: str) -> bool:
+    """Whether a network is looked at with weights: other people's code may do anything; the rest needs no memory."""
+    return is_users(name) or name.startswith("timm:")
+
+
 def _built(setting: str, name: str, classes: int, channels: int) -> torch.nn.Module:
     try:
-        with torch.device("meta"):
+        with torch.random.fork_rng(), torch.device("cpu" if _is_real(name) else "meta"):
             return build(name, classes, channels)
     except (ValueError, ImportError) as error:
         raise UsageError(f"{setting} is {name!r}: {error}") from error

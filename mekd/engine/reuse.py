@@ -14,7 +14,10 @@ ANSWERS = ("response", "k", "decimals", "transport", "encoding", "quality", "unk
 
 
 def adopted(config: Config) -> Config:
-    """The configuration with what deprivatize.generator and distill.store decide of it; UsageError where they do not fit."""
+    """The configuration with what deprivatize.generator and distill.store decide of it.
+
+    Raises UsageError where they are not there or do not fit.
+    """
     if config.distill.store is not None:
         config = _with_store(config, Path(config.distill.store))
     if config.deprivatize.generator is not None:
@@ -53,9 +56,8 @@ def origin_of(store: str) -> dict[str, Any]:
                 f"distill.store is {store!r}; it must be the folder of a run that asked for its answers, which holds "
                 f"{name}/replay.json (distill.replay above 0)"
             )
-    origin: dict[str, Any] | None = json.loads((Path(store) / "replay" / "replay.json").read_text("utf-8")).get(
-        "origin"
-    )
+    kept = json.loads((Path(store) / "replay" / "replay.json").read_text("utf-8"))
+    origin: dict[str, Any] | None = kept.get("origin")
     if origin is None:
         raise UsageError(
             f"distill.store is {store!r}, whose answers do not say what they come from: an earlier version of mekd "
@@ -90,8 +92,8 @@ def _with_store(config: Config, store: Path) -> Config:
     if config.deprivatize.generator is None:
         generator_of(str(store))
         config = replace(config, deprivatize=replace(config.deprivatize, generator=str(store)))
-    rows = {name: rows_of(str(store), name) for name in ("replay", "holdout")}
+    replay, holdout = (rows_of(str(store), name) for name in ("replay", "holdout"))
     simulation = config.evaluate
     if config.teacher.onnx is None:  # there is nobody to ask
         simulation = replace(simulation, ask_teacher=False, baseline=False)
-    return replace(config, distill=replace(step2, **rows), evaluate=simulation)
+    return replace(config, distill=replace(step2, replay=replay, holdout=holdout), evaluate=simulation)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from mekd import files
+from mekd import files, user_code
 from mekd.config import Config
 from mekd.data import TREES, Source, open_source, read_names
 from mekd.engine import parallel, reach, reuse
@@ -21,6 +21,7 @@ from mekd.engine.train import faster_in_bfloat16
 from mekd.errors import MekdError
 from mekd.fingerprint import fingerprint, resolve
 from mekd.nets import Generator
+from mekd.nets.registry import file_of
 from mekd.oracle import identity, ledger
 from mekd.oracle.base import Oracle
 from mekd.oracle.batch import find_batch, stored_batch
@@ -145,9 +146,8 @@ class Run:
     @functools.cached_property
     def _looked_at(self) -> tuple[int, list[str]]:
         if self.origin is not None:
-            return self.origin["classes"], [
-                f"the answers of {self.origin['teacher_name']}, in {self.config.distill.store}"
-            ]
+            name = self.origin["teacher_name"]
+            return self.origin["classes"], [f"the answers of {name} in {self.config.distill.store}: nobody is asked"]
         if self.config.teacher.remote:
             return self.about_teacher.classes, self.about_teacher.notes
         if not self.teacher_onnx.is_file():  # a step 1 that asks nothing needs no more of it than this number
@@ -286,6 +286,9 @@ class Run:
             found["teacher"] = self.teacher_digest
         if self.class_names is not None and "oracle.classes" in found:  # the names, wherever their file lies
             found["oracle.classes"] = hashlib.sha256(repr(self.class_names).encode()).hexdigest()[:16]
+        file = file_of(self.config.distill.student)
+        if file is not None and "distill.student" in found:
+            found["distill.student's file"] = user_code.digest(file)
         if name == "deprivatize":
             found["classes"] = self.num_classes
         if name == "distill" and self.origin is not None:

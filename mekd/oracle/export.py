@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +27,10 @@ class Classifier(nn.Module):
     """A network behind its preprocessing: pixels (m, ch, H, W), uint8 or float in [0, 1], to logits (m, C).
 
     resize: the side in pixels that the network wants, None for the image's own; mean and std per channel, in
-    units of [0, 1].
+    units of [0, 1]; classes: their names, where they are known.
     """
 
+    classes: tuple[str, ...] = ()
     mean: Tensor
     std: Tensor
 
@@ -52,13 +53,19 @@ class Classifier(nn.Module):
         return self.net((x - self.mean) / self.std)
 
 
-def export(classifier: nn.Module, path: Path, image: tuple[int, int, int], transport: str = "uint8") -> float:
+def export(
+    classifier: nn.Module,
+    path: Path,
+    image: tuple[int, int, int],
+    transport: str = "uint8",
+    metadata: Mapping[str, str] | None = None,
+) -> float:
     """Write classifier, which maps pixels (m, *image) to logits, to path with a dynamic batch.
 
-    transport: "uint8" for an input of pixels 0 to 255, "float" for [0, 1]. The file is compared with torch on
-    random images at two batch sizes before it gets its name. Returns the largest difference of a logit,
-    relative to the largest logit. Raises ExportError where it is above 1e-4, where the exporter refuses the network or
-    is not installed, and where the weights do not fit into one file.
+    transport: "uint8" for an input of pixels 0 to 255, "float" for [0, 1]; metadata: what the file says of itself. The
+    file is compared with torch on random images at two batch sizes before it gets its name. Returns the largest
+    difference of a logit, relative to the largest logit. Raises ExportError where it is above 1e-4, where the exporter
+    refuses the network or is not installed, and where the weights do not fit into one file.
     """
     weights = sum(tensor.nbytes for tensor in (*classifier.parameters(), *classifier.buffers()))
     if weights > LARGEST:
@@ -73,7 +80,7 @@ def export(classifier: nn.Module, path: Path, image: tuple[int, int, int], trans
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.part.onnx")
     try:
-        _write(classifier, images[:2], beside)
+        _write(classifier, images[:2], beside, metadata or {})
         session = open_session(beside, "cpu")
         worst = 0.0
         for batch in (images, images[:1]):
@@ -94,20 +101,21 @@ def export(classifier: nn.Module, path: Path, image: tuple[int, int, int], trans
     return worst
 
 
-def _write(classifier: nn.Module, images: Tensor, path: Path) -> None:
+def _write(classifier: nn.Module, images: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
     try:
         with _quiet():
-            torch.onnx.export(
+            program = torch.onnx.export(
                 classifier,
                 (images,),
-                path,
                 dynamo=True,
-                external_data=False,
                 verbose=False,
                 input_names=["images"],
                 output_names=["logits"],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
+            assert program is not None
+            program.model.metadata_props.update(metadata)
+            program.save(path, external_data=False)
     except ImportError as error:
         raise ExportError(f"the exporter lacks a package ({error}): pip install 'mekd[onnx]'") from error
     except torch.onnx.OnnxExporterError as error:

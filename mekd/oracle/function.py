@@ -1,14 +1,13 @@
 """A teacher that is the user's own Python function: any SDK, any protocol, in a few lines of theirs."""
 
-import importlib.util
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from mekd import user_code
 from mekd.errors import UsageError
 from mekd.oracle.answers import Raw
 from mekd.oracle.http import Lost, Refused
@@ -48,23 +47,10 @@ class Function:
 
 def load(setting: str) -> Callable[[np.ndarray], Any]:
     """The function that FILE.py:function names; UsageError where there is none."""
-    file, _, name = setting.rpartition(":")
-    path = Path(file)
-    if not file or not name.isidentifier():
-        raise UsageError(f"teacher.python is {setting!r}; it must be FILE.py:function")
-    if not path.is_file():
-        raise UsageError(f"teacher.python is {setting!r}; no such file {file}")
-    spec = importlib.util.spec_from_file_location(f"mekd_teacher_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UsageError(f"{file} cannot be imported: {type(error).__name__}: {error}") from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        raise UsageError(f"teacher.python is {setting!r}; {file} has no function {name}")
-    return found
+        return user_code.from_file(setting)
+    except UsageError as error:
+        raise UsageError(f"teacher.python is {setting!r}; {error}") from error
 
 
 def read(found: Any) -> Raw:

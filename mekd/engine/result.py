@@ -1,0 +1,83 @@
+"""What a run ends with: the student as files that say what they are."""
+
+import json
+import shutil
+from pathlib import Path
+
+from torch import nn
+
+from mekd import __version__, files
+from mekd.data import TREES
+from mekd.engine.run import Run
+from mekd.errors import MekdError
+from mekd.nets.registry import file_of
+from mekd.oracle.export import Classifier, export
+from mekd.student import FILE, Preprocess
+
+#: The student's files; the last is written last.
+STUDENT = ("student.pt", FILE, "student.onnx")
+
+
+def write_student(run: Run, student: nn.Module) -> float:
+    """Write the student's files into the run's folder; returns what student.onnx differs from torch by, as export."""
+    from safetensors.torch import save
+
+    weights = student.state_dict()
+    files.save(run.out / "student.pt", weights)
+    file = file_of(run.config.distill.student)
+    if file is not None and Path(file).resolve() != (run.out / Path(file).name).resolve():
+        shutil.copyfile(file, run.out / Path(file).name)  # so that the folder can be handed on
+    own = {name: value.cpu().contiguous().clone() for name, value in weights.items()}  # tied weights are refused
+    safe = save(own, about(run, 1 / 127.5, -1.0))
+    files.write(run.out / FILE, lambda beside: beside.write(safe))
+    transport = run.config.oracle.transport
+    said = about(run, 1.0 if transport == "uint8" else 1 / 255)
+    return export(Classifier(student), run.out / "student.onnx", run.image, transport, said)
+
+
+def about(run: Run, scale: float, offset: float = 0.0) -> dict[str, str]:
+    """What a file of the student's says of itself; scale and offset: of its input, from pixels of 0 to 255."""
+    preprocess = preprocess_of(run)._replace(scale=scale, offset=offset)
+    file = file_of(run.config.distill.student)
+    factory = run.config.distill.student.rpartition(":")[2]
+    return {
+        "architecture": run.config.distill.student if file is None else f"{Path(file).name}:{factory}",
+        "num_classes": str(run.num_classes),
+        "channels": str(preprocess.channels),
+        "size": str(preprocess.size),
+        "classes": json.dumps(class_names(run), ensure_ascii=False),
+        "preprocessing": preprocess.words(),
+        "preprocess": preprocess.json(),
+        "teacher": teacher_name(run),
+        "mekd": __version__,
+    }
+
+
+def preprocess_of(run: Run) -> Preprocess:
+    """How a photo becomes what the student learned from."""
+    data = run.config.data
+    resize = data.size if data.resize is None else data.resize
+    if data.name in TREES and data.resize is None:
+        resize = round(data.size * 256 / 224)
+    return Preprocess(data.size, resize, run.image[0])
+
+
+def class_names(run: Run) -> list[str]:
+    """The names of the classes: the teacher's list, else those of the data where they are as many, else numbers."""
+    if run.class_names is not None:
+        return run.class_names
+    try:
+        names = list(run.data.classes)
+    except MekdError:  # data that is gone
+        names = []
+    return names if len(names) == run.num_classes else [str(i) for i in range(run.num_classes)]
+
+
+def teacher_name(run: Run) -> str:
+    """By what people know the teacher."""
+    teacher = run.config.teacher
+    if teacher.name is not None:
+        return teacher.name
+    return (
+        Path(teacher.onnx).name if teacher.onnx else f"{teacher.arch}, trained on {run.config.data.name} for this run"
+    )
