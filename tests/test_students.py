@@ -59,6 +59,13 @@ def test_a_package_that_is_missing_is_named(package: str, advice: str, monkeypat
         build(f"{package}:resnet18", 7)
 
 
+def test_timms_models_are_looked_at_too() -> None:
+    needs_timm()
+    check_network(build("timm:mobilenetv3_small_050", 7), (3, 32, 32), 7)
+    with pytest.raises(ValueError, match=r"raised AssertionError.*raise data\.size to 224"):
+        check_network(build("timm:vit_tiny_patch16_224", 7), (3, 32, 32), 7)
+
+
 # By a factory.
 
 
