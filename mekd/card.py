@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mekd.engine.result import class_names, preprocess_of, teacher_name
+from mekd.engine.result import architecture, class_names, preprocess_of, teacher_name
 from mekd.engine.run import Run
 from mekd.nets.registry import file_of
 from mekd.oracle.replay import Replay
@@ -75,7 +75,7 @@ def _facts(run: Run, summary: dict[str, Any], teacher: str) -> list[tuple[str, s
     if summary["uncertain"]:
         paid += f", and {summary['uncertain']:,} more of which it is not known whether they were answered"
     facts = [
-        ("student", f"{config.distill.student}, {_megabytes(run)}"),
+        ("student", f"{architecture(run)}, {_megabytes(run)}"),
         ("teacher", f"{teacher}, {_reached(run)}"),
         ("its answers", answers),
         ("queries", paid),

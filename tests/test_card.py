@@ -8,13 +8,17 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from PIL import Image
 
 from conftest import tiny_settings
 from mekd import card as card_module
 from mekd import cli
+from mekd.card import card
 from mekd.data.upright import decode
 from mekd.engine.run import Run
+from mekd.oracle.replay import Replay
+from mekd.report import summarize
 from mekd.student import Preprocess
 
 
@@ -70,6 +74,54 @@ def test_the_examples_prepare_photos_as_decode_does(how: Preprocess, tmp_path: P
     wanted = np.asarray(wanted.convert(found["photo"].mode).convert("RGB"))
     assert pixels.shape == (how.size, how.size, 3)
     assert np.abs(pixels - wanted).max() <= 2  # rounding
+
+
+def test_the_card_says_what_was_measured(finished: Path) -> None:
+    text = (finished / "README.md").read_text()
+    run = saved_run(finished)
+    summary = summarize(run)
+    _, answer, _ = Replay(finished / "holdout", 20).read(slice(None))
+    majority = float(torch.bincount(answer.labels).max()) / 20
+    for part in (
+        "# small, distilled from teacher.onnx",
+        "| its answers | the 3 best classes and their probabilities, rounded to 3 decimals |",
+        f"| queries | {summary['queries']:,} images, in {summary['calls']:,} calls |",
+        f"| cost | {summary['cost']:,}, at 0.01 a query |",
+        f"{100 * summary['holdout_agreement']:.2f} % of 20 generated images",
+        f"agrees on {100 * majority:.2f} %",
+        "| test accuracy | not measured",
+        f"No private photo was sent; generated images were: {summary['queries']:,}.",
+        "no promise that no generated image resembles",
+        "runs the code of own_net.py",
+    ):
+        assert part in text, part
+    assert summary["cost"] == round(0.01 * summary["queries"], 6) > 0
+    assert "uncertain" not in text and "not known whether" not in text
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (finished / name).is_file()
+    # What is handed on names no folder of this machine.
+    assert str(finished.parent) not in text
+
+
+def test_the_card_says_what_else_there_is(finished: Path, tmp_path: Path) -> None:
+    """Coverage where it was written; what is uncertain; test accuracy, and that real images were sent for it."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    run = saved_run(folder)
+    run.write_json("coverage.json", {"classes_met": 7, "classes": 10, "majority_share": 0.625})
+    summary = summarize(run) | {
+        "uncertain": 3, "student_accuracy": 0.9125, "teacher_accuracy": 0.99, "agreement": 0.925,
+        "simulation_queries": 360,
+    }  # fmt: skip
+    text = card(run, summary, [("Curves.", "curves.png"), ("Nothing.", "samples/none.png")])
+    assert "| classes met | 7 of 10; the most frequent took 62.50 % of the answers |" in text
+    assert "3 more of which it is not known" in text
+    assert "| test accuracy | 91.25 % (the teacher: 99.00 %) |" in text and "not measured" not in text
+    assert "| agreement on test images | 92.50 % |" in text
+    assert "sent 360 real images" in text and "No private photo was sent" not in text
+    assert "samples/none.png" not in text
+    (folder / "coverage.json").unlink()
+    assert "classes met" not in card(run, summary, [])
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_a_factory_of_a_file_and_of_a_module(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "some_package").mkdir()
     (tmp_path / "some_package" / "nets.py").write_text(code)
     monkeypatch.chdir(tmp_path)
-    for name in ("some_net.py:make", str(tmp_path / "some_net.py:make"), "some_package.nets:make"):
+    for name in ("some_package.nets:make", "some_net.py:make", str(tmp_path / "some_net.py:make")):
         net = build(name, 4, 1)
         assert isinstance(net, nn.Sequential) and net[0].weight.shape == (5, 1, 1, 1)
         assert net(torch.zeros(2, 1, 3, 3)).shape == (2, 4)

@@ -38,10 +38,8 @@ def write_student(run: Run, student: nn.Module) -> float:
 
 def about(run: Run, how: Preprocess) -> dict[str, str]:
     """What a file of the student's says of itself; how: an image becomes what that file takes."""
-    file = file_of(run.config.distill.student)
-    factory = run.config.distill.student.rpartition(":")[2]
     return {
-        "architecture": run.config.distill.student if file is None else f"{Path(file).name}:{factory}",
+        "architecture": architecture(run),
         "num_classes": str(run.num_classes),
         "channels": str(how.channels),
         "size": str(how.size),
@@ -51,6 +49,13 @@ def about(run: Run, how: Preprocess) -> dict[str, str]:
         "teacher": teacher_name(run),
         "mekd": __version__,
     }
+
+
+def architecture(run: Run) -> str:
+    """distill.student, without the folder of a file, which is copied beside the weights."""
+    name = run.config.distill.student
+    file = file_of(name)
+    return name if file is None else f"{Path(file).name}:{name.rpartition(':')[2]}"
 
 
 def preprocess_of(run: Run) -> Preprocess:
