@@ -41,7 +41,8 @@ _DEPENDS = {
 
 def asks(config: Config) -> bool:
     """Whether step 1 asks the teacher: a label says nothing about confidence, so y = 1 for every image."""
-    return config.deprivatize.alpha > 0 and config.oracle.response != "label"
+    step1 = config.deprivatize
+    return step1.generator is None and step1.alpha > 0 and config.oracle.response != "label"
 
 
 def fingerprint(config: Config, stage: str) -> dict[str, Any]:

@@ -144,40 +144,67 @@ def _more(all_of_them: Iterable[object]) -> str:
     return f" (and {others} more)" if others else ""
 
 
-def _folder(root: Path, wanted: tuple[str, ...] | None) -> Listing:
-    top, entered = os.path.realpath(root), set[str]()
-    others: list[str] = []
-    links: list[str] = []
+class Walk:
+    """Goes through the folders under a root, into none twice, and keeps what it passed over.
 
-    def enters(entry: "os.DirEntry[str]") -> bool:
+    others: files that are no images by their endings; links: to folders that are listed already, or around them.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self._top, self._entered = os.path.realpath(root), {os.path.realpath(root)}
+        self.others: list[str] = []
+        self.links: list[str] = []
+
+    def enters(self, entry: "os.DirEntry[str]") -> bool:
         """Whether the walk goes into a folder."""
         real = os.path.realpath(entry.path)
-        if real in entered or (entry.is_symlink() and _leads_back(real, top, os.path.dirname(entry.path))):
-            links.append(entry.path)
+        around = entry.is_symlink() and _leads_back(real, self._top, os.path.dirname(entry.path))
+        if real in self._entered or around:
+            self.links.append(entry.path)
             return False
-        entered.add(real)
+        self._entered.add(real)
         return True
 
-    def images(folder: str) -> list[str]:
-        """Of a class, in the order of torchvision's ImageFolder."""
+    def images(self, folder: str, wanted: tuple[str, ...] = IMAGES, closed: list[str] | None = None) -> list[str]:
+        """The files under a folder that end with one of wanted, in the order of torchvision's ImageFolder.
+
+        closed: where a list is given, folders that cannot be read go there. Raises DataError for one otherwise.
+        """
         found, ahead = [], [folder]
         while ahead:
             folder = ahead.pop()
             here = []
-            for entry in _entries(folder):
+            try:
+                entries = _entries(folder)
+            except DataError:
+                if closed is None:
+                    raise
+                closed.append(folder)
+                continue
+            for entry in entries:
                 if _is_folder(entry):
-                    if enters(entry):
+                    if self.enters(entry):
                         ahead.append(entry.path)
-                elif entry.name.lower().endswith(IMAGES) and (entry.is_symlink() or entry.is_file()):
+                elif entry.name.lower().endswith(wanted) and (entry.is_symlink() or entry.is_file()):
                     here.append(entry.path)
                 else:
-                    others.append(entry.path)
+                    self.others.append(entry.path)
             found.append((os.fsencode(folder), here))
         return [file for _, here in sorted(found) for file in here]
 
+    def about_links(self, root: str | Path) -> str:
+        """The links that were not followed, in a sentence."""
+        return (
+            f"{root}: {len(self.links)} links lead to a folder that is listed already, or to one around them, and were "
+            f"not followed, {self.links[0]} first"
+        )
+
+
+def _folder(root: Path, wanted: tuple[str, ...] | None) -> Listing:
+    walk = Walk(root)
     entries = _entries(str(root))
     beside = [entry.path for entry in entries if not _is_folder(entry)]
-    folders = [entry.path for entry in entries if _is_folder(entry) and enters(entry)]
+    folders = [entry.path for entry in entries if _is_folder(entry) and walk.enters(entry)]
     classes = tuple(files.shown(os.path.basename(folder)) for folder in folders)
     if not classes:
         raise DataError(f"{root} has no class folders; images belong into {root / 'CLASS'}")
@@ -186,21 +213,20 @@ def _folder(root: Path, wanted: tuple[str, ...] | None) -> Listing:
     listed: list[str] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        before = len(others)
-        found = images(folder)
+        before = len(walk.others)
+        found = walk.images(folder)
         if not found:
-            there = f"; it holds {_counted(others[before:])}" if others[before:] else ""
+            there = f"; it holds {counted(walk.others[before:])}" if walk.others[before:] else ""
             raise DataError(f"{folder} holds no image ({', '.join(IMAGES)}){there}. Fill the class folder or remove it")
         listed += found
         labels += [label] * len(found)
     notes = []
-    if others:
-        notes.append(f"{root}: left out as no images by their endings: {_counted(others)}, {others[0]} first")
+    if walk.others:
+        notes.append(f"{root}: left out as no images by their endings: {counted(walk.others)}, {walk.others[0]} first")
     if beside:
-        notes.append(f"{root}: left out as they lie in no class folder: {_counted(beside)}, {beside[0]} first")
-    if links:
-        notes.append(f"{root}: {len(links)} links lead to a folder that is listed already, or to one around them, and "
-                     f"were not followed, {links[0]} first")  # fmt: skip
+        notes.append(f"{root}: left out as they lie in no class folder: {counted(beside)}, {beside[0]} first")
+    if walk.links:
+        notes.append(walk.about_links(root))
     return Listing("folder", str(root), classes, tuple(listed), np.array(labels, np.int64), None, _shown(notes))
 
 
@@ -226,7 +252,7 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _counted(paths: list[str]) -> str:
+def counted(paths: list[str]) -> str:
     """How many files there are of each ending: 3 files (.txt 2, .heic 1)."""
     counts = Counter(ending(path) for path in paths).most_common()
     return f"{len(paths)} files (" + ", ".join(f"{suffix} {count}" for suffix, count in counts) + ")"
@@ -273,5 +299,5 @@ def _shards(root: Path, kind: str, classes: tuple[str, ...] | None) -> Listing:
     spans = shards.index(kind, found)
     if len(spans) == 0:
         raise DataError(f"{found[0]}{_more(found)} hold no sample")
-    notes = [f"{root}: left out as no shards by their endings: {_counted(others)}, {others[0]} first"] if others else []
+    notes = [f"{root}: left out as no shards by their endings: {counted(others)}, {others[0]} first"] if others else []
     return Listing(kind, str(root), classes, tuple(found), spans=spans, notes=_shown(notes))

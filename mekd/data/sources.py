@@ -13,6 +13,7 @@ from mekd.config import Config
 from mekd.data import arrays, listing
 from mekd.data.arrays import Dataset
 from mekd.data.listing import Listing
+from mekd.data.photos import PhotoSource
 from mekd.data.stream import Plan, Stream
 from mekd.seeds import generator_at
 
@@ -70,14 +71,21 @@ class Source(Protocol):
         ...
 
 
-def open_source(config: Config, device: torch.device, rank: int = 0, world: int = 1) -> Source:
-    """The data set of the configuration. Raises DataError naming the file or the folder, and what to do."""
+def open_source(
+    config: Config, device: torch.device, rank: int = 0, world: int = 1, cache: Path | None = None
+) -> Source:
+    """The data set of the configuration; cache: the folder where photos are kept decoded, beside their run.
+
+    Raises DataError naming the file or the folder, and what to do.
+    """
     config = replace(config, data=config.data.decided())
     if config.data.name is None:
         raise arrays.DataError(
             "data.path is not set: give the folder of your photos with --data.path FOLDER, or try everything with "
             "--data.name digits"
         )
+    if config.data.name == "photos":
+        return PhotoSource(config, device, rank, world, cache)
     if config.data.name in TREES:
         return TreeSource(config, device, rank, world)
     data = arrays.load(config.data.name, config.data.path, config.data.size).to(device)

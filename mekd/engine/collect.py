@@ -18,11 +18,12 @@ BLOCK = 256  # latents are drawn in whole blocks, so that an image does not depe
 REMOTE = 4  # blocks a step where calls overlap: the last of a step wait for each other
 
 
-def collect(run: Run, name: str, draw: nn.Module, count: int) -> Replay:
+def collect(run: Run, name: str, draw: nn.Module, count: int, until: int | None = None) -> Replay:
     """Ask for count images that draw makes of latents, and keep them in the folder NAME; what is there is not asked.
 
-    Each process asks for its part of a step, the first one writes.
+    Each process asks for its part of a step, the first one writes. until: of count rows, these are asked for now.
     """
+    end = count if until is None else min(until, count)
     path, depends = run.checkpoint(name), run.depends(name)
     stands, taken = 0, 0
     if path.exists():
@@ -30,16 +31,17 @@ def collect(run: Run, name: str, draw: nn.Module, count: int) -> Replay:
         check_depends(run, name, saved["depends"], depends)
         stands, taken = saved["state"]["place"]["rows"], saved["step"]
     with parallel.first_alone():
-        store = Replay(run.out / name, count, grows=parallel.rank() == 0)
-    if stands >= count:
+        origin = run.origin_of_answers()
+        store = Replay(run.out / name, count, grows=parallel.rank() == 0, origin=origin)
+    if stands >= end:
         return store
     per_step = min(BLOCK * (REMOTE if run.config.teacher.remote else 1), count)
-    bounds = [stands, *range((stands // per_step + 1) * per_step, count, per_step), count]
+    bounds = [stands, *range((stands // per_step + 1) * per_step, end, per_step), end]
 
     def rows(step: int) -> tuple[int, int]:
         """The rows of a step that this process asks for."""
-        first, end = bounds[step - taken], bounds[step - taken + 1]
-        mine = parallel.part(end - first)
+        first, last = bounds[step - taken], bounds[step - taken + 1]
+        mine = parallel.part(last - first)
         return first + mine.start, first + mine.stop
 
     def drawn(step: int) -> tuple[Tensor, Tensor]:
@@ -63,8 +65,8 @@ def collect(run: Run, name: str, draw: nn.Module, count: int) -> Replay:
         checkpoint.restore(log)
         for step in steps(checkpoint, log):
             asked = []
-            first, end = rows(step)
-            if end > first:
+            first, last = rows(step)
+            if last > first:
                 images, answer, n, _ = feed.take(step)
                 assert answer is not None
                 asked = [(images.cpu(), answer.to("cpu"), n.cpu())]

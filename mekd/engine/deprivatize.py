@@ -98,6 +98,9 @@ def take_step(
 def deprivatize(run: Run) -> None:
     """Train G and D on the private images and on the teacher's answers to generated ones (Ma et al., section 3.2)."""
     config = run.config.deprivatize
+    if config.generator is not None:
+        run.log(f"deprivatize: the generator of {config.generator}, {config.steps} steps")
+        return
     private = Images(run.data.local(config.batch))
     torch.manual_seed(run.config.seed + 1)
     generator = run.place(run.new_generator())

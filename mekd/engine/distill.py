@@ -3,12 +3,13 @@
 import contextlib
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mekd.engine import parallel
+from mekd.engine import coverage, parallel
 from mekd.engine.checkpoint import Checkpoint, steps
 from mekd.engine.collect import collect
 from mekd.engine.feeds import Fresh, Replayed, fresh
@@ -21,6 +22,7 @@ from mekd.losses import MEKDLoss
 from mekd.nets import build
 from mekd.nets.frozen import freeze
 from mekd.oracle.ledger import describe
+from mekd.oracle.replay import Replay
 from mekd.oracle.response import floor_of
 from mekd.pixels import as_float
 
@@ -69,7 +71,11 @@ def train_student(run: Run) -> tuple[nn.Module, dict[str, Any], bool]:
     exact = freeze(run.load_generator())  # draws what is asked once, and kept for other students
     draw = copy.deepcopy(exact).to(getattr(torch, config.precision))
     loss = MEKDLoss(draw, floor=floor_of(run.config.oracle.decimals), **config.loss_options())
-    holdout = collect(run, "holdout", exact, config.holdout)
+    if config.store is None:
+        holdout = collect(run, "holdout", exact, config.holdout)
+        require_coverage(run, holdout, exact)
+    else:
+        holdout = Replay(Path(config.store) / "holdout", config.holdout)
     held_images, held_answer, _ = holdout.read(slice(None))
     student = new_student(run)
     optimizer = sgd(student, config.lr, config.weight_decay)
@@ -100,6 +106,14 @@ def train_student(run: Run) -> tuple[nn.Module, dict[str, Any], bool]:
     return student, best, done < config.steps
 
 
+def require_coverage(run: Run, holdout: Replay, exact: nn.Module) -> None:
+    """Ask for the first answers of the store, so far as the holdout is too few, and have their classes looked at."""
+    rows, stores = coverage.wanted(run), [holdout]
+    if rows > len(holdout):
+        stores.append(collect(run, "replay", exact, run.config.distill.replay or 0, until=rows - len(holdout)))
+    coverage.require(run, *stores, rows=rows)
+
+
 def new_student(run: Run) -> nn.Module:
     """distill.student as it begins, on the run's device."""
     torch.manual_seed(run.config.seed + 4)
@@ -116,11 +130,14 @@ def answers(run: Run, exact: nn.Module, draw: nn.Module, loss: MEKDLoss) -> Iter
     config = run.config.distill
     mine = parallel.share("distill.batch", config.batch)
     if config.replay:
-        store = collect(run, "replay", exact, config.replay)
+        if config.store is None:
+            store = collect(run, "replay", exact, config.replay)
+        else:
+            store = Replay(Path(config.store) / "replay", config.replay)
         pictures = None
         if config.keep != "none":
             with parallel.first_alone():
-                pictures = Pictures(store, loss, run.num_classes, config.keep, run.device)
+                pictures = Pictures(run.out / "pictures", store, loss, run.num_classes, config.keep, run.device)
         yield Replayed(run, store, config.batch, pictures)
         return
 

@@ -22,11 +22,15 @@ DTYPES = {"uint8": np.dtype(np.uint8), "bfloat16": np.dtype(np.int16)}
 class Pictures:
     """One picture (ch, H, W) for each row of a store, rounded to 256 values or to bfloat16.
 
-    They are drawn and written in full when they are not there yet; a file that does not fit is an error that says so.
+    They are drawn and written in full into a folder when they are not there yet, under the name of the code and the tau
+    that they are drawn with; a file that does not fit is an error that says so.
     """
 
-    def __init__(self, store: Replay, loss: MEKDLoss, num_classes: int, keep: str, device: torch.device) -> None:
-        path = store.folder / f"pictures-{keep}.npy"
+    def __init__(
+        self, folder: Path, store: Replay, loss: MEKDLoss, num_classes: int, keep: str, device: torch.device
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{keep}-{loss.code}-{loss.tau:g}.npy"
         if not path.exists():
             _draw(path, store, loss, num_classes, keep, device)
         try:

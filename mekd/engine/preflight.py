@@ -1,19 +1,18 @@
 """What can be known before the first step, and before the first paid query: whether a run can come to its end."""
 
 import copy
+import functools
 import importlib.util
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mekd import files
 from mekd.codes import resolve_code
-from mekd.engine import parallel
+from mekd.engine import again, parallel
 from mekd.engine.checkpoint import check_depends
-from mekd.engine.result import STUDENT
 from mekd.engine.run import Run, StageError
 from mekd.engine.train import computed_in
 from mekd.errors import UsageError
@@ -21,6 +20,7 @@ from mekd.fingerprint import asks
 from mekd.nets import build
 from mekd.nets.check import check_network
 from mekd.nets.registry import is_users
+from mekd.oracle import identity
 from mekd.oracle.export import Classifier, ExportError, export
 
 
@@ -47,7 +47,8 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
     for stage in ("teacher",) * trains + tuple(name for name in ("deprivatize", "distill") if name in stages):
         parallel.share(f"{stage}.batch", getattr(config, stage).batch)
     notes = []  # written when nothing speaks against the run
-    if trains or simulates or "deprivatize" in stages:
+    own_generator = config.deprivatize.generator is None
+    if trains or simulates or ("deprivatize" in stages and own_generator):
         notes += [f"data: {note}" for note in run.data.notes()]
     if run.class_names is not None and config.oracle.num_classes not in (None, len(run.class_names)):
         raise UsageError(
@@ -59,7 +60,7 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
         if config.teacher.checkpoint is not None:
             run.load_weights(teacher, "teacher.checkpoint", config.teacher.checkpoint)
     elif {"deprivatize", "distill", "evaluate"} & set(stages):
-        if tuple(stages) != ("deprivatize",) or asks(config):
+        if run.origin is None and (tuple(stages) != ("deprivatize",) or asks(config)):
             run.require_teacher()
         classes = run.num_classes
         notes += [f"teacher: {note}" for note in run.teacher_notes]
@@ -72,10 +73,19 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
         classes = 0
     if "distill" in stages:
         _check_distill(run, classes)
+    begins: list[Callable[[], None]] = []  # what is put aside when nothing speaks against the run
+    anew = {"deprivatize", "distill"} & set(stages) and again.another_generator(run)
+    if "distill" in stages:
+        again.fit_store(run, bool(anew))
     _check_budgets(run, stages)
+    if anew:
+        begins.append(functools.partial(again.set_aside_generation, run))
     for stage in stages:
-        _check_checkpoints(run, stage)
+        if not (anew and stage in ("deprivatize", "distill")):
+            begins += _check_checkpoints(run, stage)
     agree()
+    for begin in begins:
+        begin()
     if stages and tuple(stages) != ("report",):
         run.save_config()
     for note in notes:
@@ -89,12 +99,43 @@ def _check_distill(run: Run, classes: int) -> None:
     student = _check_student(run, classes)
     if config.checkpoint is not None:
         run.load_weights(student, "distill.checkpoint", config.checkpoint)
+    if run.config.deprivatize.generator is not None:
+        _check_reused(run, classes)
     if config.loss_options()["image"] > 0:
         response = run.config.oracle.response
         try:
             resolve_code(config.code, {"label": "labels"}.get(response, response), classes)
         except ValueError as error:
             raise UsageError(f"distill.code: {error}") from error
+
+
+def _check_reused(run: Run, classes: int) -> None:
+    """Hold another run's generator and answers against each other and against the teacher."""
+    config, origin = run.config, run.origin
+    drawn = files.load(run.checkpoint("deprivatize"))["depends"]["classes"]
+    if drawn != classes:
+        raise UsageError(
+            f"deprivatize.generator is {config.deprivatize.generator!r}, made for {drawn} classes, and the teacher has "
+            f"{classes}: give the generator of a run with this teacher, or none"
+        )
+    if origin is None:
+        return
+    if origin["generator"] != run.generator_digest:
+        raise UsageError(
+            f"deprivatize.generator is {config.deprivatize.generator!r}, another one than drew the images of "
+            f"distill.store {config.distill.store!r}: leave deprivatize.generator out"
+        )
+    own = config.teacher.onnx is not None and identity.digest(Path(config.teacher.onnx))
+    if own and own != origin["teacher"]:
+        raise UsageError(
+            f"teacher.onnx is {config.teacher.onnx!r}, and the answers in distill.store {config.distill.store!r} are "
+            f"another teacher's, {origin['teacher_name']}: leave teacher.onnx out, or give that one"
+        )
+    if config.teacher.remote and config.teacher.name != origin["teacher_name"]:
+        raise UsageError(
+            f"the teacher is {config.teacher.name!r}, and the answers in distill.store {config.distill.store!r} are "
+            f"those of {origin['teacher_name']!r}: leave the teacher out, or give it that --teacher.name"
+        )
 
 
 def _check_student(run: Run, classes: int) -> torch.nn.Module:
@@ -151,13 +192,15 @@ def _check_budgets(run: Run, stages: Sequence[str]) -> None:
         )
 
 
-def _check_checkpoints(run: Run, stage: str) -> None:
-    """Hold the checkpoints that a stage would go on from against what they depend on now."""
+def _check_checkpoints(run: Run, stage: str) -> list[Callable[[], None]]:
+    """Hold the checkpoints that a stage would go on from against what they depend on now; returns what to put aside."""
     config = run.config
     if stage == "teacher" and (config.teacher.onnx or config.teacher.remote or config.teacher.checkpoint):
-        return
-    if stage != "teacher" and not config.teacher.remote and not run.teacher_onnx.exists():
-        return
+        return []
+    if stage == "deprivatize" and config.deprivatize.generator is not None:
+        return []
+    if stage != "teacher" and run.origin is None and not config.teacher.remote and not run.teacher_onnx.exists():
+        return []
     names = {"distill": ("holdout", "replay", "distill"), "evaluate": ("baseline",)}.get(stage, (stage,))
     found = [name for name in names if run.checkpoint(name).exists() and (name != "replay" or config.distill.replay)]
     if found and stage == "distill":
@@ -171,26 +214,9 @@ def _check_checkpoints(run: Run, stage: str) -> None:
             )
     for name in found:
         saved, depends = files.load(run.checkpoint(name))["depends"], run.depends(name)
-        if name == "distill" and _has_grown(saved, depends):
-            _begin_anew(run, saved["distill.replay"])
-            continue
-        check_depends(run, name, saved, depends)
-
-
-def _has_grown(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether a student's store has more answers now, and nothing else changed."""
-    before, now = saved.get("distill.replay"), wanted.get("distill.replay")
-    return bool(before) and now is not None and now > before and {**saved, "distill.replay": now} == wanted
-
-
-def _begin_anew(run: Run, before: int) -> None:
-    """Let the student begin anew, with more answers; the earlier one stays under the number of its."""
-    if parallel.rank() == 0:
-        for path in (run.checkpoint("distill"), *(run.out / name for name in STUDENT)):
-            if path.exists():
-                path.rename(path.with_stem(f"{path.stem}-{before}"))
-    parallel.barrier()
-    run.log(
-        f"distill: the store grows from {before:,} answers to {run.config.distill.replay:,}; those that are there "
-        f"stay, and the student begins anew. The earlier one is kept as student-{before}"
-    )
+        why = again.another_student(saved, depends) if name in ("distill", "baseline") else None
+        if why is None:
+            check_depends(run, name, saved, depends)
+        elif name == "distill":
+            return [functools.partial(again.set_aside_student, run, saved, why)]
+    return []

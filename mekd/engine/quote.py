@@ -27,7 +27,7 @@ def queries_of(config: Config) -> list[tuple[str, int]]:
     step1, step2 = config.deprivatize, config.distill
     return [
         ("deprivatize", step1.steps * step1.batch if asks(config) else 0),
-        ("distill", step2.holdout + (step2.replay or step2.steps * step2.batch)),
+        ("distill", 0 if step2.store else step2.holdout + (step2.replay or step2.steps * step2.batch)),
     ]
 
 
@@ -85,7 +85,7 @@ def limit(run: Run) -> int:
 def confirm(run: Run, stages: Sequence[str], agreed: bool) -> None:
     """Before a remote teacher is paid: print the quote, and have it agreed to, once; UsageError where it is not."""
     pays = {"distill", "evaluate"} | ({"deprivatize"} if asks(run.config) else set())
-    if not run.config.teacher.remote or not pays & set(stages):
+    if not run.config.teacher.remote or run.config.distill.store or not pays & set(stages):
         return
     path: Path = run.out / "confirmed.json"
     refused = ""

@@ -1,5 +1,6 @@
 """A run: its configuration, its folder, its log, and the pieces that several stages open."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -15,7 +16,7 @@ from torch import Tensor
 from mekd import files, user_code
 from mekd.config import Config
 from mekd.data import TREES, Source, open_source, read_names
-from mekd.engine import parallel, reach
+from mekd.engine import parallel, reach, reuse
 from mekd.engine.train import faster_in_bfloat16
 from mekd.errors import MekdError
 from mekd.fingerprint import fingerprint, resolve
@@ -67,7 +68,7 @@ class Run:
 
     def __post_init__(self) -> None:
         kept = read_saved(self.out / "config.yaml")
-        object.__setattr__(self, "config", resolve(self.config, kept, faster_in_bfloat16))
+        object.__setattr__(self, "config", resolve(reuse.adopted(self.config), kept, faster_in_bfloat16))
 
     # -- what there is -------------------------------------------------------------------------------------
 
@@ -93,13 +94,16 @@ class Run:
     @functools.cached_property
     def data(self) -> Source:
         """The data set: its images come on the run's device, and this process gets its part of them."""
-        return open_source(self.config, self.device, parallel.rank(), parallel.world())
+        with parallel.first_alone() if self.config.data.name == "photos" else contextlib.nullcontext():
+            return open_source(self.config, self.device, parallel.rank(), parallel.world(), self.out / "photos")
 
     @functools.cached_property
     def image(self) -> tuple[int, int, int]:
         """(ch, H, W) of the images; a tree is not looked through for it."""
-        size = self.config.data.size
-        return (3, size, size) if self.config.data.name in TREES else self.data.image
+        size, other = self.config.data.size, self.config.deprivatize.generator
+        if other is not None:
+            return reuse.channels_of(self.checkpoint("deprivatize")), size, size
+        return (3, size, size) if self.config.data.name in ("photos", *TREES) else self.data.image
 
     @property
     def teacher_onnx(self) -> Path:
@@ -118,9 +122,16 @@ class Run:
 
     @functools.cached_property
     def class_names(self) -> list[str] | None:
-        """The teacher's classes, where oracle.classes lists them."""
+        """The teacher's classes, where oracle.classes lists them, or the store that is learnt from."""
         path = self.config.oracle.classes
-        return None if path is None else read_names(path, "oracle.classes")
+        if path is None:
+            return None if self.origin is None else self.origin["class_names"]
+        return read_names(path, "oracle.classes")
+
+    @functools.cached_property
+    def origin(self) -> dict[str, Any] | None:
+        """What the answers of distill.store are a result of."""
+        return None if self.config.distill.store is None else reuse.origin_of(self.config.distill.store)
 
     @functools.cached_property
     def num_classes(self) -> int:
@@ -134,6 +145,9 @@ class Run:
 
     @functools.cached_property
     def _looked_at(self) -> tuple[int, list[str]]:
+        if self.origin is not None:
+            name = self.origin["teacher_name"]
+            return self.origin["classes"], [f"the answers of {name} in {self.config.distill.store}: nobody is asked"]
         if self.config.teacher.remote:
             return self.about_teacher.classes, self.about_teacher.notes
         if not self.teacher_onnx.is_file():  # a step 1 that asks nothing needs no more of it than this number
@@ -149,7 +163,16 @@ class Run:
     @property
     def teacher_digest(self) -> str:
         """A hash of the black box, by which a checkpoint knows its teacher: of its file, or of what names it."""
+        if self.origin is not None:
+            return str(self.origin["teacher"])
         return self.about_teacher.identity if self.config.teacher.remote else identity.digest(self.teacher_onnx)
+
+    @property
+    def teacher_name(self) -> str:
+        """What people call the black box: a remote one by its name, else its file."""
+        if self.origin is not None:
+            return str(self.origin["teacher_name"])
+        return self.config.teacher.name or self.teacher_onnx.name
 
     @functools.cached_property
     def about_teacher(self) -> reach.About:
@@ -252,6 +275,8 @@ class Run:
 
     def checkpoint(self, name: str) -> Path:
         """Where a stage's checkpoint lies."""
+        if name == "deprivatize" and self.config.deprivatize.generator is not None:
+            return reuse.generator_of(self.config.deprivatize.generator)
         return self.out / "checkpoints" / f"{name}.pt"
 
     def depends(self, name: str) -> dict[str, Any]:
@@ -266,6 +291,8 @@ class Run:
             found["distill.student's file"] = user_code.digest(file)
         if name == "deprivatize":
             found["classes"] = self.num_classes
+        if name == "distill" and self.origin is not None:
+            found["store"] = self.origin["seed"]
         if name in ("holdout", "replay", "distill"):
             found["generator"] = self.generator_digest
         return found
@@ -277,6 +304,19 @@ class Run:
         for name, value in self.load_generator().state_dict().items():
             hashed.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
         return hashed.hexdigest()[:16]
+
+    def origin_of_answers(self) -> dict[str, Any]:
+        """What a store of this run's answers says of them, for other runs."""
+        oracle = self.config.oracle
+        return {
+            "teacher": self.teacher_digest,
+            "teacher_name": self.teacher_name,
+            "generator": self.generator_digest,
+            "classes": self.num_classes,
+            "class_names": self.class_names,
+            "seed": self.config.seed,
+            "answers": {name: getattr(oracle, name) for name in reuse.ANSWERS},
+        }
 
     @property
     def ledger(self) -> Path:

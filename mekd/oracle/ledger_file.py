@@ -97,11 +97,13 @@ def open_file(folder: Path, name: str, rank: int) -> tuple[sqlite3.Connection, A
 
 
 def totals(folder: Path, *names: str) -> dict[str, int]:
-    """The counts of some accounts of a folder together, over all processes; they may be in use."""
+    """The counts of some accounts of a folder together, over all processes; they may be in use.
+
+    An account NAME has those of earlier generations with it, NAME@1 and so on; NAME@* are these alone.
+    """
     counts = dict.fromkeys(COUNTS, 0)
-    found = [folder / f"{name}.sqlite" for name in names]
-    found += [path for name in names for path in folder.glob(f"{name}.rank*.sqlite")]
-    for path in (path for path in found if path.exists()):
+    patterns = [f"{name}{more}.sqlite" for name in names for more in ("", ".rank*", "@*")]
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60)
         try:
             row = database.execute("SELECT * FROM totals").fetchone()

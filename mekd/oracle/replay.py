@@ -3,6 +3,7 @@
 import json
 import mmap
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ class Replay:
     """N images as they were sent and the teacher's answers to them, in a folder.
 
     Images are uint8 (or float32 where they were sent so) (N, ch, H, W); answers as in Response; and, where there is
-    one, the nuisance (N, entries) that G drew each image with. grows: a shorter store is made longer. The files are
-    allocated in full when the first answer arrives, so that a full disk is known before the queries are paid.
+    one, the nuisance (N, entries) that G drew each image with. grows: a shorter store is made longer. origin: what the
+    answers are a result of, kept with them. The files are allocated in full when the first answer arrives, so that a
+    full disk is known before the queries are paid.
     """
 
-    def __init__(self, folder: Path, count: int, grows: bool = False) -> None:
-        self.folder, self.count = folder, count
+    def __init__(self, folder: Path, count: int, grows: bool = False, origin: Mapping[str, Any] | None = None) -> None:
+        self.folder, self.count, self._origin = folder, count, origin
         self._arrays: dict[str, np.ndarray] = {}
         self._kind: dict[str, Any] = {}
         if (folder / "replay.json").exists():
@@ -37,7 +39,7 @@ class Replay:
                 path = folder / f"{name}.npy"
                 try:
                     np.load(path, mmap_mode="r", allow_pickle=False)  # "r+" would fill a file that is cut short with 0
-                    array = np.load(path, mmap_mode="r+", allow_pickle=False)
+                    array = np.load(path, mmap_mode="r+" if os.access(path, os.W_OK) else "r", allow_pickle=False)
                 except (OSError, ValueError, EOFError) as error:
                     raise StoreError(
                         f"{path} cannot be read ({error}); it is missing or cut short. Put a copy of {folder} back, or "
@@ -51,6 +53,8 @@ class Replay:
                         "set that back; a store can grow, and does not shrink"
                     )
                 self._arrays[name] = array
+            if grows and self._kind.get("count") != count:
+                self._describe()
 
     def __len__(self) -> int:
         return self.count
@@ -118,7 +122,11 @@ class Replay:
                 raise files.WriteError(f"{paths[name]} needs {size:.0f} MB ({error}); free some space") from error
         self._arrays = arrays
         self._kind = {"kind": response.kind, "decimals": response.decimals, "arrays": list(rows)}
-        files.write_text(self.folder / "replay.json", json.dumps(self._kind) + "\n")
+        self._kind |= {} if self._origin is None else {"origin": self._origin}
+        self._describe()
+
+    def _describe(self) -> None:
+        files.write_text(self.folder / "replay.json", json.dumps({**self._kind, "count": self.count}) + "\n")
 
 
 def _grown(path: Path, array: np.ndarray, count: int) -> np.ndarray:

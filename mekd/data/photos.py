@@ -1,0 +1,172 @@
+"""The user's own photos: files of any format, in any folders, without labels."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mekd import files
+from mekd.config import Config
+from mekd.data import arrays, listing
+from mekd.data.arrays import DataError
+from mekd.data.names import IMAGES, read_names
+from mekd.data.photo_cache import PhotoCache
+from mekd.seeds import generator_at
+
+#: What is taken for a photo by its ending, in any case of its letters.
+PHOTOS = (*IMAGES, ".heic", ".heif", ".hif")
+#: Fewer photos than these are named in the log: D knows them by heart soon.
+FEW = 100
+
+
+def find(root: str | Path) -> tuple[list[str], list[str]]:
+    """The photos under a folder, at any depth, in a fixed order; and sentences on what lies there besides.
+
+    Nothing hidden is one, and a link is followed where it leads out of the folder. Raises DataError where there are
+    none.
+    """
+    if not Path(root).is_dir():
+        raise DataError(
+            f"data.path is {str(root)!r}; no such folder. Give the folder of your photos: --data.path FOLDER"
+        )
+    walk, closed = listing.Walk(root), list[str]()
+    found = walk.images(str(root), PHOTOS, closed)
+    notes = []
+    if closed:
+        notes.append(f"{len(closed)} folders cannot be read and were left out, {files.shown(closed[0])} first")
+    if walk.others:
+        there = f"{listing.counted(walk.others)}, {files.shown(walk.others[0])} first"
+        notes.append(f"left out as no images by their endings: {there}")
+    if walk.links:
+        notes.append(files.shown(walk.about_links(root)))
+    if not found:
+        there = f"; it holds {listing.counted(walk.others)}" if walk.others else ""
+        raise DataError(f"{root} holds no image ({', '.join(PHOTOS)}){there}")
+    return found, notes
+
+
+class PhotoSource:
+    """Photos as mekd.data.sources.Source, all of them private; with evaluate.path, labelled ones for testing beside."""
+
+    def __init__(self, config: Config, device: torch.device, rank: int, world: int, cache: Path | None) -> None:
+        settings = config.data
+        if settings.path is None:
+            raise DataError("data.path is not set: give the folder of your photos with --data.path FOLDER")
+        self._config, self._device, self._rank, self._world = config, device, rank, world
+        self._cached = cache
+        self.classes: tuple[str, ...] = ()
+        self.image = (3, settings.size, settings.size)
+        found, notes = find(settings.path)
+        photos = self._open("photos", settings.path, found)
+        self._images, self._rows, self._left_out = photos.images, photos.rows, photos.left_out
+        assert settings.local_fraction is not None
+        if settings.local_fraction < 1:
+            count = max(1, round(settings.local_fraction * len(self._rows)))
+            order = torch.randperm(len(self._rows), generator=generator_at(config.seed, "local"))
+            self._rows = self._rows[order[:count]]
+        self._notes = [photos.describe(len(self._rows)), *notes]
+        if len(self._rows) < FEW:
+            self._notes.append(
+                f"{len(self._rows)} photos are few: the generator can do little but repeat them, and what it draws is "
+                "sent; some hundreds at least make a student, and samples/sent.png shows how near it comes to yours"
+            )
+        self._test: tuple[Tensor, Tensor, Tensor] | None = None
+        if config.evaluate.enabled:
+            self._test = self._labelled()
+
+    def training(self, batch: int) -> Any:
+        """Raises DataError: no teacher can be trained."""
+        raise DataError(
+            "data.name is 'photos', which have no labels: no teacher can be trained with them. Give yours with "
+            "--teacher.url ADDRESS, --teacher.onnx FILE or --teacher.python FILE.py:function"
+        )
+
+    def local(self, batch: int) -> "_Photos":
+        """As Source.local: shifted with data.shift and mirrored with data.flip; labels are 0."""
+        return _Photos(self, batch)
+
+    def once(self, part: str, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """As Source.once; labels of photos are 0."""
+        if part == "test":
+            if self._test is None:
+                raise DataError("photos have no labels: name a labelled folder with --evaluate.path FOLDER")
+            images, rows, labels = self._test
+        else:
+            images, rows = self._images, self._rows
+            labels = torch.zeros(len(rows), dtype=torch.int64)
+        mine = slice(len(rows) * self._rank // self._world, len(rows) * (self._rank + 1) // self._world)
+        for own, named in zip(rows[mine].split(batch), labels[mine].split(batch), strict=True):
+            yield images[own].to(self._device), named.to(self._device)
+
+    def count(self, part: str) -> int:
+        """As Source.count."""
+        if part == "test":
+            return 0 if self._test is None else len(self._test[1])
+        return len(self._rows)
+
+    def left_out(self) -> set[str]:
+        """Nothing more than what notes() say: all files were decoded before the first step."""
+        return set()
+
+    def reasons(self) -> dict[str, str]:
+        """The files that could not be read, and why."""
+        return self._left_out
+
+    def notes(self) -> list[str]:
+        """As Source.notes."""
+        return self._notes
+
+    def _open(self, name: str, root: str | Path, found: list[str]) -> PhotoCache:
+        settings = self._config.data
+        folder = None if self._cached is None else self._cached / f"{name}-{settings.size}"
+        return PhotoCache(folder, root, found, settings.size, settings.resize)
+
+    def _labelled(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, rows and labels of evaluate.path, whose folders have the names of the teacher's classes."""
+        path = self._config.evaluate.path
+        if path is None:
+            raise DataError(
+                "evaluate.enabled is true, and photos have no labels: name a folder of class folders with "
+                "--evaluate.path FOLDER, or say --evaluate.enabled false"
+            )
+        listed = listing.read(Path(path).parent, "folder", Path(path).name)
+        cache = self._open("labelled", path, list(listed.files))
+        labels = torch.from_numpy(listed.labels)[cache.kept]
+        self.classes = listed.classes
+        names = self._config.oracle.classes
+        if names is not None:
+            self.classes = tuple(read_names(names, "oracle.classes"))
+            number = {name: i for i, name in enumerate(self.classes)}
+            if strange := [name for name in listed.classes if name not in number]:
+                raise DataError(
+                    f"evaluate.path {path!r} has the class folder {strange[0]!r}, a name that oracle.classes "
+                    f"{names!r} does not list; its folders are named as the teacher's classes"
+                )
+            labels = torch.tensor([number[name] for name in listed.classes])[labels]
+        return cache.images, cache.rows, labels
+
+
+class _Photos:
+    """Batches of photos: which, and how they are moved, are functions of the seed and the step."""
+
+    def __init__(self, source: PhotoSource, batch: int) -> None:
+        self._source, self._batch = source, batch
+
+    def take(self, step: int) -> tuple[Tensor, Tensor]:
+        source, config = self._source, self._source._config
+        generator = generator_at(config.seed, "local", step)
+        drawn = torch.randint(len(source._rows), (self._batch,), generator=generator)
+        mine = slice(self._batch * source._rank // source._world, self._batch * (source._rank + 1) // source._world)
+        moves = arrays.moves(self._batch, source.image[-1], config.data.flip, generator)
+        if not config.data.shift:
+            moves[:, :2] = 0
+        images = source._images[source._rows[drawn[mine]]].to(source._device)
+        return arrays.moved(images, moves[mine]), torch.zeros(len(images), dtype=torch.int64, device=images.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass

@@ -1,0 +1,99 @@
+"""Generators and paid answers of other runs: what they decide of a configuration, and whether they fit it."""
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mekd import files
+from mekd.config import Config, OracleConfig
+from mekd.errors import UsageError
+
+#: Of the oracle's settings, what a store's answers are a result of.
+ANSWERS = ("response", "k", "decimals", "transport", "encoding", "quality", "unknown", "size", "mean", "std")
+
+
+def adopted(config: Config) -> Config:
+    """The configuration with what deprivatize.generator and distill.store decide of it.
+
+    Raises UsageError where they are not there or do not fit.
+    """
+    if config.distill.store is not None:
+        config = _with_store(config, Path(config.distill.store))
+    if config.deprivatize.generator is not None:
+        saved = files.load(generator_of(config.deprivatize.generator))
+        depends = saved["depends"]
+        kept = {f.name: depends[f"deprivatize.{f.name}"] for f in fields(config.deprivatize)
+                if f"deprivatize.{f.name}" in depends}  # fmt: skip
+        recipe = replace(config.deprivatize, **kept, steps=saved["step"])
+        config = replace(config, deprivatize=recipe, data=replace(config.data, size=depends["data.size"]))
+    return config
+
+
+def generator_of(path: str) -> Path:
+    """The checkpoint of step 1 in another run's folder, or the file itself; UsageError where there is none."""
+    given = Path(path)
+    found = given / "checkpoints" / "deprivatize.pt" if given.is_dir() else given
+    if not found.is_file():
+        raise UsageError(
+            f"deprivatize.generator is {path!r}; it must be the folder of a run that finished step 1, which holds "
+            "checkpoints/deprivatize.pt, or that file"
+        )
+    return found
+
+
+def channels_of(path: Path) -> int:
+    """The channels of the images that a saved generator draws."""
+    return int(files.load(path)["state"]["generator"]["last.weight"].shape[0])
+
+
+def origin_of(store: str) -> dict[str, Any]:
+    """What the answers of another run's folder are a result of; UsageError where there are none, or it is not known."""
+    for name in ("replay", "holdout"):
+        path = Path(store) / name / "replay.json"
+        if not path.is_file():
+            raise UsageError(
+                f"distill.store is {store!r}; it must be the folder of a run that asked for its answers, which holds "
+                f"{name}/replay.json (distill.replay above 0)"
+            )
+    kept = json.loads((Path(store) / "replay" / "replay.json").read_text("utf-8"))
+    origin: dict[str, Any] | None = kept.get("origin")
+    if origin is None:
+        raise UsageError(
+            f"distill.store is {store!r}, whose answers do not say what they come from: an earlier version of mekd "
+            "asked for them. Go on in that folder itself, where another student keeps them"
+        )
+    return origin
+
+
+def rows_of(store: str, name: str) -> int:
+    """The answers in the folder NAME of another run; UsageError where not all of them are there yet."""
+    path = Path(store) / "checkpoints" / f"{name}.pt"
+    found = json.loads((Path(store) / name / "replay.json").read_text("utf-8"))
+    stands = files.load(path)["state"]["place"]["rows"] if path.is_file() else 0
+    if stands < found["count"]:
+        raise UsageError(
+            f"distill.store is {store!r}, where {stands} of {found['count']} answers of {name} are there: finish that "
+            "run first"
+        )
+    return int(found["count"])
+
+
+def _with_store(config: Config, store: Path) -> Config:
+    origin, step2 = origin_of(str(store)), config.distill
+    oracle, default = asdict(config.oracle), asdict(OracleConfig())
+    for name, value in origin["answers"].items():
+        if oracle[name] not in (default[name], value):
+            raise UsageError(
+                f"oracle.{name} is {oracle[name]!r}, and the answers in distill.store {str(store)!r} were given with "
+                f"{value!r}: leave oracle.{name} out"
+            )
+    config = replace(config, oracle=replace(config.oracle, **origin["answers"]))
+    if config.deprivatize.generator is None:
+        generator_of(str(store))
+        config = replace(config, deprivatize=replace(config.deprivatize, generator=str(store)))
+    replay, holdout = (rows_of(str(store), name) for name in ("replay", "holdout"))
+    simulation = config.evaluate
+    if config.teacher.onnx is None:  # there is nobody to ask
+        simulation = replace(simulation, ask_teacher=False, baseline=False)
+    return replace(config, distill=replace(step2, replay=replay, holdout=holdout), evaluate=simulation)
