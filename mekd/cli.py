@@ -16,13 +16,14 @@ stages, in the order in which `mekd run` takes them:
   deprivatize   step 1: a generator learns to invert the teacher; private images stay here
   distill       step 2: the student learns from generated images
   evaluate      a simulation, off unless asked: test accuracy and the plain baseline
-  report        curves, pictures and tables of the run: report.md
+  report        curves, pictures and tables of the run: report.md, and README.md, the student's model card
   run           all of them; each resumes where it stopped
 
 other commands:
   quote         what a run will ask of a remote teacher: queries, calls, bytes, price, time. Nothing is paid
   doctor        what this machine can run, and what is missing for the rest; with --config FILE also what each stage
                 of it will need: memory and time an image, queries, bytes
+  predict       what a student says of photos, in any folders: mekd predict student.onnx PHOTOS --out predictions.csv
   serve         FILE.onnx behind an address, by the Open Inference Protocol v2 and as Hugging Face's API has it: for a
                 student, and for trying out how a teacher is asked there; mekd serve --help lists its options
   selftest      every loss on this machine against float64, and its speed: a table for a bug report (--device, --impl)
@@ -57,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         return error.status
     except KeyboardInterrupt:
         print(
-            f"\nmekd {command}: interrupted; the same command goes on from the last checkpoint",
+            f"\nmekd {command}: interrupted"
+            + ("" if command == "predict" else "; the same command goes on from the last checkpoint"),
             file=sys.stderr,
         )
         return 130
@@ -73,6 +75,10 @@ def _dispatch(command: str, words: list[str]) -> int:
         from mekd.selftest import main as selftest
 
         return selftest(words)
+    if command == "predict":
+        from mekd.predict import main as predict
+
+        return predict(words)
     if command == "serve":
         from mekd.serve import main as serve
 
@@ -80,7 +86,9 @@ def _dispatch(command: str, words: list[str]) -> int:
     from mekd.engine.stages import STAGES
 
     if command not in (*STAGES, "run", "quote"):
-        raise UsageError(f"there is no such stage; there are {', '.join(STAGES)}, run, doctor, serve and selftest")
+        raise UsageError(
+            f"there is no such stage; there are {', '.join(STAGES)}, run, quote, doctor, predict, serve and selftest"
+        )
     flags = [word for word in words if word in FLAGS]
     parsed = parse([word for word in words if word not in FLAGS])
     if parsed is None:

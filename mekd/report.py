@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mekd import files
+from mekd.card import card
 from mekd.engine import parallel
 from mekd.engine.pictures import families
 from mekd.engine.run import Run, StageError
@@ -24,7 +25,7 @@ STAGES = ("teacher", "deprivatize", "holdout", "replay", "distill", "baseline")
 
 
 def report(run: Run) -> None:
-    """Read the run's folder and write what a person wants to see of it; nothing is trained or asked."""
+    """Read the run's folder and write what people want to see of it, a model card too; nothing is trained or asked."""
     if parallel.rank():
         return
     if not run.checkpoint("distill").exists():
@@ -34,6 +35,8 @@ def report(run: Run) -> None:
     files.write_text(run.out / "summary.csv", _csv(summary))
     pictures = draw(run, summary)
     files.write_text(run.out / "report.md", markdown(run, summary, pictures))
+    if (run.out / "student.onnx").exists():
+        files.write_text(run.out / "README.md", card(run, summary, pictures))
     run.log("")
     for line in table(summary):
         run.log(line)

@@ -63,14 +63,44 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return echo(tmp_path_factory.mktemp("small") / "echo.onnx")
 
 
-@pytest.fixture
-def tiny(teacher_onnx: Path) -> list[str]:
-    """Settings of a run of all stages that takes seconds, with checkpoints in odd places."""
+def tiny_settings(teacher: Path) -> list[str]:
     settings = {
-        "data.name": "digits", "data.size": 16, "teacher.onnx": teacher_onnx, "teacher.arch": "resnet8",
+        "data.name": "digits", "data.size": 16, "teacher.onnx": teacher, "teacher.arch": "resnet8",
         "deprivatize.steps": 9, "deprivatize.batch": 8, "deprivatize.width": 0.1, "deprivatize.alpha": 0.5,
         "oracle.batch": 64,
         "distill.steps": 9, "distill.batch": 8, "distill.holdout": 20, "distill.eval_every": 3, "distill.coverage": 0,
         "engine.checkpoint_every": 4, "engine.log_every": 2, "engine.device": "cpu",
     }  # fmt: skip
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture
+def tiny(teacher_onnx: Path) -> list[str]:
+    """Settings of a run of all stages that takes seconds, with checkpoints in odd places."""
+    return tiny_settings(teacher_onnx)
+
+
+#: A student of the user's own, with what behaves otherwise in training.
+OWN_STUDENT = """
+from torch import nn
+
+
+def small(num_classes, channels):
+    return nn.Sequential(
+        nn.Conv2d(channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, num_classes),
+    )
+"""
+
+
+@pytest.fixture(scope="session")
+def finished(teacher_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of all stages, whose student is small() of OWN_STUDENT."""
+    from mekd import cli
+
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "own_net.py").write_text(OWN_STUDENT)
+    words = [*tiny_settings(teacher_onnx), "--distill.student", f"{folder / 'own_net.py'}:small"]
+    words += ["--oracle.price", "0.01", "--oracle.response", "topk", "--oracle.k", "3", "--oracle.decimals", "3"]
+    assert cli.main(["run", *words, "--out", str(folder / "run")]) == 0
+    return folder / "run"

@@ -292,9 +292,8 @@ def test_one_channel_is_three_alike() -> None:
         ("resnet-32", ["'resnet-32'", "nearest", "resnet32"]),
         # The name of a torchvision network without its family.
         ("vgg16", ["'vgg16'", "resnet8", "resnet110", "torchvision:NAME"]),
-        # A family that nobody knows, and a family without a name.
-        ("timm:resnet18", ["'timm:resnet18'", "torchvision:NAME"]),
-        ("torchvision:", ["'torchvision:'", "torchvision:NAME"]),
+        # A family without a name.
+        ("torchvision:", ["'torchvision:'", "torchvision:NAME", "timm:NAME"]),
     ],
 )
 def test_unknown_names_get_the_nearest_known(name: str, parts: list[str]) -> None:

@@ -30,6 +30,7 @@ def eleven(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # An experiment compares the classes of the data with those of the teacher.
         (["--evaluate.enabled", "true", "--teacher.onnx", "ELEVEN"], ["11 classes", "data 10", "evaluate"]),
         (["--distill.student", "no.where:make"], ["distill.student is 'no.where:make'", "no.where"]),
+        (["--distill.student", "resnet18"], ["distill.student is 'resnet18'", "no network"]),
         (["--distill.student", "torchvision:resnet1"], ["distill.student", "nearest"]),
         (["--distill.checkpoint", "nowhere.pt"], ["distill.checkpoint is 'nowhere.pt'", "no such file"]),
         (["--distill.checkpoint", "TEXT"], ["distill.checkpoint", "torch cannot read"]),

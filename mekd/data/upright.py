@@ -23,11 +23,9 @@ def decode(path: str | os.PathLike, size: int, resize: int | None = None) -> np.
     if not 1 <= size <= shorter:
         raise ValueError(f"size is {size} and resize is {shorter}; they must be at least 1, and resize at least size")
     image = _as_rgb(_load(path, shorter), path)
-    shortest = min(image.size)
-    whole = [side * shorter // shortest for side in image.size]  # resized
-    first = [round((side - size) / 2) for side in whole]
-    box = [at * side / w for at, side, w in zip(first, image.size, whole, strict=True)]
-    box += [(at + size) * side / w for at, side, w in zip(first, image.size, whole, strict=True)]
+    side = min(image.size) * size / shorter  # of what is kept, before it is resized
+    left, top = ((whole - side) / 2 for whole in image.size)
+    box = (left, top, left + side, top + side)
     # Pillow weighs pixels outside the box too, so that this is the whole photo resized, and then cropped.
     small = image.resize((size, size), _pillow().Resampling.BILINEAR, box=box)
     return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))

@@ -144,7 +144,7 @@ def _check_student(run: Run, classes: int) -> torch.nn.Module:
     student = _built("distill.student", name, classes, run.image[0])
     real = _is_real(name)
     if real:
-        student = student.to(run.device).to(memory_format=torch.channels_last)
+        student = student.to(run.device)
     try:
         with computed_in(run.config.distill.precision, run.device):
             check_network(student, run.image, classes)

@@ -28,38 +28,43 @@ def write_student(run: Run, student: nn.Module) -> float:
     if file is not None and Path(file).resolve() != (run.out / Path(file).name).resolve():
         shutil.copyfile(file, run.out / Path(file).name)  # so that the folder can be handed on
     own = {name: value.cpu().contiguous().clone() for name, value in weights.items()}  # tied weights are refused
-    safe = save(own, about(run, 1 / 127.5, -1.0))
+    how = preprocess_of(run)
+    safe = save(own, about(run, how._replace(scale=1 / 127.5, offset=-1.0)))
     files.write(run.out / FILE, lambda beside: beside.write(safe))
-    transport = run.config.oracle.transport
-    said = about(run, 1.0 if transport == "uint8" else 1 / 255)
-    return export(Classifier(student), run.out / "student.onnx", run.image, transport, said)
+    return export(
+        Classifier(student), run.out / "student.onnx", run.image, run.config.oracle.transport, about(run, how)
+    )
 
 
-def about(run: Run, scale: float, offset: float = 0.0) -> dict[str, str]:
-    """What a file of the student's says of itself; scale and offset: of its input, from pixels of 0 to 255."""
-    preprocess = preprocess_of(run)._replace(scale=scale, offset=offset)
-    file = file_of(run.config.distill.student)
-    factory = run.config.distill.student.rpartition(":")[2]
+def about(run: Run, how: Preprocess) -> dict[str, str]:
+    """What a file of the student's says of itself; how: an image becomes what that file takes."""
     return {
-        "architecture": run.config.distill.student if file is None else f"{Path(file).name}:{factory}",
+        "architecture": architecture(run),
         "num_classes": str(run.num_classes),
-        "channels": str(preprocess.channels),
-        "size": str(preprocess.size),
+        "channels": str(how.channels),
+        "size": str(how.size),
         "classes": json.dumps(class_names(run), ensure_ascii=False),
-        "preprocessing": preprocess.words(),
-        "preprocess": preprocess.json(),
+        "preprocessing": how.words(),
+        "preprocess": how.json(),
         "teacher": teacher_name(run),
         "mekd": __version__,
     }
 
 
+def architecture(run: Run) -> str:
+    """distill.student, without the folder of a file, which is copied beside the weights."""
+    name = run.config.distill.student
+    file = file_of(name)
+    return name if file is None else f"{Path(file).name}:{name.rpartition(':')[2]}"
+
+
 def preprocess_of(run: Run) -> Preprocess:
-    """How a photo becomes what the student learned from."""
+    """How a photo becomes what student.onnx takes."""
     data = run.config.data
     resize = data.size if data.resize is None else data.resize
     if data.name in TREES and data.resize is None:
         resize = round(data.size * 256 / 224)
-    return Preprocess(data.size, resize, run.image[0])
+    return Preprocess(data.size, resize, run.image[0], 1.0 if run.config.oracle.transport == "uint8" else 1 / 255)
 
 
 def class_names(run: Run) -> list[str]:

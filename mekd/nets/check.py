@@ -26,7 +26,8 @@ def check_network(net: nn.Module, image: tuple[int, int, int], num_classes: int)
         raise UsageError("it has no parameter that requires a gradient: nothing of it can learn")
     device = weights[0].device
     images = 2 * torch.rand(2, *image, generator=torch.Generator().manual_seed(0)) - 1
-    images = images.to(device).contiguous(memory_format=torch.channels_last)  # as they come in training
+    images = images.to(device).contiguous(memory_format=torch.channels_last)
+    net.to(memory_format=torch.channels_last)  # weights and images lie so in training
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         logits = _run(net.train(), images, num_classes)
         _check_gradient(logits, weights)

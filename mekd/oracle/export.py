@@ -80,7 +80,13 @@ def export(
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.part.onnx")
     try:
-        _write(classifier, images[:2], beside, metadata or {})
+        _write(classifier, images[:2], beside)
+        if metadata:
+            import onnx
+
+            model = onnx.load(beside)
+            onnx.helper.set_model_props(model, dict(metadata))
+            onnx.save(model, beside)
         session = open_session(beside, "cpu")
         worst = 0.0
         for batch in (images, images[:1]):
@@ -101,21 +107,20 @@ def export(
     return worst
 
 
-def _write(classifier: nn.Module, images: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
+def _write(classifier: nn.Module, images: Tensor, path: Path) -> None:
     try:
         with _quiet():
-            program = torch.onnx.export(
+            torch.onnx.export(
                 classifier,
                 (images,),
+                path,
                 dynamo=True,
+                external_data=False,
                 verbose=False,
                 input_names=["images"],
                 output_names=["logits"],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
-            assert program is not None
-            program.model.metadata_props.update(metadata)
-            program.save(path, external_data=False)
     except ImportError as error:
         raise ExportError(f"the exporter lacks a package ({error}): pip install 'mekd[onnx]'") from error
     except torch.onnx.OnnxExporterError as error:
@@ -127,13 +132,17 @@ def _write(classifier: nn.Module, images: Tensor, path: Path, metadata: Mapping[
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress notes out of the log; its errors still raise."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep what the exporter prints out of sight; its errors still raise."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+        with (
+            warnings.catch_warnings(),
+            open(os.devnull, "w") as null,
+            contextlib.redirect_stdout(null),
+            contextlib.redirect_stderr(null),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(before)

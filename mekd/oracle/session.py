@@ -125,12 +125,12 @@ def open_session(
     return session
 
 
-def check_format(path: Path) -> None:
+def check_format(path: Path, setting: str = "teacher.onnx") -> None:
     """Raise ModelError for a file that is missing, or whose first bytes say that it is something else than ONNX."""
     if not path.exists():
-        raise ModelError(f"teacher.onnx is {str(path)!r}; no such file")
+        raise ModelError(f"{setting} is {str(path)!r}; no such file")
     if kind := kind_of(path):
-        raise ModelError(f"teacher.onnx is {str(path)!r}, {NAMES[kind]}; it must be an ONNX model: {AS_ONNX[kind]}")
+        raise ModelError(f"{setting} is {str(path)!r}, {NAMES[kind]}; it must be an ONNX model: {AS_ONNX[kind]}")
 
 
 def check_options(names: Sequence[str], precision: str, cuda_graph: bool) -> None:

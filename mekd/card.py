@@ -1,0 +1,201 @@
+"""The model card of a run, README.md in its folder: what the student is, and the lines that load it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mekd.engine.result import architecture, class_names, preprocess_of, teacher_name
+from mekd.engine.run import Run
+from mekd.nets.registry import file_of
+from mekd.oracle.replay import Replay
+from mekd.student import Preprocess
+
+#: What reaches a student's teacher, by response, in words.
+ANSWERS = {
+    "logits": "logits", "probs": "probabilities of all classes", "label": "the name of one class, nothing else",
+}  # fmt: skip
+
+
+def card(run: Run, summary: dict[str, Any], pictures: Sequence[tuple[str, str]]) -> str:
+    """The model card in Markdown; summary: as report.summarize gives it; pictures: captions and files in the folder."""
+    config, how = run.config, preprocess_of(run)
+    classes, teacher = class_names(run), teacher_name(run)
+    named = ", ".join(classes[:20]) + (f" and {len(classes) - 20:,} more" if len(classes) > 20 else "")
+    there = [(caption, name) for caption, name in pictures if (run.out / name).is_file()]
+    shown = [line for caption, name in there for line in (f"![{caption}]({name})", "", caption, "")]
+    lines = [
+        f"# {config.distill.student.rpartition(':')[2]}, distilled from {teacher}",
+        "",
+        f"A classifier of {how.channels} x {how.size} x {how.size} pixels into {len(classes):,} classes ({named}), "
+        "distilled from a black box by MEKD (Ma et al., CVPR 2024): a generator learned from private images to draw, "
+        "and the student learned from what the teacher answers to what it draws.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in [*_facts(run, summary, teacher), *_measured(run, summary)]),
+        "",
+        "## What was sent, and what was not",
+        "",
+        _sent(summary),
+        "",
+        "## Load it",
+        "",
+        f"An image is prepared so: {how.words()}. The metadata of `student.onnx` says the same, and names the classes. "
+        "With ONNX Runtime, in this folder:",
+        "",
+        "```python",
+        *_onnx(how, config.oracle.transport),
+        "```",
+        "",
+        "With torch, in this folder:",
+        "",
+        "```python",
+        *_torch(how),
+        "```",
+        "",
+        *_code_of_your_own(config.distill.student),
+        "For whole folders: `mekd predict student.onnx PHOTOS --out predictions.csv`.",
+        "",
+        "## Licence",
+        "",
+        "Not chosen yet: it is for whoever distilled the student to choose, and to write here. What may be done with a "
+        "teacher's answers is for its terms to say.",
+        "",
+        *(["## Pictures", "", *shown] if shown else []),
+    ]
+    return "\n".join(lines)
+
+
+def _facts(run: Run, summary: dict[str, Any], teacher: str) -> list[tuple[str, str]]:
+    config = run.config
+    response = config.oracle.response
+    answers = ANSWERS.get(response, f"the {config.oracle.k} best classes and their probabilities")
+    if config.oracle.decimals is not None and response in ("probs", "topk"):
+        answers += f", rounded to {config.oracle.decimals} decimals"
+    paid = f"{summary['queries']:,} images, in {summary['calls']:,} calls"
+    if summary["uncertain"]:
+        paid += f", and {summary['uncertain']:,} more of which it is not known whether they were answered"
+    facts = [
+        ("student", f"{architecture(run)}, {_megabytes(run)}"),
+        ("teacher", f"{teacher}, {_reached(run)}"),
+        ("its answers", answers),
+        ("queries", paid),
+    ]
+    if "cost" in summary:
+        facts.append(("cost", f"{summary['cost']:,}, at {config.oracle.price:g} a query"))
+    return facts
+
+
+def _measured(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
+    found = []
+    covered = run.read_json("coverage.json")
+    if covered is not None:
+        met = f"{covered['classes_met']:,} of {covered['classes']:,}"
+        found.append(
+            ("classes met", f"{met}; the most frequent took {_percent(covered['majority_share'])} of the answers")
+        )
+    agrees = (
+        f"{_percent(summary['holdout_agreement'])} of {run.config.distill.holdout:,} generated images that were held "
+        "out, and by which the best step was chosen; whoever always names the most frequent class agrees on "
+        f"{_percent(_majority(run))}"
+    )
+    found.append(("agreement with the teacher", agrees))
+    if summary["student_accuracy"] is not None:
+        against = f" (the teacher: {_percent(summary['teacher_accuracy'])})" if summary["teacher_accuracy"] else ""
+        found.append(("test accuracy", f"{_percent(summary['student_accuracy'])}{against}"))
+    if summary["agreement"] is not None:
+        found.append(("agreement on test images", _percent(summary["agreement"])))
+    if summary["student_accuracy"] is None:
+        found.append(("test accuracy", "not measured: no labelled image was used"))
+    return found
+
+
+def _majority(run: Run) -> float:
+    """The share of the held-out images that the teacher gives the class it names most often."""
+    _, answer, _ = Replay(run.out / "holdout", run.config.distill.holdout).read(slice(None))
+    return float(answer.labels.bincount().max() / len(answer.labels))
+
+
+def _reached(run: Run) -> str:
+    teacher = run.config.teacher
+    if teacher.python is not None:
+        return "asked through a Python function"
+    if teacher.url is not None:
+        protocol = "Hugging Face's API" if teacher.protocol == "hf" else "the Open Inference Protocol"
+        return f"asked over HTTP, by {protocol}"
+    return "an ONNX file, asked on this machine and not looked into"
+
+
+def _sent(summary: dict[str, Any]) -> str:
+    text = f"No private photo was sent; generated images were: {summary['queries'] + summary['uncertain']:,}. "
+    if summary["simulation_queries"]:
+        text = (
+            f"For the student, generated images alone were sent: {summary['queries'] + summary['uncertain']:,}. Beside "
+            f"that a simulation (`mekd evaluate`) sent {summary['simulation_queries']:,} real images, to measure it. "
+        )
+    return text + "That is no promise that no generated image resembles a private one: the generator learned from them."
+
+
+def _onnx(how: Preprocess, transport: str) -> list[str]:
+    grey = how.channels == 1
+    axes = "[None, None]" if grey else ".transpose(2, 0, 1)[None]"
+    return [
+        "import json",
+        "import numpy as np",
+        "import onnxruntime",
+        "from PIL import Image, ImageOps",
+        "",
+        *_photo(how),
+        f"pixels = np.asarray(photo){axes}" + ("" if transport == "uint8" else ".astype(np.float32) / 255"),
+        'session = onnxruntime.InferenceSession("student.onnx")',
+        'logits = session.run(None, {"images": pixels})[0]',
+        'classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])',
+        "print(classes[logits[0].argmax()])",
+    ]
+
+
+def _torch(how: Preprocess) -> list[str]:
+    axes = "[None, None]" if how.channels == 1 else ".permute(2, 0, 1)[None]"
+    return [
+        "import numpy as np",
+        "import torch",
+        "from PIL import Image, ImageOps",
+        "import mekd",
+        "",
+        *_photo(how),
+        f"pixels = torch.from_numpy(np.array(photo)){axes}  # uint8",
+        'student = mekd.load_student(".")',
+        "with torch.inference_mode():",
+        "    logits = student(pixels)",
+        "print(student.classes[int(logits.argmax())])",
+    ]
+
+
+def _photo(how: Preprocess) -> list[str]:
+    """Lines that make a photo an image of the network's size and colours."""
+    size, colours = (how.size, how.size), "L" if how.channels == 1 else "RGB"
+    lines = [
+        'photo = Image.new("RGB", (640, 480))  # yours: Image.open("photo.jpg")',
+        f'photo = ImageOps.exif_transpose(photo).convert("{colours}")',
+    ]
+    if how.resize == how.size:
+        return [*lines, f"photo = ImageOps.fit(photo, {size}, Image.Resampling.BILINEAR)"]
+    return [
+        *lines,
+        f"half, x, y = min(photo.size) * {how.size} / {how.resize} / 2, photo.width / 2, photo.height / 2",
+        f"photo = photo.resize({size}, Image.Resampling.BILINEAR, (x - half, y - half, x + half, y + half))",
+    ]
+
+
+def _code_of_your_own(student: str) -> list[str]:
+    if (file := file_of(student)) is not None:
+        name = file.replace("\\", "/").rpartition("/")[2]
+        return [f"That runs the code of {name}, which makes the network and lies in this folder too.", ""]
+    return []
+
+
+def _megabytes(run: Run) -> str:
+    return f"{(run.out / 'student.onnx').stat().st_size / 1e6:.2f} MB as ONNX"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f} %"
