@@ -6,7 +6,6 @@ from typing import Any
 from mekd.engine.result import architecture, class_names, preprocess_of, teacher_name
 from mekd.engine.run import Run
 from mekd.nets.registry import file_of
-from mekd.oracle.replay import Replay
 from mekd.student import Preprocess
 
 #: What reaches a student's teacher, by response, in words.
@@ -96,7 +95,7 @@ def _measured(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
     agrees = (
         f"{_percent(summary['holdout_agreement'])} of {run.config.distill.holdout:,} generated images that were held "
         "out, and by which the best step was chosen; whoever always names the most frequent class agrees on "
-        f"{_percent(_majority(run))}"
+        f"{_percent(summary['majority_share'])}"
     )
     found.append(("agreement with the teacher", agrees))
     if summary["student_accuracy"] is not None:
@@ -107,12 +106,6 @@ def _measured(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
     if summary["student_accuracy"] is None:
         found.append(("test accuracy", "not measured: no labelled image was used"))
     return found
-
-
-def _majority(run: Run) -> float:
-    """The share of the held-out images that the teacher gives the class it names most often."""
-    _, answer, _ = Replay(run.out / "holdout", run.config.distill.holdout).read(slice(None))
-    return float(answer.labels.bincount().max() / len(answer.labels))
 
 
 def _reached(run: Run) -> str:

@@ -1,5 +1,6 @@
 """The command line: mekd STAGE --config FILE --key.sub value."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -90,14 +91,18 @@ def _dispatch(command: str, words: list[str]) -> int:
             f"there is no such stage; there are {', '.join(STAGES)}, run, quote, doctor, predict, serve and selftest"
         )
     flags = [word for word in words if word in FLAGS]
-    parsed = parse([word for word in words if word not in FLAGS])
+    words = [word for word in words if word not in FLAGS]
+    saved = Path(_value_of(words, "--out") or "") / "config.yaml"
+    if command == "report" and _value_of(words, "--config") is None and saved.is_file():
+        words = ["--config", str(saved), *words]
+    parsed = parse(words)
     if parsed is None:
         return 0
     config, out = parsed
     from mekd.engine import parallel
     from mekd.engine.checkpoint import asked_to_stop, stopped_by_signals
     from mekd.engine.preflight import preflight
-    from mekd.engine.quote import confirm, dry_run, quote
+    from mekd.engine.quote import confirm, confirm_images, dry_run, quote
     from mekd.engine.run import Run
 
     if command == "report" and not out.is_dir():
@@ -106,11 +111,13 @@ def _dispatch(command: str, words: list[str]) -> int:
         print("\n".join(quote(Run(config, out))))
         return 0
     parallel.join(config.engine.device)
-    run, stages = Run(config, out, asked_to_stop=asked_to_stop), list(STAGES) if command == "run" else [command]
+    agreed = "--yes" in flags
+    run = Run(config, out, asked_to_stop=asked_to_stop, agree_to_send=functools.partial(confirm_images, agreed=agreed))
+    stages = list(STAGES) if command == "run" else [command]
     if "--dry-run" in flags:
         dry_run(run, stages)
         return 0
-    preflight(run, stages, lambda: confirm(run, stages, agreed="--yes" in flags))
+    preflight(run, stages, lambda: confirm(run, stages, agreed))
     with stopped_by_signals():
         for stage in stages:
             STAGES[stage](run)
@@ -126,7 +133,7 @@ def forecast(words: list[str]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is used for memory alone
     from mekd.forecast import forecast as needs
 
-    return needs(parsed[0])
+    return needs(*parsed)
 
 
 def parse(words: list[str]) -> tuple[Config, Path] | None:

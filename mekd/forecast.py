@@ -14,6 +14,7 @@ from torch import Tensor
 from mekd import files
 from mekd.config import Config
 from mekd.data import TREES, Batches, listing
+from mekd.data.photos import PhotoSource
 from mekd.engine.deprivatize import deprivatize
 from mekd.engine.distill import train_student
 from mekd.engine.profile import peak_mb
@@ -123,15 +124,20 @@ class _FromPixels(torch.nn.Module):
         return self.net((images + 1) / 2)
 
 
-def forecast(config: Config) -> int:
-    """Print what a run of config needs on this machine; returns 0 if it fits into its memory and its data is there."""
+def forecast(config: Config, out: Path) -> int:
+    """Print what a run of config needs on this machine; returns 0 if it fits into its memory and its data is there.
+
+    out: the folder of the run; photos are decoded into it, for the run to find, and nothing else is written there.
+    """
     with tempfile.TemporaryDirectory() as nowhere:  # no teacher lies there that was not given
-        return _forecast(Run(config, Path(nowhere)))
+        return _forecast(Run(config, Path(nowhere)), out)
 
 
-def _forecast(run: Run) -> int:
+def _forecast(run: Run, out: Path) -> int:
     config = run.config
-    looked = print_data(run)
+    looked = print_data(run, out)
+    if looked and not (run.given_teacher or config.teacher.checkpoint):
+        run.data.count("test")  # of photos none is trained, and a tree needs val for it
     image = (3, config.data.size, config.data.size) if not looked else run.image
     given = run.teacher_onnx.is_file() or config.teacher.remote
     classes = run.num_classes if given else len(run.data.classes) if looked else IMAGENET
@@ -258,9 +264,16 @@ def queries(config: Config, classes: int, image: tuple[int, int, int]) -> list[s
     return lines + ([f"replay: {kept:.1f} GB of images on the disk"] if kept else [])
 
 
-def print_data(run: Run) -> bool:
+def print_data(run: Run, out: Path) -> bool:
     """Look through the data and print what is wrong with it; returns whether it is there."""
     settings = run.config.data
+    if settings.name == "photos":
+        photos = PhotoSource(run.config, run.device, 0, 1, out / "photos")
+        run.__dict__["data"] = photos
+        print("\n" + "\n".join(photos.notes()))
+        for _, why in sorted(photos.reasons().items()):
+            print(f"left out: {why}")
+        return True
     if settings.name not in TREES:
         _ = run.data
         return True
@@ -268,7 +281,7 @@ def print_data(run: Run) -> bool:
         print(f"\ndata.path {settings.path!r} is missing: {IMAGENET} classes are assumed, and no file was looked at")
         return False
     print()
-    for split in ("train", "val"):
+    for split in ("train", *(("val",) if (Path(str(settings.path)) / "val").is_dir() else ())):
         listed = listing.read(str(settings.path), settings.name, split)
         readable, bad = listing.check(listed, "skip")
         line = f"{split}: {len(listed):,} images in {len(listed.classes)} classes"

@@ -123,8 +123,10 @@ def test_without_name_and_path_it_asks(tmp_path: Path) -> None:
 
 
 def test_no_teacher_is_trained_of_photos(album: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"have no labels.*--teacher.url"):
+    with pytest.raises(DataError, match=r"have no labels"):
         source(album, tmp_path).training(8)
+    with pytest.raises(DataError, match=r"have no labels.*--teacher.url.*--evaluate.path"):
+        source(album, tmp_path).count("test")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")

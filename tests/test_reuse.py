@@ -19,7 +19,8 @@ from served import inside, metrics
 
 #: A run that learns from what another one paid for: no teacher, no data.
 LEARNING = {
-    "distill.steps": 4, "distill.batch": 8, "distill.eval_every": 2, "engine.device": "cpu", "distill.student": "resnet8",
+    "distill.steps": 4, "distill.batch": 8, "distill.eval_every": 2, "distill.student": "resnet8",
+    "engine.device": "cpu",
 }  # fmt: skip
 
 
@@ -80,17 +81,18 @@ def test_another_run_asks_with_the_generator_of_one(url: str, paid: Path, tmp_pa
     [
         ({"distill__store": "NOWHERE"}, ["distill.store is", "nowhere'", "replay/replay.json"]),
         ({"deprivatize__generator": "NOWHERE"}, ["deprivatize.generator is", "checkpoints/deprivatize.pt"]),
-        ({"distill__store": "PAID", "oracle__decimals": 2}, ["oracle.decimals is 2", "None", "leave oracle.decimals out"]),
+        ({"distill__store": "PAID", "oracle__decimals": 2}, ["oracle.decimals is 2", "leave oracle.decimals out"]),
         ({"distill__store": "PAID", "oracle__response": "label"}, ["oracle.response is 'label'", "'probs'"]),
         ({"distill__store": "PAID", "teacher__onnx": "ANOTHER"}, ["teacher.onnx is", "another teacher's, the-same"]),
-        ({"distill__store": "PAID", "deprivatize__generator": "OTHER"}, ["deprivatize.generator is", "another one than"]),
+        ({"distill__store": "PAID", "deprivatize__generator": "OTHER"}, ["another one than drew"]),
         ({"distill__store": "UNFINISHED"}, ["0 of 170 answers of replay are there: finish that run first"]),
         ({"distill__store": "OLD"}, ["do not say what they come from"]),
         ({"deprivatize__generator": "PAID", "teacher__onnx": "SEVEN"}, ["made for 10 classes", "has 7"]),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_and_says_why(
-    paid: Path, asked: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], parts: list[str]
+    paid: Path, asked: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any],
+    parts: list[str],
 ) -> None:  # fmt: skip
     def folder(name: str) -> Path:
         return Path(shutil.copytree(paid, tmp_path / name))

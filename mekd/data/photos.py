@@ -78,10 +78,7 @@ class PhotoSource:
 
     def training(self, batch: int) -> Any:
         """Raises DataError: no teacher can be trained."""
-        raise DataError(
-            "data.name is 'photos', which have no labels: no teacher can be trained with them. Give yours with "
-            "--teacher.url ADDRESS, --teacher.onnx FILE or --teacher.python FILE.py:function"
-        )
+        raise DataError("data.name is 'photos', which have no labels: no teacher can be trained with them")
 
     def local(self, batch: int) -> "_Photos":
         """As Source.local: shifted with data.shift and mirrored with data.flip; labels are 0."""
@@ -90,9 +87,7 @@ class PhotoSource:
     def once(self, part: str, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """As Source.once; labels of photos are 0."""
         if part == "test":
-            if self._test is None:
-                raise DataError("photos have no labels: name a labelled folder with --evaluate.path FOLDER")
-            images, rows, labels = self._test
+            images, rows, labels = self._tested()
         else:
             images, rows = self._images, self._rows
             labels = torch.zeros(len(rows), dtype=torch.int64)
@@ -102,9 +97,16 @@ class PhotoSource:
 
     def count(self, part: str) -> int:
         """As Source.count."""
-        if part == "test":
-            return 0 if self._test is None else len(self._test[1])
-        return len(self._rows)
+        return len(self._tested()[1] if part == "test" else self._rows)
+
+    def _tested(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._test is None:
+            raise DataError(
+                "data.name is 'photos', which have no labels: no teacher can be trained or tested with them. Give "
+                "yours with --teacher.url ADDRESS, --teacher.onnx FILE or --teacher.python FILE.py:function, and "
+                "labelled images, if you have any, with --evaluate.enabled true --evaluate.path FOLDER"
+            )
+        return self._test
 
     def left_out(self) -> set[str]:
         """Nothing more than what notes() say: all files were decoded before the first step."""

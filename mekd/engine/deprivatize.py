@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mekd.engine import parallel
+from mekd.engine import parallel, private
 from mekd.engine.checkpoint import Checkpoint, steps
 from mekd.engine.feeds import Draw, Fresh, Images, Unasked, fresh
 from mekd.engine.run import Run
@@ -101,7 +101,7 @@ def deprivatize(run: Run) -> None:
     if config.generator is not None:
         run.log(f"deprivatize: the generator of {config.generator}, {config.steps} steps")
         return
-    private = Images(run.data.local(config.batch))
+    images = Images(run.data.local(config.batch))
     torch.manual_seed(run.config.seed + 1)
     generator = run.place(run.new_generator())
     discriminator = run.place(Discriminator(run.config.data.size, run.image[0], config.dropout, config.d_width))
@@ -119,7 +119,7 @@ def deprivatize(run: Run) -> None:
         return compute.draw(code, n), n
 
     with answers(run, drawn) as feed:
-        feeds = {"data": private, "answers": feed}
+        feeds = {"data": images, "answers": feed}
         log = RunLog(run, "deprivatize", config.steps, config.batch, feeds, lr="deprivatize.lr")
         checkpoint = Checkpoint(run, "deprivatize", state, feeds, run.depends("deprivatize"))
         checkpoint.restore(log)
@@ -127,7 +127,7 @@ def deprivatize(run: Run) -> None:
             if step == max(config.steps // 5, run.config.engine.log_every):
                 _say_chance(run, step, log.means.get("loss_d", 0.0))
             torch.compiler.cudagraph_mark_step_begin()
-            real = to_float(private.take(step)[0])
+            real = to_float(images.take(step)[0])
             other: Tensor | None = None
             if config.latents == "fresh":
                 with torch.no_grad():
@@ -142,6 +142,16 @@ def deprivatize(run: Run) -> None:
         f"deprivatize: {config.steps} steps, {run.data.count('local')} private images, {log.seconds:.0f} s, "
         f"{describe(run.asked('deprivatize'))}"
     )
+    if parallel.rank() == 0 and not (run.out / "sent.json").exists():
+        found = private.show_what_is_sent(run)
+        among = found.get("private_to_private")
+        run.log(
+            f"deprivatize: what will be sent is {found['sent_to_private']:.1f} from the nearest private image (median, "
+            "root mean square of 255)"
+            + ("" if among is None else f", private images {among:.1f} from each other")
+            + ("; samples/sent.png shows both" if (run.out / "samples" / "sent.png").exists() else "")
+        )
+    parallel.barrier()
     run.log_skipped()
 
 

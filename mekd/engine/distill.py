@@ -3,7 +3,6 @@
 import contextlib
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,10 +71,12 @@ def train_student(run: Run) -> tuple[nn.Module, dict[str, Any], bool]:
     draw = copy.deepcopy(exact).to(getattr(torch, config.precision))
     loss = MEKDLoss(draw, floor=floor_of(run.config.oracle.decimals), **config.loss_options())
     if config.store is None:
+        if run.config.teacher.remote and not run.asked("distill")["calls"]:
+            run.agree_to_send(run)
         holdout = collect(run, "holdout", exact, config.holdout)
         require_coverage(run, holdout, exact)
     else:
-        holdout = Replay(Path(config.store) / "holdout", config.holdout)
+        holdout = Replay(run.store("holdout"), config.holdout)
     held_images, held_answer, _ = holdout.read(slice(None))
     student = new_student(run)
     optimizer = sgd(student, config.lr, config.weight_decay)
@@ -133,7 +134,7 @@ def answers(run: Run, exact: nn.Module, draw: nn.Module, loss: MEKDLoss) -> Iter
         if config.store is None:
             store = collect(run, "replay", exact, config.replay)
         else:
-            store = Replay(Path(config.store) / "replay", config.replay)
+            store = Replay(run.store("replay"), config.replay)
         pictures = None
         if config.keep != "none":
             with parallel.first_alone():

@@ -30,8 +30,7 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
     agree(): may refuse too, before anything is written.
     """
     config = run.config
-    own_teacher = config.teacher.onnx is not None or config.teacher.remote
-    trains = "teacher" in stages and not (own_teacher or config.teacher.checkpoint)
+    trains = "teacher" in stages and not (run.given_teacher or config.teacher.checkpoint)
     simulates = "evaluate" in stages and config.evaluate.enabled
     if run.device.type == "cuda":
         if parallel.world() > 1 and ":" in config.engine.device:
@@ -47,6 +46,8 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
     for stage in ("teacher",) * trains + tuple(name for name in ("deprivatize", "distill") if name in stages):
         parallel.share(f"{stage}.batch", getattr(config, stage).batch)
     notes = []  # written when nothing speaks against the run
+    if trains:  # it is tested too: a tree needs val for that
+        run.data.count("test")
     own_generator = config.deprivatize.generator is None
     if trains or simulates or ("deprivatize" in stages and own_generator):
         notes += [f"data: {note}" for note in run.data.notes()]
@@ -54,8 +55,8 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
         raise UsageError(
             f"oracle.num_classes is {config.oracle.num_classes}, but oracle.classes lists {len(run.class_names)}"
         )
-    if not own_teacher and {"teacher", "export"} & set(stages) and not run.teacher_onnx.exists():
-        classes = len(run.data.classes)
+    if not run.given_teacher and {"teacher", "export"} & set(stages) and not run.teacher_onnx.exists():
+        classes = run.trained_classes
         teacher = _built("teacher.arch", config.teacher.arch, classes, run.image[0])
         if config.teacher.checkpoint is not None:
             run.load_weights(teacher, "teacher.checkpoint", config.teacher.checkpoint)
@@ -195,7 +196,7 @@ def _check_budgets(run: Run, stages: Sequence[str]) -> None:
 def _check_checkpoints(run: Run, stage: str) -> list[Callable[[], None]]:
     """Hold the checkpoints that a stage would go on from against what they depend on now; returns what to put aside."""
     config = run.config
-    if stage == "teacher" and (config.teacher.onnx or config.teacher.remote or config.teacher.checkpoint):
+    if stage == "teacher" and (run.given_teacher or config.teacher.checkpoint):
         return []
     if stage == "deprivatize" and config.deprivatize.generator is not None:
         return []

@@ -106,6 +106,19 @@ def confirm(run: Run, stages: Sequence[str], agreed: bool) -> None:
         raise UsageError(refused or "nothing was asked: the first process did not agree to the quote")
 
 
+def confirm_images(run: Run, agreed: bool) -> None:
+    """On a terminal, have what will be sent looked at before the first image goes; UsageError where it shall not."""
+    sheet, refused = run.out / "samples" / "sent.png", False
+    if parallel.rank() == 0 and sheet.exists() and not agreed and _somebody():
+        answer = input(f"images such as in {sheet} will be sent to {run.teacher_name}; send them? [y/N] ")
+        refused = answer.strip().lower() not in ("y", "yes")
+    if any(parallel.any_of(refused)):
+        raise UsageError(
+            "nothing was asked: the images were not agreed to. Where they come too near to yours, more photos or a "
+            "shorter step 1 help; the same command asks again"
+        )
+
+
 def dry_run(run: Run, stages: Sequence[str]) -> None:
     """Go through the stages, a few steps each, in a folder that is thrown away; a remote teacher is made up."""
     config = run.config

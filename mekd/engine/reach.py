@@ -13,6 +13,7 @@ from mekd.engine import parallel
 from mekd.errors import MekdError, UsageError
 from mekd.fingerprint import images_a_call
 from mekd.oracle.answers import Meaning
+from mekd.oracle.base import about_scale
 from mekd.oracle.function import Function, load
 from mekd.oracle.hf import Pictures
 from mekd.oracle.http import Line, ServiceError
@@ -46,7 +47,7 @@ def look(run: "Run") -> About:
     elif teacher.protocol == "oip":
         model = _model(run)
         check_transport(model, oracle.transport)
-        notes = [model.note]
+        notes = [model.note, *about_scale(model.datatype.startswith("FP"), oracle.mean, oracle.std)]
     else:
         _line(run).check()
     by_hand = oracle.num_classes if run.class_names is None else len(run.class_names)

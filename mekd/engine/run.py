@@ -57,7 +57,8 @@ class Run:
     """One configuration, resolved for this machine, in one folder.
 
     wrap_oracle stands between a stage and its oracle: tests watch through it. service answers in a remote teacher's
-    place. asked_to_stop: whether the calls of a query shall end.
+    place. asked_to_stop: whether the calls of a query shall end. agree_to_send: is called before a remote teacher gets
+    the first image, and may refuse.
     """
 
     config: Config
@@ -65,6 +66,7 @@ class Run:
     wrap_oracle: Callable[[Oracle], Oracle] = lambda oracle: oracle
     service: Service | None = None
     asked_to_stop: Callable[[], bool] = lambda: False
+    agree_to_send: Callable[["Run"], None] = lambda run: None
 
     def __post_init__(self) -> None:
         kept = read_saved(self.out / "config.yaml")
@@ -103,13 +105,29 @@ class Run:
         size, other = self.config.data.size, self.config.deprivatize.generator
         if other is not None:
             return reuse.channels_of(self.checkpoint("deprivatize")), size, size
-        return (3, size, size) if self.config.data.name in ("photos", *TREES) else self.data.image
+        return (3, size, size) if self.config.data.name in (None, "photos", *TREES) else self.data.image
 
     @property
     def teacher_onnx(self) -> Path:
         """The black box's file: the user's, or the exported one."""
         own = self.config.teacher.onnx
         return Path(own) if own else self.out / "teacher.onnx"
+
+    @property
+    def given_teacher(self) -> bool:
+        """Whether the black box is the user's, or its answers are there already: none is trained or written here."""
+        return self.config.teacher.onnx is not None or self.config.teacher.remote or self.origin is not None
+
+    @property
+    def trained_classes(self) -> int:
+        """The classes of a teacher that is trained or exported here: as it is said, else those of the data."""
+        known = self.config.oracle.num_classes if self.class_names is None else len(self.class_names)
+        if known is None and self.config.data.name is None:
+            raise StageError(
+                "oracle.num_classes is null, and there is no data that says how many classes teacher.checkpoint has: "
+                "say --oracle.num_classes N, or list their names in --oracle.classes FILE"
+            )
+        return len(self.data.classes) if known is None else known
 
     def require_teacher(self) -> Path:
         """The black box's file, which is there, unless it is remote; StageError where it is not."""
@@ -154,7 +172,7 @@ class Run:
             settings = self.config.oracle
             known = settings.num_classes if self.class_names is None else len(self.class_names)
             if known is None and self.config.teacher.onnx is None:
-                known = len(self.data.classes)  # the teacher that this run trains
+                known = self.trained_classes
             if known is not None:
                 return known, []
         oracle = self.open_oracle(Ledger("nothing", budget=0), look=True)
@@ -278,6 +296,10 @@ class Run:
         if name == "deprivatize" and self.config.deprivatize.generator is not None:
             return reuse.generator_of(self.config.deprivatize.generator)
         return self.out / "checkpoints" / f"{name}.pt"
+
+    def store(self, name: str) -> Path:
+        """The folder of the answers called holdout or replay: this run's, or those of distill.store."""
+        return Path(self.config.distill.store or self.out) / name
 
     def depends(self, name: str) -> dict[str, Any]:
         """What changes the result of a stage, by name: settings, the teacher, the generator, and no more."""

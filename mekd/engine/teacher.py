@@ -18,7 +18,7 @@ from mekd.teacher_config import TeacherConfig
 def train_teacher(run: Run) -> None:
     """Train teacher.arch on all training images and their labels."""
     config = run.config.teacher
-    if config.onnx or config.remote or config.checkpoint:
+    if run.given_teacher or config.checkpoint:
         return
     data = run.data
     torch.manual_seed(run.config.seed)
@@ -51,14 +51,13 @@ def train_teacher(run: Run) -> None:
 def export_teacher(run: Run) -> None:
     """Write the teacher as teacher.onnx, preprocessing inside; from then on it can only be asked."""
     config = run.config.teacher
-    if not (config.onnx or config.remote or run.teacher_onnx.exists()) and parallel.rank() == 0:
+    if not (run.given_teacher or run.teacher_onnx.exists()) and parallel.rank() == 0:
         _export_teacher(run, config)
     parallel.barrier()
 
 
 def _export_teacher(run: Run, config: TeacherConfig) -> None:
-    data = run.data
-    teacher = classifier(config, len(data.classes), data.image)
+    teacher = classifier(config, run.trained_classes, run.image)
     if config.checkpoint:
         run.load_weights(teacher.net, "teacher.checkpoint", config.checkpoint)
     elif run.checkpoint("teacher").exists():
@@ -72,7 +71,7 @@ def _export_teacher(run: Run, config: TeacherConfig) -> None:
         raise StageError(
             f"{run.checkpoint('teacher')} is missing: run `mekd teacher` first, or give --teacher.checkpoint FILE"
         )
-    worst = export(teacher, run.teacher_onnx, data.image, run.config.oracle.transport)
+    worst = export(teacher, run.teacher_onnx, run.image, run.config.oracle.transport)
     run.log(f"export: {run.teacher_onnx}, largest difference from torch {worst:.1e} of the largest logit")
 
 

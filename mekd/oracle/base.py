@@ -1,6 +1,7 @@
 """What every oracle shares: the check of a query, the transport of its images, the ledger."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +13,17 @@ from mekd.oracle.response import KINDS, AnswerError, Response, concatenate
 from mekd.pixels import to_uint8
 
 TRANSPORTS = ("uint8", "float")
+
+
+def about_scale(floating: bool, mean: Sequence[float], std: Sequence[float]) -> list[str]:
+    """A sentence on a floating input of which nothing is subtracted: most networks were trained otherwise."""
+    if not floating or any(mean) or any(x != 1 for x in std):
+        return []
+    return [
+        "its input is floating and gets pixels / 255 as they are (oracle.mean 0, oracle.std 1). A network that was "
+        "trained on normalised images answers less well then, and nobody says so: ImageNet's are --oracle.mean "
+        "'[0.485, 0.456, 0.406]' --oracle.std '[0.229, 0.224, 0.225]'"
+    ]
 
 
 class Oracle(ABC):

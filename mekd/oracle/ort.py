@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mekd.errors import MekdError
-from mekd.oracle.base import Oracle
+from mekd.oracle.base import Oracle, about_scale
 from mekd.oracle.binding import DTYPES, Ask, bound, in_pieces, on_stream, out_of_memory, replayed
 from mekd.oracle.half import random_pixels, require_agreement
 from mekd.oracle.meaning import Reading, probe, probe_images, read
@@ -107,7 +107,7 @@ class OnnxOracle(Oracle):
             super().__init__(image, reading.classes or 0, response, **options)
             if dtype == torch.uint8 and self.transport == "float":
                 raise ModelError(f"{path} takes uint8 images; transport must be 'uint8': --oracle.transport uint8")
-            self.notes = [reading.note]
+            self.notes = [reading.note, *about_scale(dtype != torch.uint8, mean, std)]
             row, kind = reading.row, reading.dtype
             if reading.kind == "names":
                 ask = _asking_names(session, source.name, reading.name, list(classes or []))

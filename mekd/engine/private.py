@@ -1,0 +1,90 @@
+"""What the private images are for at home: how near what will be sent comes to them, what a student says of them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mekd import plots
+from mekd.engine.run import Run
+from mekd.errors import MekdError
+from mekd.nets.frozen import freeze
+from mekd.pixels import to_float, to_uint8
+
+#: Private images that are looked at, at most.
+MOST = 5000
+#: Images of the contact sheet.
+PAIRS = 16
+
+
+def private_images(run: Run, most: int = MOST) -> Tensor:
+    """Private images (n, ch, S, S), uint8, in memory: all of a few, else most of them, drawn at random."""
+    if run.data.count("local") <= most:
+        return torch.cat([images.cpu() for images, _ in run.data.once("local", 256)])
+    batches = run.data.local(250)
+    return torch.cat([batches.take(step)[0].cpu() for step in range(most // 250)])
+
+
+def show_what_is_sent(run: Run) -> dict[str, float]:
+    """Write samples/sent.png and sent.json: images that will be sent, each beside the nearest private one.
+
+    Distances are root mean square differences of pixels, 0 to 255: the medians of what will be sent to the nearest
+    private image, and of private images to the nearest other one.
+    """
+    mine = private_images(run)
+    latents = run.latents("holdout", 0, 256, slice(None))  # those that are asked about first
+    with torch.no_grad():
+        sent = to_uint8(freeze(run.load_generator())(*latents).float()).cpu()
+    apart, nearest = _nearest(sent, mine)
+    some = torch.arange(len(mine))[:: max(1, len(mine) // 256)]
+    found = {"private_images": len(mine), "sent_to_private": round(float(apart.median()), 2)}
+    if len(mine) > 1:
+        found["private_to_private"] = round(float(_nearest(mine[some], mine, some)[0].median()), 2)
+        if plots.there():
+            rows = apart.argsort()[:: len(apart) // PAIRS][:PAIRS]  # the nearest ones too
+            own = nearest[rows]
+            among, _ = _nearest(mine[own], mine, own)
+            sheet = plots.contact_sheet(sent[rows], mine[own], apart[rows].tolist(), among.tolist())
+            plots.save(sheet, run.out / "samples" / "sent.png")
+    run.write_json("sent.json", found)
+    return found
+
+
+def answers_at_home(run: Run, student: nn.Module) -> dict[str, Any]:
+    """What a student says of the private images: classes named, share of the most frequent, mean confidence.
+
+    Empty where the images are not there: a run may learn from what another one paid for.
+    """
+    try:
+        images = private_images(run)
+    except MekdError:
+        return {}
+    with torch.no_grad():
+        probs = torch.cat([student(to_float(part.to(run.device))).softmax(1).cpu() for part in images.split(256)])
+    confidence, named = probs.max(1)
+    counts = named.bincount()
+    return {
+        "private_images": len(images),
+        "private_classes": int((counts > 0).sum()),
+        "private_majority_share": round(int(counts.max()) / len(named), 6),
+        "private_confidence": round(float(confidence.mean()), 6),
+    }
+
+
+def _nearest(images: Tensor, private: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """For images (k, ...) the distance (k,) to the nearest private one (n, ...), and its number (k,).
+
+    own: the numbers of the images themselves, where they are private ones.
+    """
+    flat, others = images.flatten(1).float(), private.flatten(1)
+    best = torch.full((len(images),), float("inf"))
+    which = torch.zeros(len(images), dtype=torch.int64)
+    for first in range(0, len(others), 1024):
+        apart = torch.cdist(flat, others[first : first + 1024].float()) / flat.shape[1] ** 0.5
+        if own is not None:
+            inside = ((own >= first) & (own < first + apart.shape[1])).nonzero().squeeze(1)
+            apart[inside, own[inside] - first] = float("inf")
+        low, at = apart.min(1)
+        nearer = low < best
+        best[nearer], which[nearer] = low[nearer], at[nearer] + first
+    return best, which
