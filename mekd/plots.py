@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mekd import files
 from mekd.engine.pictures import families
-from mekd.engine.result import class_names
+from mekd.engine.result import class_names, finished_student, held_out
 from mekd.engine.run import Run
 from mekd.engine.train import predict
 from mekd.metrics import confusion, explained_by_rows, same_class
@@ -33,14 +33,11 @@ def there() -> bool:
     return True
 
 
-def draw(run: Run, student: nn.Module, held: tuple[Tensor, Response]) -> list[tuple[str, str]]:
-    """Draw the pictures that the run has material for; returns captions and file names.
-
-    held: the images of the holdout and the teacher's answers.
-    """
+def draw(run: Run) -> list[tuple[str, str]]:
+    """Draw the pictures that the run has material for; returns captions and file names."""
     if not there():
         return []
-    images, answer = held
+    student, (images, answer) = finished_student(run), held_out(run)
     names = class_names(run)
     rows = occurring(answer.labels, len(names))
     if len(names) <= SHOWN:

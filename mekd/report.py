@@ -4,18 +4,14 @@ import csv
 import io
 from typing import Any
 
-from torch import nn
-
 from mekd import files
 from mekd.card import card
 from mekd.data.photos import PhotoSource
 from mekd.engine import coverage, parallel
 from mekd.engine.private import answers_at_home
+from mekd.engine.result import finished_student, held_out
 from mekd.engine.run import Run, StageError
 from mekd.errors import MekdError
-from mekd.nets import build
-from mekd.oracle.replay import Replay
-from mekd.oracle.response import Response
 from mekd.plots import draw
 
 STAGES = ("teacher", "deprivatize", "holdout", "replay", "distill", "baseline")
@@ -27,13 +23,10 @@ def report(run: Run) -> None:
         return
     if not run.checkpoint("distill").exists():
         raise StageError(f"{run.checkpoint('distill')} is missing: there is nothing to report before `mekd distill`")
-    student = build(run.config.distill.student, run.num_classes, run.image[0]).to(run.device).eval()
-    student.load_state_dict(files.load(run.out / "student.pt"))
-    images, answer, _ = Replay(run.store("holdout"), run.config.distill.holdout).read(slice(None))
-    summary = summarize(run, student, answer)
+    summary = summarize(run)
     run.write_json("summary.json", summary)
     files.write_text(run.out / "summary.csv", _csv(summary))
-    pictures = draw(run, student, (images, answer))
+    pictures = draw(run)
     files.write_text(run.out / "report.md", markdown(run, summary, pictures))
     if (run.out / "student.onnx").exists():
         files.write_text(run.out / "README.md", card(run, summary, pictures))
@@ -43,8 +36,8 @@ def report(run: Run) -> None:
     run.log(f"\nreport: {run.out / 'report.md'}")
 
 
-def summarize(run: Run, student: nn.Module, answer: Response) -> dict[str, Any]:
-    """What the run measured, flat; answer: the teacher's to the holdout."""
+def summarize(run: Run) -> dict[str, Any]:
+    """What the run measured, flat."""
     evaluated = run.read_json("evaluate.json") or {}
     accounts = {name: run.asked(name) for name in ("deprivatize", "distill")}
     best = files.load(run.checkpoint("distill"))["state"]["best"]
@@ -55,11 +48,12 @@ def summarize(run: Run, student: nn.Module, answer: Response) -> dict[str, Any]:
         rows = [sum(row) for row in evaluated["confusion"]]
         summary["test_majority_share"] = round(max(rows) / max(sum(rows), 1), 6)
     summary["holdout_agreement"] = best["agreement"]
+    _, answer = held_out(run)
     summary["majority_share"] = round(int(answer.labels[answer.labels >= 0].bincount().max()) / len(answer.labels), 6)
     summary["best_step"] = best["step"]
     coverage = run.read_json("coverage.json") or {}
     summary["coverage_classes"] = coverage.get("classes_met")
-    summary |= answers_at_home(run, student)
+    summary |= answers_at_home(run, finished_student(run))
     summary |= {key: value for key, value in (run.read_json("sent.json") or {}).items() if key != "private_images"}
     for key in ("queries", "calls", "bytes_up", "bytes_down", "uncertain"):
         summary[key] = sum(account[key] for account in accounts.values())

@@ -5,14 +5,17 @@ import json
 import shutil
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from mekd import __version__, files
 from mekd.data import TREES
 from mekd.engine.run import Run
 from mekd.errors import MekdError
+from mekd.nets import build
 from mekd.nets.registry import file_of
 from mekd.oracle.export import Classifier, export
+from mekd.oracle.replay import Replay
+from mekd.oracle.response import Response
 from mekd.student import FILE, Preprocess
 
 #: The student's files; the last is written last.
@@ -35,6 +38,19 @@ def write_student(run: Run, student: nn.Module) -> float:
     return export(
         Classifier(student), run.out / "student.onnx", run.image, run.config.oracle.transport, about(run, how)
     )
+
+
+def finished_student(run: Run) -> nn.Module:
+    """The run's student, in eval mode, on its device."""
+    student = build(run.config.distill.student, run.num_classes, run.image[0])
+    student.load_state_dict(files.load(run.out / "student.pt"))
+    return student.to(run.device).eval()
+
+
+def held_out(run: Run) -> tuple[Tensor, Response]:
+    """The images that are held out, and the teacher's answers to them."""
+    images, answer, _ = Replay(run.store("holdout"), run.config.distill.holdout).read(slice(None))
+    return images, answer
 
 
 def about(run: Run, how: Preprocess) -> dict[str, str]:
