@@ -1,6 +1,7 @@
 """The model card of a run, README.md in its folder: what the student is, and the lines that load it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mekd.engine.result import architecture, class_names, preprocess_of, teacher_name
@@ -35,7 +36,7 @@ def card(run: Run, summary: dict[str, Any], pictures: Sequence[tuple[str, str]])
         "",
         "## What was sent, and what was not",
         "",
-        _sent(summary),
+        _sent(run, summary),
         "",
         "## Load it",
         "",
@@ -74,6 +75,10 @@ def _facts(run: Run, summary: dict[str, Any], teacher: str) -> list[tuple[str, s
     paid = f"{summary['queries']:,} images, in {summary['calls']:,} calls"
     if summary["uncertain"]:
         paid += f", and {summary['uncertain']:,} more of which it is not known whether they were answered"
+    if config.distill.store is not None:
+        paid = (
+            f"{config.distill.replay:,} answers of another run, {Path(config.distill.store).name}; {paid} by this one"
+        )
     facts = [
         ("student", f"{architecture(run)}, {_megabytes(run)}"),
         ("teacher", f"{teacher}, {_reached(run)}"),
@@ -89,10 +94,8 @@ def _measured(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
     found = []
     covered = run.read_json("coverage.json")
     if covered is not None:
-        met = f"{covered['classes_met']:,} of {covered['classes']:,}"
-        found.append(
-            ("classes met", f"{met}; the most frequent took {_percent(covered['majority_share'])} of the answers")
-        )
+        met = f"{covered['classes_met']:,} of {covered['classes']:,} by the first answers"
+        found.append(("classes met", f"{met}, of which the most frequent took {_percent(covered['majority_share'])}"))
     agrees = (
         f"{_percent(summary['holdout_agreement'])} of {run.config.distill.holdout:,} generated images that were held "
         "out, and by which the best step was chosen; whoever always names the most frequent class agrees on "
@@ -111,7 +114,8 @@ def _measured(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _majority(run: Run) -> float:
     """The share of the held-out images that the teacher gives the class it names most often."""
-    _, answer, _ = Replay(run.out / "holdout", run.config.distill.holdout).read(slice(None))
+    config = run.config.distill
+    _, answer, _ = Replay(Path(config.store or run.out) / "holdout", config.holdout).read(slice(None))
     return float(answer.labels.bincount().max() / len(answer.labels))
 
 
@@ -125,13 +129,16 @@ def _reached(run: Run) -> str:
     return "an ONNX file, asked on this machine and not looked into"
 
 
-def _sent(summary: dict[str, Any]) -> str:
-    text = f"No private photo was sent; generated images were: {summary['queries'] + summary['uncertain']:,}. "
+def _sent(run: Run, summary: dict[str, Any]) -> str:
+    count = summary["queries"] + summary["uncertain"]
+    text = f"No private photo was sent; generated images were: {count:,}. "
     if summary["simulation_queries"]:
         text = (
-            f"For the student, generated images alone were sent: {summary['queries'] + summary['uncertain']:,}. Beside "
-            f"that a simulation (`mekd evaluate`) sent {summary['simulation_queries']:,} real images, to measure it. "
+            f"For the student, generated images alone were sent: {count:,}. Beside that a simulation (`mekd evaluate`) "
+            f"sent {summary['simulation_queries']:,} real images, to measure it. "
         )
+    if run.config.distill.store is not None:
+        text += "What was sent for the answers of another run stands in the card of that run. "
     return text + "That is no promise that no generated image resembles a private one: the generator learned from them."
 
 
