@@ -23,7 +23,8 @@ PYTEST = "-m pytest -q -p no:cacheprovider"
 RUN = (
     "-m mekd run --data.name digits --data.size 16 --teacher.arch resnet8 --teacher.steps 20 --deprivatize.steps 6 "
     "--deprivatize.batch 8 --deprivatize.width 0.1 --distill.student resnet8 --distill.steps 6 --distill.batch 8 "
-    "--distill.holdout 20 --evaluate.enabled true --evaluate.baseline_steps 4 --engine.device cpu --out"
+    "--distill.holdout 20 --distill.coverage 0 --evaluate.enabled true --evaluate.baseline_steps 4 "
+    "--engine.device cpu --out"
 )
 #: A column, its environment and what python is told: {out} is a folder of its own, + a space within a word.
 PARTS = (

@@ -223,13 +223,13 @@ def _trial(run: Run, out: Path, classes: int, image: tuple[int, int, int], batch
     config = run.config
     short: dict[str, Any] = {"batch": batch, "steps": steps}
     distilled: dict[str, Any] = {"holdout": batch, "eval_every": steps, "budget": None, "checkpoint": None}
-    distilled |= {"replay": batch if config.distill.replay else 0}
+    distilled |= {"replay": batch if config.distill.replay else 0, "coverage": 0.0, "store": None}
     teacher = None if config.teacher.onnx is None else str(Path(config.teacher.onnx).resolve())
     trial = _Trial(
         dataclasses.replace(
             config,
             teacher=dataclasses.replace(config.teacher, onnx=teacher, checkpoint=None, **short),
-            deprivatize=dataclasses.replace(config.deprivatize, budget=None, **short),
+            deprivatize=dataclasses.replace(config.deprivatize, budget=None, generator=None, **short),
             distill=dataclasses.replace(config.distill, **short, **distilled),
             engine=dataclasses.replace(config.engine, progress=False, profile=False),
         ),

@@ -68,7 +68,7 @@ def tiny_settings(teacher: Path) -> list[str]:
         "data.name": "digits", "data.size": 16, "teacher.onnx": teacher, "teacher.arch": "resnet8",
         "deprivatize.steps": 9, "deprivatize.batch": 8, "deprivatize.width": 0.1, "deprivatize.alpha": 0.5,
         "oracle.batch": 64,
-        "distill.steps": 9, "distill.batch": 8, "distill.holdout": 20, "distill.eval_every": 3,
+        "distill.steps": 9, "distill.batch": 8, "distill.holdout": 20, "distill.eval_every": 3, "distill.coverage": 0,
         "engine.checkpoint_every": 4, "engine.log_every": 2, "engine.device": "cpu",
     }  # fmt: skip
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]

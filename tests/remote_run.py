@@ -10,7 +10,7 @@ SETTINGS = {
     "data.name": "digits", "data.size": 16, "teacher.name": "the-same",
     "deprivatize.steps": 3, "deprivatize.batch": 8, "deprivatize.width": 0.1,
     "oracle.batch": 8, "oracle.concurrency": 4, "oracle.budget": 200,
-    "distill.student": "resnet8", "distill.steps": 6, "distill.batch": 8, "distill.holdout": 20,
+    "distill.student": "resnet8", "distill.steps": 6, "distill.batch": 8, "distill.holdout": 20, "distill.coverage": 0,
     "distill.eval_every": 3, "engine.checkpoint_every": 2, "engine.log_every": 2, "engine.device": "cpu",
 }  # fmt: skip
 

@@ -127,7 +127,9 @@ def test_the_card_says_what_else_there_is(finished: Path, tmp_path: Path) -> Non
     object.__setattr__(other, "config", dataclasses.replace(run.config, distill=settings))
     shutil.rmtree(folder / "holdout")
     text = card(other, summary | {"simulation_queries": 0}, [])
-    assert "| queries | 40 answers of another run, run; " in text and "stands in the card of that run" in text
+    assert (
+        "| queries | 40 answers of another run, run; by this one " in text and "stands in the card of that run" in text
+    )
     (folder / "coverage.json").unlink()
     run = other
     assert "classes met" not in card(run, summary, [])

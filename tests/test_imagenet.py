@@ -36,7 +36,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     settings = {
         "config": CONFIG, "data.path": folder / "tree", "data.workers": 1, "teacher.onnx": folder / "teacher.onnx",
         "oracle.batch": 4, "deprivatize.steps": 2, "deprivatize.batch": 2, "deprivatize.alpha": 0.5,
-        "distill.steps": 2, "distill.batch": 2,
+        "distill.steps": 2, "distill.batch": 2, "distill.coverage": 0,
         "distill.replay": 0, "distill.holdout": 4, "distill.student": "torchvision:mobilenet_v3_small",
         "engine.device": "cpu", "evaluate.enabled": "false",
     }  # fmt: skip

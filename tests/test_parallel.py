@@ -50,7 +50,7 @@ def words(teacher_onnx: Path) -> list[str]:
     settings = {
         "data.name": "digits", "data.size": 16, "teacher.onnx": teacher_onnx, "oracle.batch": 64,
         "deprivatize.steps": 9, "deprivatize.batch": 8, "deprivatize.width": 0.1, "deprivatize.alpha": 0.5,
-        "distill.steps": 9, "distill.batch": 8, "distill.holdout": 21, "distill.eval_every": 3,
+        "distill.steps": 9, "distill.batch": 8, "distill.holdout": 21, "distill.coverage": 0, "distill.eval_every": 3,
         "engine.checkpoint_every": 4, "engine.log_every": 3, "engine.device": "cpu",
         "evaluate.enabled": "true", "evaluate.baseline_steps": 6,
     }  # fmt: skip

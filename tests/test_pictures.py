@@ -36,7 +36,7 @@ def loss() -> MEKDLoss:
 def test_the_loss_with_kept_pictures_is_that_of_drawn_ones_to_their_rounding(
     store: Replay, loss: MEKDLoss, keep: str
 ) -> None:
-    pictures = Pictures(store, loss, CLASSES, keep, torch.device("cpu"))
+    pictures = Pictures(store.folder, store, loss, CLASSES, keep, torch.device("cpu"))
     rows = torch.tensor([0, 299, 7, 7, 256])
     store.will_need(rows)
     pictures.will_need(rows)
@@ -51,25 +51,32 @@ def test_the_loss_with_kept_pictures_is_that_of_drawn_ones_to_their_rounding(
 
 
 def test_they_are_drawn_once(store: Replay, loss: MEKDLoss) -> None:
-    first = Pictures(store, loss, CLASSES, "uint8", torch.device("cpu")).read(torch.arange(COUNT))
+    first = Pictures(store.folder, store, loss, CLASSES, "uint8", torch.device("cpu")).read(torch.arange(COUNT))
     other = MEKDLoss(Generator(CLASSES, 16, width=0.25))
-    again = Pictures(store, other, CLASSES, "uint8", torch.device("cpu")).read(torch.arange(COUNT))
+    again = Pictures(store.folder, store, other, CLASSES, "uint8", torch.device("cpu")).read(torch.arange(COUNT))
     assert torch.equal(first, again)
+
+
+def test_another_tau_draws_others(store: Replay, loss: MEKDLoss) -> None:
+    first = Pictures(store.folder, store, loss, CLASSES, "uint8", torch.device("cpu")).read(torch.arange(COUNT))
+    loss.tau = 1.0
+    again = Pictures(store.folder, store, loss, CLASSES, "uint8", torch.device("cpu")).read(torch.arange(COUNT))
+    assert not torch.equal(first, again)
 
 
 @pytest.mark.parametrize("damage", [b"", b"no array"], ids=["empty", "text"])
 def test_a_damaged_file_says_what_to_do(store: Replay, loss: MEKDLoss, damage: bytes) -> None:
-    (store.folder / "pictures-uint8.npy").write_bytes(damage)
-    with pytest.raises(ValueError, match=r"pictures-uint8\.npy cannot be read .*delete it"):
-        Pictures(store, loss, CLASSES, "uint8", torch.device("cpu"))
+    (store.folder / "uint8-auto-5.npy").write_bytes(damage)
+    with pytest.raises(ValueError, match=r"uint8-auto-5\.npy cannot be read .*delete it"):
+        Pictures(store.folder, store, loss, CLASSES, "uint8", torch.device("cpu"))
 
 
 def test_a_file_cut_short_says_what_to_do(store: Replay, loss: MEKDLoss) -> None:
-    Pictures(store, loss, CLASSES, "uint8", torch.device("cpu"))
-    path = store.folder / "pictures-uint8.npy"
+    Pictures(store.folder, store, loss, CLASSES, "uint8", torch.device("cpu"))
+    path = store.folder / "uint8-auto-5.npy"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"pictures-uint8\.npy cannot be read .*delete it"):
-        Pictures(store, loss, CLASSES, "uint8", torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"uint8-auto-5\.npy cannot be read .*delete it"):
+        Pictures(store.folder, store, loss, CLASSES, "uint8", torch.device("cpu"))
 
 
 def test_nothing_to_keep_is_refused() -> None:

@@ -30,6 +30,7 @@ def eleven(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # An experiment compares the classes of the data with those of the teacher.
         (["--evaluate.enabled", "true", "--teacher.onnx", "ELEVEN"], ["11 classes", "data 10", "evaluate"]),
         (["--distill.student", "resnet18"], ["distill.student is 'resnet18'", "no network"]),
+        (["--distill.student", "no.where:make"], ["distill.student is 'no.where:make'", "no.where"]),
         (["--distill.student", "torchvision:resnet1"], ["distill.student", "nearest"]),
         (["--distill.checkpoint", "nowhere.pt"], ["distill.checkpoint is 'nowhere.pt'", "no such file"]),
         (["--distill.checkpoint", "TEXT"], ["distill.checkpoint", "torch cannot read"]),
@@ -73,7 +74,9 @@ def test_an_experiment_whose_teacher_is_trained_is_looked_at_too(
 
 
 def test_a_step_1_that_asks_nothing_needs_no_teacher(tmp_path: Path) -> None:
-    config = Config(data=DataConfig(size=16), deprivatize=DeprivatizeConfig(steps=2, batch=8, width=0.1, alpha=0.0))
+    config = Config(
+        data=DataConfig(name="digits", size=16), deprivatize=DeprivatizeConfig(steps=2, batch=8, width=0.1, alpha=0.0)
+    )
     run = Run(config, tmp_path / "run")
     preflight(run, ["deprivatize"])
     deprivatize(run)
@@ -90,7 +93,7 @@ def test_a_step_1_that_asks_nothing_needs_no_teacher(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stages", [["deprivatize"], ["deprivatize", "distill"], ["evaluate"]])
 def test_what_asks_needs_the_teacher_before_the_first_step(stages: list[str], tmp_path: Path) -> None:
     asking = DeprivatizeConfig(alpha=0.5)
-    config = Config(data=DataConfig(size=16), deprivatize=asking, evaluate=EvaluateConfig(enabled=True))
+    config = Config(data=DataConfig(name="digits", size=16), deprivatize=asking, evaluate=EvaluateConfig(enabled=True))
     with pytest.raises(StageError, match=r"teacher\.onnx is missing"):
         preflight(Run(config, tmp_path / "run"), stages)
     assert not (tmp_path / "run").exists()

@@ -208,7 +208,7 @@ def run(teacher_onnx: Path, tmp_path: Path) -> Run:
     own = tmp_path / "teacher.onnx"
     own.write_bytes(teacher_onnx.read_bytes())
     config = Config(
-        data=DataConfig(size=16),
+        data=DataConfig(name="digits", size=16),
         teacher=TeacherConfig(onnx=str(own)),
         oracle=OracleConfig(provider="cpu"),
         engine=EngineConfig(device="cpu"),

@@ -27,7 +27,7 @@ ADDRESS = "http://127.0.0.1:8000"
 #: The runs of the page, made short: they ask a few hundred queries and take a few steps.
 SHORT = [
     "--deprivatize.steps", "2", "--distill.steps", "2", "--distill.batch", "16", "--distill.holdout", "64",
-    "--distill.eval_every", "2",
+    "--distill.eval_every", "2", "--distill.coverage", "0",
 ]  # fmt: skip
 BUDGETS = {"3000": "700", "4000": "800"}
 KEY = "one-long-secret"

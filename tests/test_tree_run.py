@@ -33,6 +33,7 @@ def words(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "data.workers": 1, "oracle.batch": 64, "teacher.arch": "resnet8", "teacher.steps": 6, "teacher.batch": 16,
         "deprivatize.steps": 9, "deprivatize.batch": 8, "deprivatize.width": 0.1, "deprivatize.alpha": 0.5,
         "distill.steps": 6, "distill.batch": 8, "distill.holdout": 20, "distill.eval_every": 3, "distill.replay": 40,
+        "distill.coverage": 0,
         "engine.checkpoint_every": 5, "engine.log_every": 2, "engine.device": "cpu",
         "evaluate.enabled": "true", "evaluate.baseline_steps": 4,
     }  # fmt: skip

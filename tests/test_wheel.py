@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow
 RUN = {
     "data.name": "digits", "data.size": 16, "teacher.arch": "resnet8", "teacher.steps": 10, "deprivatize.steps": 4,
     "deprivatize.batch": 8, "deprivatize.width": 0.1, "distill.student": "resnet8", "distill.steps": 4,
-    "distill.batch": 8, "distill.holdout": 20, "evaluate.enabled": "false", "engine.device": "cpu",
+    "distill.batch": 8, "distill.holdout": 20, "distill.coverage": 0, "evaluate.enabled": "false",
+    "engine.device": "cpu",
 }  # fmt: skip
 IMPORTS = """
 import importlib, pkgutil

@@ -20,6 +20,7 @@ from mekd.data.upright import decode
 
 #: Fewer files than these are decoded by this process itself: others take longer to begin.
 HERE = 64
+BATCH = 16  # files that a process decodes before it hands them over
 
 
 class PhotoCache:
@@ -46,7 +47,7 @@ class PhotoCache:
         stamps = {_under(root, file): (file, _stamp(file)) for file in found}
         known = self._load()
         current = {n: known[n] for n, (_, stamp) in stamps.items() if n in known and known[n]["stamp"] == stamp}
-        changed = {"changed": [n for n in stamps if n in known and n not in current]}
+        changed = {"changed": [n for n in stamps if n in known and known[n]["stamp"] and n not in current]}
         changed["removed"] = [n for n in known if n not in stamps]
         missing = {n: stamps[n] for n in stamps if n not in current}
         if len(current) < len(known):  # their rows are written anew: no line may claim them
@@ -85,7 +86,7 @@ class PhotoCache:
         return "; ".join(parts)
 
     def _load(self) -> dict[str, dict[str, Any]]:
-        """The photos that are there, by name; of a file that was cut short those before the cut."""
+        """The photos that are there, by name; an entry that no longer counts says so with a stamp of None."""
         if not self._index.exists() or not self._pixels.exists():
             return {}
         rows = self._pixels.stat().st_size // self._bytes
@@ -95,11 +96,13 @@ class PhotoCache:
                 name, entry = json.loads(line)
             except ValueError:  # the last line of a process that was killed
                 continue
-            how = [self._size, self._resize]
-            if entry["how"] == how and entry.get("row", 0) < rows:
-                known[name] = entry
-        # What lacked a package may be read by now.
-        return {name: entry for name, entry in known.items() if "pip install" not in entry.get("fault", "")}
+            known[name] = entry
+        for entry in known.values():
+            cut = entry.get("row", 0) >= rows
+            lacked = "pip install" in entry.get("fault", "")  # which may be there by now
+            if cut or lacked or entry["how"] != [self._size, self._resize]:
+                entry["stamp"] = None
+        return known
 
     def _decode(self, missing: dict[str, tuple[str, list[int]]], current: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Decode files into the rows that nobody has."""
@@ -156,7 +159,7 @@ class _Files(torch.utils.data.Dataset[tuple[int, "np.ndarray | str"]]):
 
 def _decoded(found: list[str], size: int, resize: int | None) -> "Iterator[tuple[int, np.ndarray | str]]":
     workers = 0 if len(found) < HERE else min(16, len(os.sched_getaffinity(0)))
-    loader = torch.utils.data.DataLoader(_Files(found, size, resize), 16, num_workers=workers, collate_fn=list)
+    loader = torch.utils.data.DataLoader(_Files(found, size, resize), BATCH, num_workers=workers, collate_fn=list)
     for batch in loader:
         yield from batch
 

@@ -1,0 +1,256 @@
+"""Folders of a user's own photos: any format, any depth, decoded once, and nothing private about a broken one."""
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mekd import files
+from mekd.config import Config, DataConfig, EvaluateConfig, OracleConfig
+from mekd.data import open_source, photo_cache
+from mekd.data.arrays import DataError
+from mekd.data.photo_cache import PhotoCache
+from mekd.data.photos import PhotoSource, find
+from mekd.data.upright import decode
+
+CPU = torch.device("cpu")
+
+
+def photo(path: Path, shade: int, size: int = 20) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(shade).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    """Nine photos in albums, and what lies between them."""
+    root = tmp_path / "photos"
+    for i, name in enumerate(("a.jpg", "b.PNG", "2019/c.webp", "2019/garden/d.bmp", "Ünïcode/日本.tiff", "e.gif")):
+        photo(root / name, i)
+    photo(root / "f.jpeg", 6)
+    photo(root / "2019" / "f.jpeg", 7)
+    photo(root / "2019" / "spaces in it.jpg", 8)
+    (root / "notes.txt").write_text("hello")
+    (root / "film.mov").write_bytes(b"x")
+    (root / "broken.jpg").write_bytes((root / "a.jpg").read_bytes()[:300])
+    (root / "._a.jpg").write_bytes(b"x")
+    photo(root / "__MACOSX" / "a.jpg", 9)
+    (root / "2019" / "loop").symlink_to(root)
+    (root / "gone.jpg").symlink_to("nowhere")
+    return root
+
+
+def source(path: Path, tmp_path: Path, rank: int = 0, world: int = 1, **data: Any) -> PhotoSource:
+    config = Config(data=DataConfig(path=str(path), size=16, **data))
+    found = open_source(config, CPU, rank, world, tmp_path / "cache")
+    assert isinstance(found, PhotoSource)
+    return found
+
+
+@pytest.fixture
+def decodes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each file is decoded from now on, in this process."""
+    counted: Counter[str] = Counter()
+
+    def counting(path: str, *others: Any) -> np.ndarray:
+        counted[os.path.basename(path)] += 1
+        return decode(path, *others)
+
+    monkeypatch.setattr(photo_cache, "decode", counting)
+    return counted
+
+
+def readable(album: Path) -> np.ndarray:
+    """The photos (n, 3, 16, 16) that can be read, in their order."""
+    return np.stack([decode(file, 16) for file in find(album)[0] if Path(file).name not in ("broken.jpg", "gone.jpg")])
+
+
+def test_what_is_a_photo(album: Path, tmp_path: Path) -> None:
+    found = source(album, tmp_path)
+    assert found.count("local") == 9 and found.classes == () and found.image == (3, 16, 16)
+    assert {Path(name).name for name in found.reasons()} == {"broken.jpg", "gone.jpg"}
+    notes = "\n".join(found.notes())
+    assert "9 photos; 2 damaged" in notes and "2 files (.mov 1, .txt 1)" in notes and "1 links" in notes
+    assert "9 photos are few" in notes
+
+
+def test_all_of_them_are_private_unless_told(album: Path, tmp_path: Path) -> None:
+    assert source(album, tmp_path, local_fraction=0.5).count("local") == 4
+    tree = photo(tmp_path / "tree" / "train" / "one" / "a.jpg", 1).parents[2]
+    assert DataConfig(path=str(tree)).decided() == DataConfig(name="folder", path=str(tree), local_fraction=0.1)
+    assert DataConfig(path=str(album)).decided() == DataConfig(name="photos", path=str(album), local_fraction=1.0)
+
+
+def test_batches_are_a_function_of_seed_and_step(album: Path, tmp_path: Path) -> None:
+    pixels = {image.tobytes() for image in readable(album)}
+    one, other = source(album, tmp_path), source(album, tmp_path)
+    batch, labels = one.local(64).take(3)
+    assert {image.numpy().tobytes() for image in batch} <= pixels and len(pixels) == 9 and not labels.any()
+    assert torch.equal(batch, other.local(64).take(3)[0]) and not torch.equal(batch, one.local(64).take(4)[0])
+    parts = [source(album, tmp_path, rank, 2).local(64).take(3)[0] for rank in (0, 1)]
+    assert torch.equal(torch.cat(parts), batch)
+    assert torch.equal(torch.cat([images for images, _ in one.once("local", 4)]), one._images[one._rows])
+    mirrored = source(album, tmp_path, flip=True).local(64).take(3)[0]
+    assert not torch.equal(mirrored, batch)
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (lambda path: None, ["data.path", "no such folder", "--data.path"]),
+        (lambda path: path.mkdir(), ["holds no image", ".heic"]),
+        (lambda path: (path.mkdir(), (path / "a.txt").write_text("x")), ["holds no image", "1 files (.txt 1)"]),
+        (lambda path: (path.mkdir(), (path / "a.jpg").write_text("x")), ["none of the 1 photos", "a.jpg"]),
+    ],
+)
+def test_where_there_is_nothing_it_says_so(make: Any, parts: list[str], tmp_path: Path) -> None:
+    make(tmp_path / "photos")
+    with pytest.raises(DataError) as caught:
+        source(tmp_path / "photos", tmp_path, name="photos")
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_without_name_and_path_it_asks(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data.path is not set.*--data.path FOLDER.*--data.name digits"):
+        open_source(Config(), CPU)
+
+
+def test_no_teacher_is_trained_of_photos(album: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"have no labels.*--teacher.url"):
+        source(album, tmp_path).training(8)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_a_closed_folder_is_left_out_and_said(album: Path, tmp_path: Path) -> None:
+    closed = photo(album / "closed" / "x.jpg", 1).parent
+    closed.chmod(0)
+    try:
+        assert "1 folders cannot be read" in "\n".join(source(album, tmp_path).notes())
+    finally:
+        closed.chmod(0o755)
+
+
+def test_a_photo_is_decoded_once(album: Path, tmp_path: Path, decodes: Counter[str]) -> None:
+    first = source(album, tmp_path)
+    assert set(decodes.values()) == {1, 2} and decodes["f.jpeg"] == 2 and len(decodes) == 10
+    decodes.clear()
+    again = source(album, tmp_path)
+    assert not decodes and torch.equal(again._images[again._rows], first._images[first._rows])
+    assert again.reasons() == first.reasons()
+
+
+def test_only_what_changed_is_decoded_again(album: Path, tmp_path: Path, decodes: Counter[str]) -> None:
+    before = source(album, tmp_path)
+    kept = before._images[before._rows].clone()
+    decodes.clear()
+    (album / "e.gif").unlink()
+    photo(album / "b.PNG", 77)
+    photo(album / "new" / "z.png", 78)
+    found = source(album, tmp_path)
+    assert decodes == {"b.PNG": 1, "z.png": 1}
+    assert "since they were last read 1 changed, 1 removed, 1 new" in found.notes()[0]
+    assert np.array_equal(found._images[found._rows].numpy(), readable(album))
+    assert kept.shape == found._images[found._rows].shape
+    decodes.clear()
+    assert "since" not in source(album, tmp_path).notes()[0] and not decodes
+
+
+def test_another_size_is_another_cache(album: Path, tmp_path: Path) -> None:
+    found, _ = find(album)
+    for size, resize in ((16, None), (16, 24), (32, None), (16, None)):
+        images = PhotoCache(tmp_path / "cache", album, found, size, resize)
+        assert np.array_equal(images.images[images.rows[0]].numpy(), decode(found[0], size, resize))
+
+
+@pytest.mark.parametrize("damage", ["index", "pixels", "no pixels", "no index"])
+def test_a_cache_that_was_cut_short_is_mended(album: Path, tmp_path: Path, decodes: Counter[str], damage: str) -> None:
+    whole = source(album, tmp_path)
+    wanted = whole._images[whole._rows].clone()
+    folder = tmp_path / "cache" / "photos-16"
+    index, pixels = folder / "index.jsonl", folder / "pixels.u8"
+    if damage == "index":
+        index.write_bytes(index.read_bytes()[:-20])
+    elif damage == "pixels":
+        os.truncate(pixels, pixels.stat().st_size - 2 * 768 - 100)  # two rows wait for what was damaged
+    else:
+        (pixels if damage == "no pixels" else index).unlink()
+    decodes.clear()
+    mended = source(album, tmp_path)
+    assert torch.equal(mended._images[mended._rows], wanted)
+    assert sum(decodes.values()) == (1 if damage in ("index", "pixels") else 11)
+
+
+def test_killed_between_two_photos_it_goes_on(album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def killed(path: str, *others: Any) -> np.ndarray:
+        asked.append(path)
+        if len(asked) == 6:
+            raise KeyboardInterrupt
+        return decode(path, *others)
+
+    monkeypatch.setattr(photo_cache, "decode", killed)
+    monkeypatch.setattr(photo_cache, "BATCH", 1)
+    with pytest.raises(KeyboardInterrupt):
+        source(album, tmp_path)
+    found = source(album, tmp_path)
+    assert len(asked) == 11 + 1, "the five that were done are not decoded again"
+    assert np.array_equal(found._images[found._rows].numpy(), readable(album))
+
+
+def test_a_full_disk_is_known_before_the_first_photo(
+    album: Path, tmp_path: Path, decodes: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(files.WriteError, match=r"pixels\.u8 needs 0 MB .*No space left.*free some space"):
+        source(album, tmp_path)
+    assert not decodes
+
+
+def test_several_processes_decode_what_one_does(tmp_path: Path) -> None:
+    root = tmp_path / "many"
+    for i in range(photo_cache.HERE + 10):
+        photo(root / f"{i:03}.png", i, 8)
+    (root / "x.jpg").write_bytes(b"\xff\xd8\xff")
+    found = source(root, tmp_path)
+    wanted = np.stack([decode(root / f"{i:03}.png", 16) for i in range(photo_cache.HERE + 10)])
+    assert np.array_equal(found._images[found._rows].numpy(), wanted) and len(found.reasons()) == 1
+
+
+def labelled(tmp_path: Path, *classes: str) -> Path:
+    for i, name in enumerate(classes):
+        photo(tmp_path / "labelled" / name / "1.png", i)
+    return tmp_path / "labelled"
+
+
+def test_a_labelled_folder_is_for_testing(album: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\nbird\n")
+
+    def opened(folder: Path | None) -> Any:
+        return open_source(
+            Config(
+                data=DataConfig(path=str(album), size=16), oracle=OracleConfig(classes=str(names)),
+                evaluate=EvaluateConfig(enabled=True, path=None if folder is None else str(folder)),
+            ),
+            CPU,
+        )  # fmt: skip
+
+    found = opened(labelled(tmp_path, "bird", "dog"))
+    images, labels = next(found.once("test", 8))
+    assert labels.tolist() == [2, 1] and found.classes == ("cat", "dog", "bird") and found.count("test") == 2
+    assert np.array_equal(images[0].numpy(), decode(tmp_path / "labelled" / "bird" / "1.png", 16))
+    with pytest.raises(DataError, match=r"evaluate.path .* has the class folder 'cow'.*oracle.classes"):
+        opened(labelled(tmp_path, "cow"))
+    with pytest.raises(DataError, match=r"evaluate.enabled is true.*--evaluate.path FOLDER"):
+        opened(None)

@@ -1,0 +1,153 @@
+"""Paid answers and a trained generator are used again: by another student in the same folder, and by other runs."""
+
+import json
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mekd import cli, files
+from mekd.engine.again import another_student
+from mekd.nets import build
+from mekd.oracle.export import Classifier, export
+from remote_run import contents, total, words
+from served import inside, metrics
+
+#: A run that learns from what another one paid for: no teacher, no data.
+LEARNING = {
+    "distill.steps": 4, "distill.batch": 8, "distill.eval_every": 2, "engine.device": "cpu", "distill.student": "resnet8",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def url(teacher_onnx: Path) -> Iterator[str]:
+    with inside(teacher_onnx) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def paid(url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("paid") / "out"
+    assert cli.main(words(url, out, "--yes")) == 0
+    return out
+
+
+@pytest.fixture
+def asked(url: str) -> Iterator[None]:
+    before = metrics(url)
+    yield
+    assert metrics(url) == before, "the teacher was asked"
+
+
+def learn(out: Path, **settings: Any) -> int:
+    chosen = LEARNING | {key.replace("__", "."): value for key, value in settings.items()}
+    return cli.main(["run", *(str(w) for key, value in chosen.items() for w in (f"--{key}", value)), "--out", str(out)])
+
+
+def test_another_run_learns_from_the_answers_of_one(paid: Path, asked: None, tmp_path: Path) -> None:
+    before = contents(paid)
+    assert learn(tmp_path / "other", distill__store=paid, distill__student="resnet20", distill__tau=2.0) == 0
+    assert contents(paid) == before, "nothing is written there"
+    other = tmp_path / "other"
+    summary = json.loads((other / "summary.json").read_text())
+    assert summary["queries"] == 0 and (other / "student.onnx").exists() and not (other / "replay").exists()
+    weights = files.load(other / "student.pt")
+    assert learn(other, distill__store=paid, distill__student="resnet20", distill__tau=2.0) == 0
+    assert all(torch.equal(weights[name], value) for name, value in files.load(other / "student.pt").items())
+
+
+def test_it_is_the_student_that_its_own_folder_would_have_made(paid: Path, asked: None, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(paid, tmp_path / "own"))
+    assert cli.main(words("http://127.0.0.1:9", own, "--yes", stage="report")) == 0
+    assert learn(tmp_path / "other", distill__store=paid, distill__steps=6, distill__eval_every=3) == 0
+    mine, theirs = (files.load(folder / "student.pt") for folder in (tmp_path / "other", own))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_another_run_asks_with_the_generator_of_one(url: str, paid: Path, tmp_path: Path) -> None:
+    out = tmp_path / "other"
+    assert cli.main(words(url, out, "--yes", deprivatize__generator=paid, data__name="photos", seed=1)) == 0
+    assert not (out / "checkpoints" / "deprivatize.pt").exists() and not (out / "photos").exists()
+    assert total(out)["queries"] == 190
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"distill__store": "NOWHERE"}, ["distill.store is", "nowhere'", "replay/replay.json"]),
+        ({"deprivatize__generator": "NOWHERE"}, ["deprivatize.generator is", "checkpoints/deprivatize.pt"]),
+        ({"distill__store": "PAID", "oracle__decimals": 2}, ["oracle.decimals is 2", "None", "leave oracle.decimals out"]),
+        ({"distill__store": "PAID", "oracle__response": "label"}, ["oracle.response is 'label'", "'probs'"]),
+        ({"distill__store": "PAID", "teacher__onnx": "ANOTHER"}, ["teacher.onnx is", "another teacher's, the-same"]),
+        ({"distill__store": "PAID", "deprivatize__generator": "OTHER"}, ["deprivatize.generator is", "another one than"]),
+        ({"distill__store": "UNFINISHED"}, ["0 of 170 answers of replay are there: finish that run first"]),
+        ({"distill__store": "OLD"}, ["do not say what they come from"]),
+        ({"deprivatize__generator": "PAID", "teacher__onnx": "SEVEN"}, ["made for 10 classes", "has 7"]),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_and_says_why(
+    paid: Path, asked: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], parts: list[str]
+) -> None:  # fmt: skip
+    def folder(name: str) -> Path:
+        return Path(shutil.copytree(paid, tmp_path / name))
+
+    def made(name: str) -> str:
+        if name == "ANOTHER" or name == "SEVEN":
+            torch.manual_seed(9)
+            path = tmp_path / "another.onnx"
+            export(Classifier(build("resnet8", 7 if name == "SEVEN" else 10, 1)), path, (1, 16, 16))
+            return str(path)
+        if name == "OTHER":
+            path = folder("other") / "checkpoints" / "deprivatize.pt"
+            saved = files.load(path)
+            saved["state"]["average"]["module.last.bias"] += 1
+            files.save(path, saved)
+            return str(tmp_path / "other")
+        if name == "UNFINISHED":
+            (folder("unfinished") / "checkpoints" / "replay.pt").unlink()
+            return str(tmp_path / "unfinished")
+        if name == "OLD":
+            path = folder("old") / "replay" / "replay.json"
+            path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "origin"}))
+            return str(tmp_path / "old")
+        return {"PAID": str(paid), "NOWHERE": str(tmp_path / "nowhere")}[name]
+
+    chosen = {key: made(value) if str(value).isupper() else value for key, value in settings.items()}
+    assert learn(tmp_path / "run", **chosen) == 2
+    said = capsys.readouterr().err
+    assert all(part in said for part in parts), said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_same_folder_keeps_its_answers_for_another_student(
+    url: str, asked: None, paid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(paid, tmp_path / "out"))
+    first = (out / "student.onnx").read_bytes()
+    assert cli.main(words(url, out, "--yes", distill__student="resnet20")) == 0
+    assert "distill.student changed; the answers stay" in capsys.readouterr().out
+    assert (out / "student-resnet8.onnx").read_bytes() == first != (out / "student.onnx").read_bytes()
+    assert (out / "student-resnet8.safetensors").exists()
+    assert cli.main(words(url, out, "--yes", distill__student="resnet20", distill__kl_tau=2.0)) == 0
+    assert cli.main(words(url, out, "--yes", distill__student="resnet20", distill__kl_tau=3.0)) == 0
+    assert {"student-resnet8.pt", "student-resnet20.pt", "student-resnet20-2.pt"} <= {p.name for p in out.iterdir()}
+    assert json.loads((out / "summary.json").read_text())["queries"] == 190
+    with sqlite3.connect(out / "ledger" / "replay.sqlite") as database:
+        assert database.execute("SELECT sum(queries) FROM calls").fetchone() == (170,)
+
+
+def test_only_what_is_learnt_may_change() -> None:
+    saved = {"distill.student": "resnet8", "distill.replay": 100, "distill.holdout": 20, "oracle.k": 5}
+
+    def why(**changed: Any) -> str | None:
+        return another_student(saved, saved | {key.replace("__", "."): value for key, value in changed.items()})
+
+    assert why() is None and why(oracle__k=6) is None and why(distill__holdout=10) is None
+    assert why(distill__replay=90) is None, "a store does not shrink"
+    assert why(distill__replay=0, distill__student="resnet20") is None, "fresh queries are paid again"
+    assert "grows from 100 answers to 200" in str(why(distill__replay=200))
+    assert "distill.student changed" in str(why(distill__student="resnet20"))
