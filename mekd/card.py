@@ -76,9 +76,8 @@ def _facts(run: Run, summary: dict[str, Any], teacher: str) -> list[tuple[str, s
     if summary["uncertain"]:
         paid += f", and {summary['uncertain']:,} more of which it is not known whether they were answered"
     if config.distill.store is not None:
-        paid = (
-            f"{config.distill.replay:,} answers of another run, {Path(config.distill.store).name}; {paid} by this one"
-        )
+        other = Path(config.distill.store).name
+        paid = f"{config.distill.replay:,} answers of another run, {other}; by this one {paid}"
     facts = [
         ("student", f"{architecture(run)}, {_megabytes(run)}"),
         ("teacher", f"{teacher}, {_reached(run)}"),
