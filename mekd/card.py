@@ -107,7 +107,7 @@ def _measured(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
     if summary["agreement"] is not None:
         found.append(("agreement on test images", _percent(summary["agreement"])))
     if summary["student_accuracy"] is None:
-        found.append(("test accuracy", "not measured: no labelled image was used"))
+        found.append(("test accuracy", "not measured"))
     return found
 
 
