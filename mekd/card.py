@@ -1,6 +1,7 @@
 """The model card of a run, README.md in its folder: what the student is, and the lines that load it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mekd.engine.result import architecture, class_names, preprocess_of, teacher_name
@@ -34,7 +35,7 @@ def card(run: Run, summary: dict[str, Any], pictures: Sequence[tuple[str, str]])
         "",
         "## What was sent, and what was not",
         "",
-        _sent(summary),
+        _sent(run, summary),
         "",
         "## Load it",
         "",
@@ -73,6 +74,9 @@ def _facts(run: Run, summary: dict[str, Any], teacher: str) -> list[tuple[str, s
     paid = f"{summary['queries']:,} images, in {summary['calls']:,} calls"
     if summary["uncertain"]:
         paid += f", and {summary['uncertain']:,} more of which it is not known whether they were answered"
+    if config.distill.store is not None:
+        other = Path(config.distill.store).name
+        paid = f"{config.distill.replay:,} answers of another run, {other}; by this one {paid}"
     facts = [
         ("student", f"{architecture(run)}, {_megabytes(run)}"),
         ("teacher", f"{teacher}, {_reached(run)}"),
@@ -88,10 +92,8 @@ def _measured(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
     found = []
     covered = run.read_json("coverage.json")
     if covered is not None:
-        met = f"{covered['classes_met']:,} of {covered['classes']:,}"
-        found.append(
-            ("classes met", f"{met}; the most frequent took {_percent(covered['majority_share'])} of the answers")
-        )
+        met = f"{covered['classes_met']:,} of {covered['classes']:,} by the first answers"
+        found.append(("classes met", f"{met}, of which the most frequent took {_percent(covered['majority_share'])}"))
     agrees = (
         f"{_percent(summary['holdout_agreement'])} of {run.config.distill.holdout:,} generated images that were held "
         "out, and by which the best step was chosen; whoever always names the most frequent class agrees on "
@@ -104,7 +106,7 @@ def _measured(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
     if summary["agreement"] is not None:
         found.append(("agreement on test images", _percent(summary["agreement"])))
     if summary["student_accuracy"] is None:
-        found.append(("test accuracy", "not measured: no labelled image was used"))
+        found.append(("test accuracy", "not measured"))
     return found
 
 
@@ -118,13 +120,16 @@ def _reached(run: Run) -> str:
     return "an ONNX file, asked on this machine and not looked into"
 
 
-def _sent(summary: dict[str, Any]) -> str:
-    text = f"No private photo was sent; generated images were: {summary['queries'] + summary['uncertain']:,}. "
+def _sent(run: Run, summary: dict[str, Any]) -> str:
+    count = summary["queries"] + summary["uncertain"]
+    text = f"No private photo was sent; generated images were: {count:,}. "
     if summary["simulation_queries"]:
         text = (
-            f"For the student, generated images alone were sent: {summary['queries'] + summary['uncertain']:,}. Beside "
-            f"that a simulation (`mekd evaluate`) sent {summary['simulation_queries']:,} real images, to measure it. "
+            f"For the student, generated images alone were sent: {count:,}. Beside that a simulation (`mekd evaluate`) "
+            f"sent {summary['simulation_queries']:,} real images, to measure it. "
         )
+    if run.config.distill.store is not None:
+        text += "What was sent for the answers of another run stands in the card of that run. "
     return text + "That is no promise that no generated image resembles a private one: the generator learned from them."
 
 

@@ -101,6 +101,17 @@ def finished(teacher_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("finished")
     (folder / "own_net.py").write_text(OWN_STUDENT)
     words = [*tiny_settings(teacher_onnx), "--distill.student", f"{folder / 'own_net.py'}:small"]
-    words += ["--oracle.price", "0.01", "--oracle.response", "topk", "--oracle.k", "3", "--oracle.decimals", "3"]
+    words += [
+        "--distill.replay",
+        "40",
+        "--oracle.price",
+        "0.01",
+        "--oracle.response",
+        "topk",
+        "--oracle.k",
+        "3",
+        "--oracle.decimals",
+        "3",
+    ]
     assert cli.main(["run", *words, "--out", str(folder / "run")]) == 0
     return folder / "run"

@@ -114,14 +114,20 @@ def test_the_card_says_what_else_there_is(finished: Path, tmp_path: Path) -> Non
         "simulation_queries": 360,
     }  # fmt: skip
     text = card(run, summary, [("Curves.", "curves.png"), ("Nothing.", "samples/none.png")])
-    assert "| classes met | 7 of 10; the most frequent took 62.50 % of the answers |" in text
+    assert "| classes met | 7 of 10 by the first answers, of which the most frequent took 62.50 % |" in text
     assert "3 more of which it is not known" in text
     assert "| test accuracy | 91.25 % (the teacher: 99.00 %) |" in text and "not measured" not in text
     assert "| agreement on test images | 92.50 % |" in text
     assert "sent 360 real images" in text and "No private photo was sent" not in text
     assert "samples/none.png" not in text
+    # Answers of another run: what was asked for them is not said to be nothing.
+    other = saved_run(folder, "--distill.store", str(finished))
+    shutil.rmtree(folder / "holdout")
+    text = card(other, summary | {"simulation_queries": 0}, [])
+    assert "| queries | 40 answers of another run, run; by this one " in text
+    assert "stands in the card of that run" in text
     (folder / "coverage.json").unlink()
-    assert "classes met" not in card(run, summary, [])
+    assert "classes met" not in card(other, summary, [])
 
 
 @pytest.mark.parametrize(

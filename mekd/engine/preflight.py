@@ -164,7 +164,7 @@ def _is_real(name: str) -> bool:
 
 def _built(setting: str, name: str, classes: int, channels: int) -> torch.nn.Module:
     try:
-        with torch.random.fork_rng(), torch.device("cpu" if _is_real(name) else "meta"):
+        with torch.random.fork_rng([]), torch.device("cpu" if _is_real(name) else "meta"):
             return build(name, classes, channels)
     except (ValueError, ImportError) as error:
         raise UsageError(f"{setting} is {name!r}: {error}") from error
