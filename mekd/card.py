@@ -112,6 +112,8 @@ def _measured(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _reached(run: Run) -> str:
     teacher = run.config.teacher
+    if run.origin is not None:
+        return "asked by another run"
     if teacher.python is not None:
         return "asked through a Python function"
     if teacher.url is not None:

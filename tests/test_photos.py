@@ -189,6 +189,16 @@ def test_a_cache_that_was_cut_short_is_mended(album: Path, tmp_path: Path, decod
     assert sum(decodes.values()) == (1 if damage in ("index", "pixels") else 11)
 
 
+def test_another_way_of_decoding_decodes_again(
+    album: Path, tmp_path: Path, decodes: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source(album, tmp_path)
+    decodes.clear()
+    monkeypatch.setattr(photo_cache, "VERSION", -1)
+    source(album, tmp_path)
+    assert sum(decodes.values()) == 11
+
+
 def test_killed_between_two_photos_it_goes_on(album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mekd import files
 from mekd.data.arrays import DataError
 from mekd.data.names import ending
-from mekd.data.upright import decode
+from mekd.data.upright import VERSION, decode
 
 #: Fewer files than these are decoded by this process itself: others take longer to begin.
 HERE = 64
@@ -100,7 +100,7 @@ class PhotoCache:
         for entry in known.values():
             cut = entry.get("row", 0) >= rows
             lacked = "pip install" in entry.get("fault", "")  # which may be there by now
-            if cut or lacked or entry["how"] != [self._size, self._resize]:
+            if cut or lacked or entry["how"] != [self._size, self._resize, VERSION]:
                 entry["stamp"] = None
         return known
 
@@ -115,7 +115,7 @@ class PhotoCache:
             with open(self._index, "a", encoding="utf-8") as index:
                 decoded = _decoded([missing[n][0] for n in names], self._size, self._resize)
                 for i, result in _shown(decoded, len(names)):
-                    entry: dict[str, Any] = {"stamp": missing[names[i]][1], "how": [self._size, self._resize]}
+                    entry: dict[str, Any] = {"stamp": missing[names[i]][1], "how": [self._size, self._resize, VERSION]}
                     if isinstance(result, str):
                         entry["fault"] = result
                     else:

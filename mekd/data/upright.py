@@ -9,6 +9,8 @@ import numpy as np
 from mekd.data.arrays import DataError
 from mekd.data.decode import FORMATS
 
+#: Counts up when decode() gives other pixels: what was decoded before is then decoded again.
+VERSION = 1
 #: Kinds of files, as their bytes 8 to 12 name them behind "ftyp", that Pillow reads with the help of pillow-heif.
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
