@@ -339,7 +339,10 @@ def judged(line: Line, reply: Reply) -> Reply:
 
 def words(reply: Reply) -> str:
     """What a server says in the body of an error, in a line, whatever its type."""
-    text = reply.body[:2000].decode("utf-8", "replace")
+    text = reply.body.decode("utf-8", "replace")
+    if text.startswith("Traceback "):
+        text = text.strip().rpartition("\n")[2]  # what went wrong stands last
+    text = text[:2000]
     if found := re.search(r'"(?:error|message|detail)"\s*:\s*"((?:[^"\\]|\\.)*)"', text):
         text = found.group(1)
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
