@@ -1,4 +1,4 @@
-"""ONNX classifiers behind a Triton Inference Server, until standard input ends; says "ready" once they answer.
+"""ONNX classifiers behind a Triton Inference Server, until standard input ends.
 
 Runs in .venv-servers, which has neither torch nor mekd: python triton_server.py SETTINGS, as JSON: port, workspace, and
 models, each with name, file, max_batch, and queue (requests that wait at most) and slow_s where it is to be busy.
@@ -41,7 +41,6 @@ def main(settings):
         for model in settings["models"]:
             bind(triton, **model)
         triton.run()
-        print("ready", flush=True)
         sys.stdin.read()  # it ends with the process at the other end, however that one ends
 
 
