@@ -156,11 +156,12 @@ def _model(run: "Run") -> Model:
             line, run.image[0], input_name=oracle.input_name, output_name=oracle.output_name,
             transport=oracle.transport, binary=oracle.binary,
         )  # fmt: skip
-    except ServiceError:
+    except ServiceError as error:
         if not path.exists():
             raise
         kept = json.loads(path.read_text("utf-8"))
-        return Model(**{**kept, "versions": tuple(kept["versions"])})
+        note = f"{kept['note']}; so it was when it was last looked at, for now {error}"
+        return Model(**{**kept, "versions": tuple(kept["versions"]), "note": note})
     finally:
         line.close()
     if parallel.rank() == 0:
