@@ -1,5 +1,6 @@
 # Everything happens in .venv; PYTHON names the interpreter that makes it (3.10 or newer).
 PYTHON ?= python3
+SERVERS_PYTHON ?= python3.11
 BIN := .venv/bin
 # What starts runs of its own, kills them and starts them again.
 PROCESSES := $(addprefix tests/test_,$(addsuffix .py,resume parallel ahead tree_run))
@@ -8,7 +9,7 @@ INTERPRETED := $(filter-out tests/test_ops_extension.py,$(wildcard tests/test_op
 INTERPRETED_ALONE := tests/test_ops_regimes.py
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: setup demo test compiled processes interpreted slow wheel gpu matrix lint bench kernels asan clean
+.PHONY: setup demo test compiled processes interpreted slow wheel gpu matrix lint bench servers kernels asan clean
 
 setup: .venv/ready
 
@@ -61,6 +62,18 @@ bench: setup
 	$(BIN)/python -m bench limits
 	$(BIN)/python -m bench losses --quick
 
+# The client against real servers of the Open Inference Protocol, Triton and MLServer, in an environment of their own:
+# of Python 3.11, since Triton's wheel wants NumPy 1.26, and with the ONNX Runtime of the file that answers are compared
+# with.
+servers: setup .venv-servers/ready
+	$(BIN)/python -m bench servers
+
+.venv-servers/ready: constraints.txt
+	$(SERVERS_PYTHON) -m venv .venv-servers
+	.venv-servers/bin/pip install --disable-pip-version-check -q nvidia-pytriton==0.7.0 mlserver==1.7.1 \
+		numpy==1.26.4 onnxruntime==$$(sed -n 's/^onnxruntime-gpu==//p' constraints.txt)
+	touch $@
+
 kernels: setup
 	$(BIN)/python setup.py -q build_ext --inplace --force
 
@@ -71,4 +84,4 @@ asan: setup
 		$(BIN)/python -m pytest -q tests/test_ops_*.py -k "not compile"
 
 clean:
-	rm -rf .venv build mekd/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-servers build mekd/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache

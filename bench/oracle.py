@@ -199,12 +199,12 @@ class Bare:
 
 
 @contextlib.contextmanager
-def serving(file: Path, latencies: Sequence[int]) -> Iterator[list[str]]:
+def serving(file: Path, latencies: Sequence[int], response: str = "probs") -> Iterator[list[str]]:
     """`mekd serve FILE` for each latency, at once; their http://HOST:PORT."""
     processes = []
     try:
         for latency in latencies:
-            command = [sys.executable, "-m", "mekd", "serve", str(file), "--port", "0", "--response", "probs",
+            command = [sys.executable, "-m", "mekd", "serve", str(file), "--port", "0", "--response", response,
                        "--latency_ms", str(latency)]  # fmt: skip
             processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ.copy()))
         urls = []

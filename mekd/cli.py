@@ -108,7 +108,9 @@ def _dispatch(command: str, words: list[str]) -> int:
     if command == "report" and not out.is_dir():
         raise UsageError(f"--out is {str(out)!r}; there is no run there")
     if command == "quote":
-        print("\n".join(quote(Run(config, out))))
+        about = Run(config, out)
+        notes = about.about_teacher.notes if config.teacher.remote else []
+        print("\n".join([*(f"teacher: {note}" for note in notes), *quote(about)]))
         return 0
     parallel.join(config.engine.device)
     agreed = "--yes" in flags

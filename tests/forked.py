@@ -112,6 +112,10 @@ class Running:
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def ended(self) -> bool:
+        """Whether wait() returns at once."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
     def wait(self) -> Done:
         status = int(self._server.say({"wait": self.pid}))
         said = [(self._folder / name).read_text("utf-8", "replace") for name in ("stdout", "stderr")]

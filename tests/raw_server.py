@@ -104,6 +104,22 @@ def scripted(*script: Script, context: ssl.SSLContext | None = None) -> Iterator
         server.close()
 
 
+@contextlib.contextmanager
+def shaking(hello: Callable[[socket.socket], None]) -> Iterator[str]:
+    """The https address of a server that does nothing but hello(connection), for every connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with connection:
+                        hello(connection)
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"https://127.0.0.1:{listening.getsockname()[1]}"
+
+
 def pairs(**shares: float) -> bytes:
     """An answer as Hugging Face's."""
     return json.dumps([{"label": name, "score": share} for name, share in shares.items()]).encode()

@@ -14,7 +14,7 @@ from mekd.oracle import remote
 from mekd.oracle.answers import Meaning, Raw
 from mekd.oracle.http import Lost, Refused, ServiceError
 from mekd.oracle.ledger import BudgetSpent
-from mekd.oracle.remote import RemoteOracle, ServiceGone, Stopped
+from mekd.oracle.remote import Rate, RemoteOracle, ServiceGone, Stopped
 from mekd.oracle.response import AnswerError
 
 
@@ -111,6 +111,24 @@ def test_refused_is_free_and_repeated(tmp_path: Path) -> None:
         (1, 0, 0, 0), (2, 0, 0, 0), (3, 0, 4, 64),
     ]  # fmt: skip
     assert counts(tmp_path) == {"calls": 1, "queries": 4, "bytes_up": 24, "bytes_down": 64, "uncertain": 0}
+
+
+def test_a_pause_of_the_rate_ends_when_somebody_asks_to_stop(tmp_path: Path) -> None:
+    """A call every hundred seconds: eight threads wait for their turn, one of them for the clock."""
+    service, stop = Fake(), threading.Event()
+    rate = Rate(tmp_path / "rate", "rate", 0.01)
+    oracle = connect(
+        service, tmp_path / "books", budget=100, concurrency=8, stop=stop.is_set,
+        rates=[lambda images, stop: rate.wait(1, stop)],
+    )  # fmt: skip
+    threading.Timer(0.5, stop.set).start()
+    begun = time.monotonic()
+    with pytest.raises(Stopped, match="the same command goes on"):
+        oracle.query(images(8))
+    assert 0.4 < time.monotonic() - begun < 3
+    oracle.close()
+    assert len(service.calls) == 1, "the first may go at once"
+    assert counts(tmp_path / "books")["queries"] == 1 and counts(tmp_path / "books")["uncertain"] == 0
 
 
 def test_patience_ends_what_is_refused_again_and_again(tmp_path: Path) -> None:

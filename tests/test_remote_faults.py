@@ -70,6 +70,7 @@ def cut(connection: socket.socket) -> bytes | None:
 
 LOSSES: list[tuple[Any, str]] = [
     (reply(500, '{"error": "the model fell over"}'), "answered 500: the model fell over"),
+    (reply(500, "Traceback (most recent call last):\n" + "  File\n" * 999 + "ValueError: no\n"), "500: ValueError: no"),
     (reply(502, "<h1>Bad gateway</h1>"), "answered 502"),
     (reply(503, "upstream is down"), "answered 503: upstream is down"),
     (reply(504), "answered 504"),

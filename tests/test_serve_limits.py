@@ -80,6 +80,33 @@ def test_images_of_one_request(small: Path) -> None:
         assert call(f"{url}/v2/models/echo/config").json()["max_batch_size"] == 2
 
 
+def test_bytes_of_one_request(small: Path) -> None:
+    whole = json.dumps(ONE).encode()
+    with inside(small, "--max_body", len(whole)) as url:
+        path = f"{url}/v2/models/echo/infer"
+        assert call(path, whole).status == 200
+        # Announced, and as it comes; far more than fits into what lies between the two.
+        large = whole + b" " * 8_000_000
+        for body in (whole + b" ", large, iter([large[:5_000_000], large[5_000_000:]])):
+            answer = call(path, body)  # type: ignore[arg-type]
+            assert answer.status == 413
+            assert f"bytes; {len(whole):,} are allowed: send fewer images" in answer.json()["error"]
+        assert f"{len(large):,} bytes" in answer.json()["error"]
+        assert call(f"{url}/hf/echo", large).status == 413
+        assert call(path, whole).status == 200
+        counts = metrics(url)
+    assert counts["mekd_images_computed_total"] == 2 and counts['mekd_requests_total{status="413"}'] == 4
+
+
+def test_as_many_images_as_are_allowed_are_never_too_many_bytes() -> None:
+    from mekd.serve.protocol import PICTURE, Spec, most_bytes
+
+    for datatype, dtype, value in (("UINT8", np.uint8, 255), ("FP64", np.float64, -1.2345678901234567e-300)):
+        photos = np.full((8, 3, 1000, 1000), value, dtype)
+        text = len(json.dumps(photos[0, 0, 0].tolist())) * 3 * 8 * 1000
+        assert text <= most_bytes(Spec("x", datatype, photos.shape[1:]), len(photos)) <= 1.3 * text + 2 * PICTURE
+
+
 def test_a_full_queue(small: Path) -> None:
     # The two that wait go on together when the first has waited half a second.
     with inside(small, "--queue", 2, "--wait_ms", 500) as url:

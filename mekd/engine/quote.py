@@ -16,10 +16,11 @@ from mekd import files
 from mekd.config import Config
 from mekd.engine import parallel, reach
 from mekd.engine.preflight import preflight
-from mekd.engine.run import Run
+from mekd.engine.run import ACCOUNTS, Run
 from mekd.errors import UsageError
 from mekd.fingerprint import asks
 from mekd.oracle.answers import Raw
+from mekd.oracle.ledger import totals
 
 
 def queries_of(config: Config) -> list[tuple[str, int]]:
@@ -74,6 +75,9 @@ def quote(run: Run) -> list[str]:
             if on
         ]
         lines.append(f"evaluate sends your {' and your '.join(sent)} to the teacher")
+    accounts = [name for stage in ACCOUNTS.values() for name in stage]
+    if answered := totals(run.out / "ledger", *accounts)["queries"]:
+        line += f"; {answered:,} are answered and not asked again"
     return [*lines, line]
 
 

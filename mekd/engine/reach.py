@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +19,7 @@ from mekd.oracle.http import Line, ServiceError
 from mekd.oracle.images import Encoding
 from mekd.oracle.ledger import Ledger
 from mekd.oracle.oip import Model, Oip, check_transport, describe
-from mekd.oracle.remote import Rate, RemoteOracle, Service
+from mekd.oracle.remote import Pace, Rate, RemoteOracle, Service
 
 if TYPE_CHECKING:
     from mekd.engine.run import Run
@@ -75,10 +74,10 @@ def open_remote(run: "Run", account: Ledger) -> RemoteOracle:
     encoding = Encoding(oracle.encoding, oracle.quality, side(run))
     batch = calls_of(run)
     share = max(1, (oracle.concurrency or 1) // parallel.world())
-    rates: list[Callable[[int], None]] = []
+    rates: list[Pace] = []
     if oracle.rate is not None:
         calls = Rate(run.ledger, "rate", oracle.rate)
-        rates.append(lambda images: calls.wait())
+        rates.append(lambda images, stop: calls.wait(1, stop))
     if oracle.image_rate is not None:
         rates.append(Rate(run.ledger, "image-rate", oracle.image_rate, batch).wait)
     return RemoteOracle(
@@ -136,7 +135,7 @@ def _service(run: "Run", about: About) -> Service:
             f"oracle.encoding is {oracle.encoding!r}; it must be {'png or jpeg with protocol hf' if hf else 'raw here'}"
         )
     if teacher.python is not None:
-        return Function(load(teacher.python), alone=oracle.concurrency == 1)
+        return Function(load(teacher.python))
     if about.model is None:
         return Pictures(_line(run), oracle.encoding, about.classes, oracle.base64)
     k = min(oracle.k, about.classes) if oracle.response == "topk" and about.model.classification else None
@@ -158,11 +157,12 @@ def _model(run: "Run") -> Model:
             line, run.image[0], input_name=oracle.input_name, output_name=oracle.output_name,
             transport=oracle.transport, binary=oracle.binary,
         )  # fmt: skip
-    except ServiceError:
+    except ServiceError as error:
         if not path.exists():
             raise
         kept = json.loads(path.read_text("utf-8"))
-        return Model(**{**kept, "versions": tuple(kept["versions"])})
+        note = f"{kept['note']}; so it was when it was last looked at, for now {error}"
+        return Model(**{**kept, "versions": tuple(kept["versions"]), "note": note})
     finally:
         line.close()
     if parallel.rank() == 0:

@@ -1,6 +1,5 @@
 """A teacher that is the user's own Python function: any SDK, any protocol, in a few lines of theirs."""
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,25 +14,20 @@ from mekd.oracle.response import AnswerError
 
 
 class Function:
-    """Calls of function(images), images uint8 (m, H, W, ch) as NumPy; one at a time unless several may be in flight.
+    """Calls of function(images), images uint8 (m, H, W, ch) as NumPy; as many at once as the oracle has in flight.
 
     It gives scores (m, C), class indices (m,), names, or for each image a list of (name, score). What it raises is of
     unknown fate, and is asked again; mekd.oracle.http.Refused is free.
     """
 
-    def __init__(self, function: Callable[[np.ndarray], Any], alone: bool) -> None:
+    def __init__(self, function: Callable[[np.ndarray], Any]) -> None:
         self._function = function
-        self._turn = threading.Lock() if alone else None
 
     def call(self, images: list[bytes] | Tensor) -> tuple[Raw, int]:
         assert isinstance(images, Tensor)
         pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
         try:
-            if self._turn is None:
-                found = self._function(pixels)
-            else:
-                with self._turn:
-                    found = self._function(pixels)
+            found = self._function(pixels)
         except (Refused, Lost):
             raise
         except Exception as error:

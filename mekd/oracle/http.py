@@ -3,9 +3,11 @@
 urllib3 does the protocol. It repeats nothing and follows no redirect: each attempt is an entry of the ledger.
 """
 
+import functools
 import os
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Mapping
@@ -105,7 +107,8 @@ class Line:
     """Connections to one host, one for each thread that exchanges.
 
     url: with secrets as they are written; headers: sent with every exchange. timeout: seconds for a whole exchange, of
-    whatever size and however slowly it comes. Nothing is connected before the first exchange.
+    whatever size and however slowly it comes, and as many for a handshake of TLS before it. Nothing is connected before
+    the first exchange.
     """
 
     def __init__(self, url: str, headers: Mapping[str, str], timeout: float) -> None:
@@ -135,7 +138,7 @@ class Line:
         sent |= {k: self.secrets.expand(f"oracle.headers {k}", v) for k, v in self._headers.items()}
         target = url.path.rstrip("/") + path + (f"?{url.query}" if url.query else "")
         connection = self._connect(url)
-        begun = self._watch.begin(connection)
+        begun = self._watch.begin(connection.sock)
         try:
             connection.request(method, target or "/", body=body, headers=sent, preload_content=False)
             response = connection.getresponse()
@@ -176,6 +179,10 @@ class Line:
         for name, value in self._headers.items():
             self.secrets.expand(f"oracle.headers {name}", value)
 
+    def beside(self, url: str) -> "Line":
+        """A line to another address of the same host, with the same headers and time-out."""
+        return Line(url, self._headers, self.timeout)
+
     def close(self) -> None:
         """End all connections."""
         with self._lock:
@@ -193,7 +200,7 @@ class Line:
         if connection is not None:
             self._drop(connection)
         kind = urllib3.connection.HTTPSConnection if url.scheme == "https" else urllib3.connection.HTTPConnection
-        more = {"cert_reqs": "CERT_REQUIRED"} if url.scheme == "https" else {}
+        more = {"cert_reqs": "CERT_REQUIRED", "ssl_context": self._tls} if url.scheme == "https" else {}
         # An idle socket waits for the whole exchange at most; what drips is ended by the deadline.
         connection = kind(unquote(url.hostname), url.port, timeout=self.timeout, **more)
         try:
@@ -211,6 +218,14 @@ class Line:
         with self._lock:
             self._open.add(connection)
         return connection
+
+    @functools.cached_property
+    def _tls(self) -> ssl.SSLContext:
+        """The context that urllib3 would make, whose handshakes are under the deadline too."""
+        context: ssl.SSLContext = _urllib3().util.ssl_.create_urllib3_context()
+        context.load_default_certs()
+        context.sslsocket_class = _watched(self._watch, self.timeout)
+        return context
 
     def _drop(self, connection: Any) -> None:
         with self._lock:
@@ -231,8 +246,8 @@ class Line:
 class _Exchange:
     """A connection in use until a moment of time.monotonic(); struck: whether it was ended for being late."""
 
-    def __init__(self, connection: Any, until: float) -> None:
-        self.socket = connection.sock  # a connection that will close lets go of it before its answer is read
+    def __init__(self, line: socket.socket, until: float) -> None:
+        self.socket = line  # a connection that will close lets go of it before its answer is read
         self.until, self.struck = until, False
 
 
@@ -245,9 +260,9 @@ class _Watch:
         self._open: dict[_Exchange, None] = {}  # all may take as long, so the oldest is due first
         self._thread: threading.Thread | None = None
 
-    def begin(self, connection: Any) -> _Exchange:
+    def begin(self, line: socket.socket) -> _Exchange:
         with self._changed:
-            begun = _Exchange(connection, time.monotonic() + self._seconds)
+            begun = _Exchange(line, time.monotonic() + self._seconds)
             self._open[begun] = None
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="deadlines", daemon=True)
@@ -278,6 +293,26 @@ class _Watch:
             self._thread = None
 
 
+def _watched(watch: _Watch, seconds: float) -> type[ssl.SSLSocket]:
+    """A socket whose handshake a watch ends: a server that drips it would never come to the time-out of one read."""
+
+    class Watched(ssl.SSLSocket):
+        def do_handshake(self, block: bool = False) -> None:
+            begun, late = watch.begin(self), TimeoutError(f"no handshake of TLS in {seconds:g} s (oracle.timeout)")
+            try:
+                super().do_handshake(block)
+            except OSError as error:
+                if begun.struck or isinstance(error, TimeoutError):
+                    raise late from None
+                raise
+            finally:
+                watch.end(begun)
+            if begun.struck:
+                raise late
+
+    return Watched
+
+
 def judged(line: Line, reply: Reply) -> Reply:
     """The reply, if it is an answer; Refused, Lost, Denied or ServiceError by its status, in the server's words."""
     if reply.status == 200:
@@ -304,7 +339,10 @@ def judged(line: Line, reply: Reply) -> Reply:
 
 def words(reply: Reply) -> str:
     """What a server says in the body of an error, in a line, whatever its type."""
-    text = reply.body[:2000].decode("utf-8", "replace")
+    text = reply.body.decode("utf-8", "replace")
+    if text.startswith("Traceback "):
+        text = text.strip().rpartition("\n")[2]  # what went wrong stands last
+    text = text[:2000]
     if found := re.search(r'"(?:error|message|detail)"\s*:\s*"((?:[^"\\]|\\.)*)"', text):
         text = found.group(1)
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
@@ -315,9 +353,10 @@ def _retry_after(reply: Reply) -> float | None:
     value = reply.headers.get("retry-after")
     if value is None:
         return None
+    urllib3 = _urllib3()
     try:
-        return float(_urllib3().Retry(total=0).parse_retry_after(value))
-    except Exception:
+        return float(urllib3.Retry(total=0).parse_retry_after(value))
+    except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):  # no date, or one that no clock shows
         return None
 
 

@@ -74,7 +74,7 @@ def _extensions(line: Line) -> list[str]:
     about = line.url.split("/models/")[0] if "/models/" in line.url else None
     if about is None:
         return []
-    server = Line(about, line._headers, line.timeout)
+    server = line.beside(about)
     try:  # a server may keep this to itself
         said = _json(server, "", quiet=True).get("extensions")
     finally:

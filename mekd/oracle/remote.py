@@ -47,6 +47,10 @@ class ServiceGone(ServiceError):
     status = 3
 
 
+#: Returns when so many images may be sent, or when what it is given says that somebody asks to stop.
+Pace = Callable[[int, Callable[[], bool]], None]
+
+
 class Rate:
     """Calls or images a second, over all processes and restarts that share a folder."""
 
@@ -64,10 +68,11 @@ class Rate:
         self._limiter = Limiter(bucket, buffer_ms=5)
         self._turn = threading.Lock()  # the threads of a process would fight for the file
 
-    def wait(self, weight: int = 1) -> None:
-        """Return when so much may be sent."""
+    def wait(self, weight: int = 1, stop: Callable[[], bool] = lambda: False) -> None:
+        """Return when so much may be sent, or soon after stop() says so."""
         with self._turn:
-            self._limiter.try_acquire("calls", weight=weight)
+            while not stop() and not self._limiter.try_acquire("calls", weight=weight, timeout=LOOK_S):
+                pass
 
 
 class RemoteOracle(Oracle):
@@ -89,7 +94,7 @@ class RemoteOracle(Oracle):
         encoding: Encoding,
         batch: int = 1,
         concurrency: int = 1,
-        rates: Sequence[Callable[[int], None]] = (),
+        rates: Sequence[Pace] = (),
         meaning: Meaning | None = None,
         established: Callable[[Meaning], None] = lambda meaning: None,
         reading: dict[str, Any] | None = None,
@@ -147,8 +152,8 @@ class RemoteOracle(Oracle):
         lost, begun, pause = 0, time.monotonic(), PAUSE_S
         while True:
             for rate in self._rates:
-                rate(len(images))
-            if self._failed.is_set() or self._stop():
+                rate(len(images), self._ends)
+            if self._ends():
                 raise Stopped(
                     "stopped while the teacher was asked; what was answered is kept, the same command goes on"
                 )
@@ -185,6 +190,10 @@ class RemoteOracle(Oracle):
                 return answer
             self._rest(rest)
             pause = min(2 * pause, LONGEST_S)
+
+    def _ends(self) -> bool:
+        """Whether nothing more is to be sent: another call failed, or somebody asks to stop."""
+        return self._failed.is_set() or self._stop()
 
     def _rest(self, seconds: float) -> None:
         """Wait, but no longer than another call goes well and nobody asks to stop."""

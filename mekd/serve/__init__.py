@@ -77,6 +77,7 @@ def prepare(words: Sequence[str]) -> "tuple[uvicorn.Server, socket.socket, str]"
         wait=options.wait_ms / 1e3,
         queue=options.queue,
         max_batch=options.max_batch,
+        max_body=options.max_body,
         threshold=options.threshold,
         keys=() if options.keys is None else _keys(options.keys),
         rate=options.rate,
@@ -152,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     limits = parser.add_argument_group("limits")
     add = limits.add_argument
     add("--max_batch", type=count, default=256, help="images of one request; 400 above (%(default)s)")
+    add("--max_body", type=count, metavar="BYTES", help="of one request; 413 above (max_batch images as JSON)")
     add("--keys", metavar="FILE", help="API keys, one a line; 401 without one of them")
     add("--rate", type=_number(1e-3), help="requests for an answer a second; 429 above")
     add("--batch", type=count, default=64, help="images of one run of the model (%(default)s)")

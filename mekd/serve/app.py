@@ -23,7 +23,7 @@ from mekd.serve.batcher import Batcher, QueueFull
 from mekd.serve.counts import Counts
 from mekd.serve.faults import Broken, Bucket, Faults
 from mekd.serve.model import Model
-from mekd.serve.protocol import LENGTH_HEADER, RequestError, read_infer, write_infer
+from mekd.serve.protocol import LENGTH_HEADER, RequestError, most_bytes, read_infer, write_infer
 
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration"]
 _IMAGES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")  # how PNG and JPEG begin
@@ -39,7 +39,7 @@ class Service:
     """A model behind its addresses.
 
     keys: one of them must come with a request, if there are any; rate: requests for an answer a second; max_batch:
-    images of one request; threshold: scores below it are left out of a list of labels.
+    images of one request; max_body: bytes of one request; threshold: scores below it are left out of a list of labels.
     """
 
     def __init__(
@@ -51,12 +51,14 @@ class Service:
         wait: float = 0.001,
         queue: int = 256,
         max_batch: int = 256,
+        max_body: int | None = None,
         threshold: float = 0.0,
         keys: Sequence[str] = (),
         rate: float | None = None,
         faults: Faults | None = None,
     ) -> None:
         self.model, self.name, self.max_batch, self.threshold = model, name, max_batch, threshold
+        self.max_body = most_bytes(model.takes, max_batch) if max_body is None else max_body
         self.keys = [key.encode() for key in keys]
         self.bucket = None if rate is None else Bucket(rate)
         self.faults = faults or Faults()
@@ -112,17 +114,31 @@ class Service:
 
         async def counted(request: Request) -> Response:
             try:
-                body = await request.body()
+                body, size = await self._body(request)
             except ClientDisconnect:
                 return Response(status_code=400)  # nobody reads it
-            self.counts.received += len(body)
-            response = await self._answer(request, body, work)
+            self.counts.received += size
+            response = self._too_large(size) if body is None else await self._answer(request, body, work)
             self.counts.statuses[response.status_code] += 1
             self.counts.refused += response.status_code in (429, 503)
             self.counts.sent += len(response.left if isinstance(response, Broken) else response.body)
             return response
 
         return counted
+
+    async def _body(self, request: Request) -> tuple[bytes | None, int]:
+        """The body, None if it is too large, and its size."""
+        parts, size = [], 0
+        async for part in request.stream():
+            size += len(part)
+            parts.append(part)
+            if size > self.max_body:
+                parts.clear()  # the rest is read too, and dropped: a client that still sends would not see the answer
+        return None if size > self.max_body else b"".join(parts), size
+
+    def _too_large(self, size: int) -> Response:
+        text = f"the body has {size:,} bytes; {self.max_body:,} are allowed: send fewer images in a request"
+        return _json({"error": text}, 413)
 
     async def _answer(self, request: Request, body: bytes, work: Work) -> Response:
         if unknown := self._unknown(request):

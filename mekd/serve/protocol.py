@@ -5,6 +5,7 @@ https://github.com/kserve/open-inference-protocol and Triton's extensions binary
 """
 
 import json
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+#: Bytes of a PNG or JPEG, or of it as base64, that is taken however small the model's images are.
+PICTURE = 1 << 26
 #: Counts the bytes of the JSON in front of binary tensors, in requests and in answers.
 LENGTH_HEADER = "Inference-Header-Content-Length"
 DATATYPES: dict[str, np.dtype[Any]] = {
@@ -61,6 +64,12 @@ class Infer:
     id: str | None
     images: np.ndarray
     wanted: list[Wanted]
+
+
+def most_bytes(takes: Spec, images: int) -> int:
+    """What a request of so many images takes at most: as JSON, or one large picture, and a megabyte for all else."""
+    digits = 5 if takes.datatype == "UINT8" else 27  # "255, ", and a double with its sign and exponent
+    return max(images * math.prod(takes.row) * digits, PICTURE) + (1 << 20)
 
 
 def read_infer(body: bytes, length: str | None, takes: Spec, gives: Sequence[Spec], max_batch: int) -> Infer:
