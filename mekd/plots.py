@@ -102,13 +102,13 @@ def contact_sheet(sent: Tensor, nearest: Tensor, apart: Sequence[float], among: 
     for axis, pair, one, other in zip(axes.flat, pairs, apart, among, strict=True):
         axis.imshow(tiles(pair[None]), cmap="gray", vmin=0, vmax=255)
         axis.set_xticks([size / 2, size * 1.5 + 2], ["sent", "yours"], fontsize=7)
-        axis.set_xlabel(f"{one:.0f} apart, yours {other:.0f}", fontsize=7)
+        axis.set_xlabel(f"{one:.2f} apart, yours {other:.2f}", fontsize=7)
         axis.set_yticks([])
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
     figure.suptitle(
-        "What will be sent, beside the nearest of your images. The numbers: root mean square difference of their\n"
-        "pixels (0 to 255), and how far that image of yours is from the nearest other one of yours",
+        "What will be sent, beside the nearest of your images. The numbers: how far both are apart, and how far that\n"
+        "image of yours is from the nearest other one of yours (0: the same picture, 1.4: nothing in common)",
         fontsize=8,
     )
     return figure

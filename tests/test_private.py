@@ -1,0 +1,41 @@
+"""What is looked at at home: how near what will be sent comes to a private image, and what a student says of these."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mekd import cli
+from mekd.engine.private import _nearest
+
+
+def test_the_nearest_private_image_and_how_far_it_is() -> None:
+    generator = torch.Generator().manual_seed(0)
+    private = torch.randint(0, 256, (3000, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    same, darker = private[2500], (private[7] * 0.4 + 20).to(torch.uint8)
+    other = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=generator)
+    apart, which = _nearest(torch.stack([same, darker, other, torch.full_like(other, 90)]), private)
+    assert which[:2].tolist() == [2500, 7]
+    assert apart[0] < 1e-3 and apart[1] < 0.05, "a picture is the same however dark it is"
+    assert 1.0 < apart[2] < 1.42 and apart[3] == pytest.approx(1, abs=0.01), "one colour is like nothing"
+    among, neighbours = _nearest(private[[5, 6]], private, torch.tensor([5, 6]))
+    assert not {5, 6} & set(neighbours.tolist()) and among.min() > 0.9
+
+
+def test_a_run_shows_what_it_will_send_before_it_does(tiny: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    assert cli.main(["deprivatize", *tiny, "--deprivatize.alpha", "0", "--out", str(out)]) == 0
+    assert not (out / "holdout").exists(), "nothing was asked"
+    found = json.loads((out / "sent.json").read_text())
+    assert found["private_images"] == 144 and 0 < found["private_to_private"] < found["sent_to_private"] < 1.5
+    assert (out / "samples" / "sent.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["distill", *tiny, "--deprivatize.alpha", "0", "--out", str(out)]) == 0
+    assert cli.main(["report", "--out", str(out)]) == 0, "report reads the run's own config"
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["private_images"] == 144 and 1 <= summary["private_classes"] <= 10
+    assert summary["sent_to_private"] == found["sent_to_private"] and 0.1 <= summary["private_confidence"] <= 1
+    report = (out / "report.md").read_text()
+    assert "not measured" not in report and "test accuracy" not in report and "always the most frequent class" in report
+    assert "at home, on 144 private images" in report and "samples/sent.png" in report
