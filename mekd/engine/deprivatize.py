@@ -146,8 +146,8 @@ def deprivatize(run: Run) -> None:
         found = private.show_what_is_sent(run)
         among = found.get("private_to_private")
         run.log(
-            f"deprivatize: what will be sent is {found['sent_to_private']:.2f} from the nearest private image (median; 0 "
-            "is the same picture, 1.4 has nothing in common)"
+            f"deprivatize: what will be sent is {found['sent_to_private']:.2f} from the nearest private image (median; "
+            "0 is the same picture, 1.4 has nothing in common)"
             + ("" if among is None else f", private images {among:.2f} from the nearest other one")
             + ("; samples/sent.png shows both" if (run.out / "samples" / "sent.png").exists() else "")
         )
