@@ -29,7 +29,7 @@ MOMENTS = [
     ("mekd.engine.distill:MEKDLoss.terms", 1, "before"),
     ("mekd.engine.distill:MEKDLoss.terms", 4, "after"),
     # The student is trained, its files are not written.
-    ("mekd.engine.distill:export", 1, "before"),
+    ("mekd.engine.distill:write_student", 1, "before"),
     # In the simulation: between the answers and the baseline's training, and within it.
     ("mekd.oracle.ledger:Ledger.settle", 1, "before"),
     ("mekd.engine.evaluate:functional.kd_loss", 3, "after"),
@@ -206,18 +206,29 @@ def test_another_student_keeps_the_answers_that_are_paid_for(
     paid, config = accounts(tmp_path), (tmp_path / "config.yaml").read_bytes()
     another = ["--distill.lr", "0.01", "--distill.student", "resnet20"]
     capsys.readouterr()
-    assert cli.main([*replay, *another]) == 2
-    said = capsys.readouterr().err
-    assert "distill.student was 'resnet8' and is 'resnet20'" in said and "delete the file" in said
+    assert cli.main([*replay, *another, "--seed", "1"]) == 2
     assert (tmp_path / "config.yaml").read_bytes() == config, "a refused run has changed the folder"
-    os.remove(tmp_path / "checkpoints" / "distill.pt")
+    capsys.readouterr()
     assert cli.main([*replay, *another]) == 0
-    assert accounts(tmp_path) == paid
+    assert accounts(tmp_path) == paid and (tmp_path / "student-resnet8.onnx").exists()
+    capsys.readouterr()
     assert cli.main([*replay, *another, "--oracle.response", "topk"]) == 2  # other answers are other answers
     assert "oracle.response was 'probs' and is 'topk'" in capsys.readouterr().err
     assert cli.main([*replay, *another, "--deprivatize.steps", "12"]) == 2  # and so are another generator's
     assert "Say --deprivatize.steps 9" in capsys.readouterr().err
     assert accounts(tmp_path) == paid
+
+
+def test_another_student_of_fresh_queries_is_refused(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its answers were not kept: it would pay for them anew."""
+    fresh = [*words, "--evaluate.enabled", "false", "--distill.replay", "0", "--out", str(tmp_path)]
+    assert cli.main(fresh) == 0
+    capsys.readouterr()
+    assert cli.main([*fresh, "--distill.student", "resnet20"]) == 2
+    said = capsys.readouterr().err
+    assert "distill.student was 'resnet8' and is 'resnet20'" in said and "delete the file" in said
 
 
 def test_a_ledger_of_another_run_is_refused(words: list[str], tmp_path: Path, capsys: Any) -> None:

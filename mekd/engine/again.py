@@ -27,7 +27,7 @@ def another_generator(run: Run) -> bool:
 
 def set_aside_generation(run: Run) -> None:
     """Keep stores, accounts and, unless step 1 goes on, the generator as those of generation N."""
-    number = 1 + len(list((run.out / "checkpoints").glob("holdout@*.pt")))
+    number = 1 + len(list(run.out.glob("coverage@*.json")))
     checkpoint = run.checkpoint("deprivatize")
     goes_on = files.load(checkpoint)["depends"] == run.depends("deprivatize")
     if parallel.rank() == 0:
@@ -36,10 +36,10 @@ def set_aside_generation(run: Run) -> None:
             for path in moved:
                 if path.exists():
                     path.rename(path.with_name(path.name.replace(name, f"{name}@{number}", 1)))
-        found = run.out / "coverage.json"
-        found.rename(found.with_stem(f"coverage@{number}"))
         if not goes_on:
             checkpoint.rename(checkpoint.with_stem(f"deprivatize@{number}"))
+        found = run.out / "coverage.json"
+        found.rename(found.with_stem(f"coverage@{number}"))  # last: while it is there, a kill begins this again
     parallel.barrier()
     run.log(
         f"generation {number}: its answers stay booked and kept ({', '.join(f'{name}@{number}' for name in STORES)}); "
@@ -98,7 +98,11 @@ def set_aside_student(run: Run, saved: Mapping[str, Any], why: str) -> None:
     if parallel.rank() == 0:
         results = [run.out / f"student.{suffix}" for suffix in ("pt", "onnx", "safetensors")]
         measured = [run.checkpoint("baseline"), run.out / "evaluate.json"]
-        for path in (run.checkpoint("distill"), *results, *measured):
+        for path in (
+            *results,
+            *measured,
+            run.checkpoint("distill"),
+        ):  # last: while it is there, a kill begins this again
             if path.exists():
                 path.rename(path.with_stem(f"{path.stem}-{label}"))
     parallel.barrier()

@@ -122,7 +122,7 @@ def deprivatize(run: Run) -> None:
         feeds = {"data": images, "answers": feed}
         log = RunLog(run, "deprivatize", config.steps, config.batch, feeds, lr="deprivatize.lr")
         checkpoint = Checkpoint(run, "deprivatize", state, feeds, run.depends("deprivatize"))
-        checkpoint.restore(log)
+        done = checkpoint.restore(log)
         for step in steps(checkpoint, log):
             if step == max(config.steps // 5, run.config.engine.log_every):
                 _say_chance(run, step, log.means.get("loss_d", 0.0))
@@ -142,7 +142,7 @@ def deprivatize(run: Run) -> None:
         f"deprivatize: {config.steps} steps, {run.data.count('local')} private images, {log.seconds:.0f} s, "
         f"{describe(run.asked('deprivatize'))}"
     )
-    if parallel.rank() == 0 and not (run.out / "sent.json").exists():
+    if parallel.rank() == 0 and (done < config.steps or not (run.out / "sent.json").exists()):
         found = private.show_what_is_sent(run)
         among = found.get("private_to_private")
         run.log(
