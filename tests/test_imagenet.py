@@ -98,7 +98,7 @@ def test_doctor_does_not_say_that_it_fits_of_data_it_did_not_see(
 
 
 def test_memory_that_does_not_suffice_is_said(
-    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mekd import forecast
     from mekd.config import Config, DataConfig, DeprivatizeConfig, DistillConfig, EngineConfig, TeacherConfig
@@ -109,7 +109,7 @@ def test_memory_that_does_not_suffice_is_said(
         deprivatize=DeprivatizeConfig(alpha=0.5, width=0.1, budget=10), distill=DistillConfig(replay=100),
         engine=EngineConfig(device="cpu"),
     )  # fmt: skip
-    assert forecast.forecast(config) == 1
+    assert forecast.forecast(config, tmp_path) == 1
     said = capsys.readouterr().out
     assert "does NOT fit" in said and "teacher, resnet8" in said
     assert "budget 10: it will NOT reach to the end" in said

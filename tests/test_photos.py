@@ -17,6 +17,8 @@ from mekd.data.arrays import DataError
 from mekd.data.photo_cache import PhotoCache
 from mekd.data.photos import PhotoSource, find
 from mekd.data.upright import decode
+from mekd.engine.run import Run
+from mekd.forecast import print_data
 
 CPU = torch.device("cpu")
 
@@ -266,3 +268,14 @@ def test_a_labelled_folder_is_for_testing(album: Path, tmp_path: Path) -> None:
         opened(labelled(tmp_path, "cow"))
     with pytest.raises(DataError, match=r"evaluate.enabled is true.*--evaluate.path FOLDER"):
         opened(None)
+
+
+def test_the_doctor_names_every_file_that_is_left_out(
+    album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(Config(data=DataConfig(path=str(album), size=16), oracle=OracleConfig(num_classes=7)), tmp_path / "none")
+    assert print_data(run, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "9 photos; 2 damaged" in said
+    assert all(f"left out: {album / name}" in said for name in ("broken.jpg", "gone.jpg"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"photos"}, "the run will find them decoded"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from mekd import cli
 from mekd.config import Config, DataConfig, DeprivatizeConfig, EvaluateConfig, OracleConfig, TeacherConfig
@@ -103,3 +104,43 @@ def test_a_tree_is_not_shifted(tmp_path: Path) -> None:
     config = Config(data=DataConfig(name="folder", path=str(tmp_path), shift=True))
     with pytest.raises(DataError, match=r"data\.shift is true.*'folder'.*--data\.shift false"):
         _ = Run(config, tmp_path / "run").data
+
+
+def test_an_own_checkpoint_is_exported_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    torch.save(build("resnet8", 7, 3).state_dict(), tmp_path / "mine.pt")
+    words = ["export", "--teacher.arch", "resnet8", "--teacher.checkpoint", str(tmp_path / "mine.pt")]
+    words += ["--data.size", "16", "--out", str(tmp_path / "run")]
+    assert cli.main(words) == 2
+    assert "oracle.num_classes is null" in capsys.readouterr().err
+    assert cli.main([*words, "--oracle.num_classes", "7"]) == 0
+    assert (tmp_path / "run" / "teacher.onnx").is_file()
+
+
+def test_photos_without_a_teacher_say_who_can_be_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    assert cli.main(["run", "--data.path", str(tmp_path), "--data.size", "16", "--out", str(tmp_path / "run")]) == 2
+    assert "have no labels: no teacher can be trained" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_tree_needs_val_for_what_is_tested_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "tree" / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "tree" / "train" / name / "a.jpg")
+    words = ["--data.path", str(tmp_path / "tree"), "--data.size", "16", "--out", str(tmp_path / "run")]
+    assert cli.main(["teacher", *words]) == 2
+    assert "val is missing" in capsys.readouterr().err
+    few = ["--deprivatize.steps", "2", "--deprivatize.batch", "2", "--deprivatize.width", "0.1"]
+    assert cli.main(["deprivatize", *words, *few, "--data.local_fraction", "1", "--engine.device", "cpu"]) == 0
+
+
+def test_a_floating_teacher_without_mean_and_std_is_spoken_of(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    export(Classifier(build("resnet8", 10, 3)), tmp_path / "floating.onnx", (3, 16, 16), "float")
+    data = DataConfig(name="photos", size=16)
+    teacher = TeacherConfig(onnx=str(tmp_path / "floating.onnx"))
+    run = Run(Config(data=data, teacher=teacher), tmp_path)
+    assert any("oracle.mean 0, oracle.std 1" in note for note in run.teacher_notes)
+    said = Run(Config(data=data, teacher=teacher, oracle=OracleConfig(mean=[0.5], std=[0.5])), tmp_path)
+    assert not any("oracle.mean 0" in note for note in said.teacher_notes)

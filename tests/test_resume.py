@@ -228,7 +228,7 @@ def test_another_student_of_fresh_queries_is_refused(
     capsys.readouterr()
     assert cli.main([*fresh, "--distill.student", "resnet20"]) == 2
     said = capsys.readouterr().err
-    assert "distill.student was 'resnet8' and is 'resnet20'" in said and "delete the file" in said
+    assert "distill.student was 'resnet8' and is 'resnet20'" in said and "another --out" in said
 
 
 def test_a_ledger_of_another_run_is_refused(words: list[str], tmp_path: Path, capsys: Any) -> None:

@@ -46,11 +46,12 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
     for stage in ("teacher",) * trains + tuple(name for name in ("deprivatize", "distill") if name in stages):
         parallel.share(f"{stage}.batch", getattr(config, stage).batch)
     notes = []  # written when nothing speaks against the run
-    if trains:  # it is tested too: a tree needs val for that
-        run.data.count("test")
     own_generator = config.deprivatize.generator is None
     if trains or simulates or ("deprivatize" in stages and own_generator):
-        notes += [f"data: {note}" for note in run.data.notes()]
+        with parallel.first_alone():  # photos are decoded by one process, which the others find done
+            notes += [f"data: {note}" for note in run.data.notes()]
+    if trains:  # it is tested too: a tree needs val for that
+        run.data.count("test")
     if run.class_names is not None and config.oracle.num_classes not in (None, len(run.class_names)):
         raise UsageError(
             f"oracle.num_classes is {config.oracle.num_classes}, but oracle.classes lists {len(run.class_names)}"

@@ -1,6 +1,5 @@
 """A run: its configuration, its folder, its log, and the pieces that several stages open."""
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -96,8 +95,7 @@ class Run:
     @functools.cached_property
     def data(self) -> Source:
         """The data set: its images come on the run's device, and this process gets its part of them."""
-        with parallel.first_alone() if self.config.data.name == "photos" else contextlib.nullcontext():
-            return open_source(self.config, self.device, parallel.rank(), parallel.world(), self.out / "photos")
+        return open_source(self.config, self.device, parallel.rank(), parallel.world(), self.out / "photos")
 
     @functools.cached_property
     def image(self) -> tuple[int, int, int]:
