@@ -279,3 +279,26 @@ def test_the_doctor_names_every_file_that_is_left_out(
     assert "9 photos; 2 damaged" in said
     assert all(f"left out: {album / name}" in said for name in ("broken.jpg", "gone.jpg"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"photos"}, "the run will find them decoded"
+
+
+def test_what_lacks_a_package_is_counted_and_tried_again(
+    album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("x.heic", "y.HEIC", "z.heif"):
+        photo(album / "heic.jpg", 3).rename(album / name)
+
+    def lacking(path: str, *others: Any) -> np.ndarray:
+        if path.lower().endswith((".heic", ".heif")):
+            raise DataError(f"{path}: HEIC and HEIF need pillow-heif: pip install pillow-heif")
+        return decode(path, *others)
+
+    with monkeypatch.context() as without:
+        without.setattr(photo_cache, "decode", lacking)
+        for _ in range(2):
+            note = source(album, tmp_path).notes()[0]
+            assert note.startswith(
+                "9 photos; 2 .heic not readable without pillow-heif (pip install pillow-heif); 1 .heif not readable "
+                "without pillow-heif (pip install pillow-heif); 2 damaged"
+            )
+            assert "since" not in note
+    assert source(album, tmp_path).count("local") == 12
