@@ -25,7 +25,7 @@ from mekd.oracle.base import Oracle
 from mekd.oracle.ledger import Ledger
 from mekd.oracle.module import TorchOracle
 
-SMALL, LARGE, STEPS = 4, 12, 2
+SMALL, LARGE, STEPS = 4, 8, 2
 IMAGENET = 1000
 
 
@@ -200,7 +200,7 @@ def _measured(
 
     def taken(batch: int, steps: int, measure: Callable[[Callable[[], object]], Any]) -> tuple[Any, dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
-            trial = _trial(run, Path(folder), classes, image, batch, steps)
+            trial = _trial(run, Path(folder), classes, image, batch, steps, stage)
             if stage == "distill":
                 deprivatize(trial)
             found = measure(lambda: work(trial))
@@ -224,10 +224,13 @@ def _measured(
     return Need(name, weights, max(0.0, small - SMALL * image_mb), image_mb, per_image, settings.batch, images)
 
 
-def _trial(run: Run, out: Path, classes: int, image: tuple[int, int, int], batch: int, steps: int) -> _Trial:
+def _trial(
+    run: Run, out: Path, classes: int, image: tuple[int, int, int], batch: int, steps: int, stage: str = "query"
+) -> _Trial:
     """The run with few steps of few images: everything else is as it will be."""
     config = run.config
     short: dict[str, Any] = {"batch": batch, "steps": steps}
+    first = short if stage == "deprivatize" else {"batch": 2, "steps": 1}  # step 2 needs a generator, of any quality
     distilled: dict[str, Any] = {"holdout": batch, "eval_every": steps, "budget": None, "checkpoint": None}
     distilled |= {"replay": batch if config.distill.replay else 0, "coverage": 0.0, "store": None}
     teacher = None if config.teacher.onnx is None else str(Path(config.teacher.onnx).resolve())
@@ -235,7 +238,7 @@ def _trial(run: Run, out: Path, classes: int, image: tuple[int, int, int], batch
         dataclasses.replace(
             config,
             teacher=dataclasses.replace(config.teacher, onnx=teacher, checkpoint=None, **short),
-            deprivatize=dataclasses.replace(config.deprivatize, budget=None, generator=None, **short),
+            deprivatize=dataclasses.replace(config.deprivatize, budget=None, generator=None, **first),
             distill=dataclasses.replace(config.distill, **short, **distilled),
             engine=dataclasses.replace(config.engine, progress=False, profile=False),
         ),
