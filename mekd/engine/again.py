@@ -25,6 +25,12 @@ def another_generator(run: Run) -> bool:
     return saved["step"] < run.config.deprivatize.steps or saved["depends"] != run.depends("deprivatize")
 
 
+def was_asked(run: Run) -> bool:
+    """Whether the teacher got images of this generator: those of earlier generations were others."""
+    earlier = ledger.totals(run.ledger, *(f"{name}@*" for name in STORES))
+    return run.asked("distill")["calls"] > earlier["calls"]
+
+
 def set_aside_generation(run: Run) -> None:
     """Keep stores, accounts and, unless step 1 goes on, the generator as those of generation N."""
     number = 1 + len(list((run.out / "checkpoints").glob("holdout@*.pt")))
@@ -36,8 +42,9 @@ def set_aside_generation(run: Run) -> None:
             for path in moved:
                 if path.exists():
                     path.rename(path.with_name(path.name.replace(name, f"{name}@{number}", 1)))
-        found = run.out / "coverage.json"
-        found.rename(found.with_stem(f"coverage@{number}"))
+        for found in (run.out / "coverage.json", run.out / "sent.json", run.out / "samples" / "sent.png"):
+            if found.exists():
+                found.rename(found.with_stem(f"{found.stem}@{number}"))
         if not goes_on:
             checkpoint.rename(checkpoint.with_stem(f"deprivatize@{number}"))
     parallel.barrier()

@@ -114,12 +114,11 @@ def confirm_images(run: Run, agreed: bool) -> None:
     """On a terminal, have what will be sent looked at before the first image goes; UsageError where it shall not."""
     sheet, refused = run.out / "samples" / "sent.png", False
     if parallel.rank() == 0 and sheet.exists() and not agreed and _somebody():
-        answer = input(f"images such as in {sheet} will be sent to {run.teacher_name}; send them? [y/N] ")
-        refused = answer.strip().lower() not in ("y", "yes")
+        refused = not _yes(f"images such as in {sheet} will be sent to {run.teacher_name}; send them?")
     if any(parallel.any_of(refused)):
         raise UsageError(
-            "nothing was asked: the images were not agreed to. Where they come too near to yours, more photos or a "
-            "shorter step 1 help; the same command asks again"
+            "nothing was asked: the images were not agreed to. The same command asks again. Where they come too near "
+            "to yours, start anew with another --out: more photos or a shorter step 1 (--deprivatize.steps) help"
         )
 
 
@@ -177,7 +176,15 @@ def _somebody() -> bool:
 
 
 def _says_yes(most: int) -> bool:
-    return _somebody() and input(f"ask up to {most:,} queries? [y/N] ").strip().lower() in ("y", "yes")
+    return _somebody() and _yes(f"ask up to {most:,} queries?")
+
+
+def _yes(question: str) -> bool:
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        print()
+        return False
 
 
 def _time(seconds: float) -> str:
