@@ -175,7 +175,8 @@ def _photo(how: Preprocess) -> list[str]:
     size, colours = (how.size, how.size), "L" if how.channels == 1 else "RGB"
     lines = [
         'photo = Image.new("RGB", (640, 480))  # yours: Image.open("photo.jpg")',
-        f'photo = ImageOps.exif_transpose(photo).convert("{colours}")',
+        'photo = ImageOps.exif_transpose(photo).convert("RGBA")',
+        f'photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo).convert("{colours}")',
     ]
     if how.resize == how.size:
         return [*lines, f"photo = ImageOps.fit(photo, {size}, Image.Resampling.BILINEAR)"]

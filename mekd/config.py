@@ -131,8 +131,8 @@ class DistillConfig:
         batch: images a step
         lr: peak learning rate
         weight_decay: L2 penalty
-        replay: ask this many queries once and reuse them every epoch; 0 for fresh ones every step; null: 0 for a file,
-            and what oracle.budget reaches for with a remote teacher
+        replay: ask this many queries once and reuse them every epoch; 0 for fresh ones every step; null: what
+            oracle.budget reaches for, and 0 for a file without a budget
         keep: what G draws from the replayed answers is drawn every step (none) or once, and kept as uint8 or bfloat16
         holdout: synthetic queries kept apart, by which the best student is chosen
         eval_every: steps between two looks at the holdout
@@ -285,7 +285,9 @@ class Config:
 
     def __post_init__(self) -> None:
         step2 = self.distill
-        replays = bool(step2.replay) or (step2.replay is None and self.teacher.remote)
+        replays = bool(step2.replay) or (
+            step2.replay is None and (self.teacher.remote or self.oracle.budget is not None)
+        )
         if step2.keep != "none" and not (replays and step2.loss_options()["image"]):
             raise ValueError(
                 f"distill.keep is {step2.keep!r}, with nothing to keep: distill.replay and distill.image must be above "

@@ -18,6 +18,8 @@ EXTRAS = {
     "remote": ("urllib3", "pyrate-limiter"),
     "serve": ("starlette", "uvicorn"),
 }
+#: The extras that a run of one's own photos, or of another's data, ends without.
+OPTIONAL = ("dali", "vision", "demo", "remote", "serve")
 
 
 def doctor() -> int:
@@ -43,7 +45,7 @@ def doctor() -> int:
     for extra, packages in EXTRAS.items():
         found = {package: _version(package) for package in packages}
         missing = [package for package, v in found.items() if v is None]
-        complete &= not missing or extra in ("dali", "vision", "remote", "serve")
+        complete &= not missing or extra in OPTIONAL
         have = ", ".join(f"{package} {v}" for package, v in found.items() if v)
         hint = f"missing {', '.join(missing)}: pip install {' '.join(missing)}" if missing else ""
         print(f"{extra:<12} {'; '.join(part for part in (have, hint) if part)}")

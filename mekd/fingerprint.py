@@ -102,7 +102,7 @@ def _asked_as_it_is_reached(config: Config, kept: Mapping[str, Any]) -> Config:
         simulation = dataclasses.replace(simulation, baseline=bool(simulation.ask_teacher))
     config = dataclasses.replace(config, teacher=teacher, oracle=oracle, evaluate=simulation)
     if step2.replay is None:
-        count = store_size(config) if teacher.remote else 0
+        count = store_size(config) if teacher.remote or oracle.budget is not None else 0
         before = kept.get("distill.replay") or 0
         if kept.get("oracle.budget") == oracle.budget:
             count = before or count  # another concurrency changes no result
@@ -126,6 +126,8 @@ def reserve_of(config: Config) -> int:
     """The queries of oracle.budget that are left for calls whose fate is unknown: two rounds of calls at least."""
     oracle = config.oracle
     assert oracle.budget is not None
+    if not config.teacher.remote:  # a file always answers
+        return 0
     return max(math.ceil(oracle.reserve * oracle.budget), 2 * (oracle.concurrency or 1))
 
 

@@ -52,13 +52,19 @@ def draw(run: Run) -> list[tuple[str, str]]:
         (f"Generated images, a row per class as the teacher names them (rows: {which}).",
          "samples/classes.png", lambda: _class_grid(images, answer, rows, names)),
         *_families(run, student),
-        ("How often the student (columns) names the class that the teacher (rows) names.",
+        (f"How often the student (columns) names the class {_rows_of_confusion(run)}.",
          "confusion.png", lambda: _confusion(run, student, images, answer, rows, names)),
     ]  # fmt: skip
     for _, name, picture in drawn:
         save(picture(), run.out / name)
     sent = [("What was sent, each image beside the private one that is nearest to it.", "samples/sent.png")]
     return [(caption, name) for caption, name, _ in drawn] + [one for one in sent if (run.out / one[1]).exists()]
+
+
+def _rows_of_confusion(run: Run) -> str:
+    evaluated = run.read_json("evaluate.json")
+    labelled = evaluated is not None and evaluated["agreement"] is None
+    return "of the label (rows)" if labelled else "that the teacher (rows) names"
 
 
 def occurring(labels: Tensor, classes: int) -> list[int]:

@@ -54,7 +54,8 @@ def summarize(run: Run) -> dict[str, Any]:
     coverage = run.read_json("coverage.json") or {}
     summary["coverage_classes"] = coverage.get("classes_met")
     summary |= answers_at_home(run, finished_student(run))
-    summary |= {key: value for key, value in (run.read_json("sent.json") or {}).items() if key != "private_images"}
+    sent = run.read_json("sent.json") or {}
+    summary |= {key: value for key, value in sent.items() if key not in ("private_images", "generator")}
     for key in ("queries", "calls", "bytes_up", "bytes_down", "uncertain"):
         summary[key] = sum(account[key] for account in accounts.values())
     for name, account in accounts.items():
@@ -112,10 +113,10 @@ def markdown(run: Run, summary: dict[str, Any], pictures: list[tuple[str, str]])
     """report.md."""
     settings = run.config
     head = [
-        f"# {settings.data.name}, {settings.data.size} px: {settings.distill.student} from a black box that answers "
-        f"{summary['response']}",
+        f"# {settings.data.name or 'answers of another run'}, {settings.data.size} px: {settings.distill.student} from "
+        f"a black box that answers {summary['response']}",
         "",
-        *table(run, summary),
+        *(line if not line or line.startswith("|") else f"- {line}" for line in table(run, summary)),
         "",
         *_simulated(summary),
         "MEKD itself sent generated images only. That no private image was sent is not a promise that no generated "
@@ -133,6 +134,8 @@ def _simulated(summary: dict[str, Any]) -> list[str]:
     """What was measured with labels, and what it sent."""
     if summary["student_accuracy"] is None:
         return []
+    if not summary["simulation_queries"]:
+        return ["The test accuracy was measured at home, on labelled images of which none was sent.", ""]
     return [
         "The test accuracies and the plain baseline are a simulation: they need labels and send real images, with an "
         f"oracle and a ledger of their own ({summary['simulation_queries']:,} queries).",

@@ -33,7 +33,7 @@ def from_file(value: str) -> Callable[..., Any]:
     _reach(path.resolve().parent)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{file} cannot be imported: {told(error)}") from error
     return _function(module, file, name)
 
@@ -46,7 +46,7 @@ def from_module(value: str) -> Callable[..., Any]:
     _reach(Path.cwd())
     try:
         module = importlib.import_module(dotted)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         missing = isinstance(error, ModuleNotFoundError) and f"{dotted}.".startswith(f"{error.name}.")
         hint = ". Install it, or run from the folder that holds it" if missing else ""
         raise UsageError(f"{dotted} cannot be imported: {told(error)}{hint}") from error
@@ -60,8 +60,9 @@ def digest(path: str | os.PathLike) -> str:
 
 def told(error: BaseException) -> str:
     """What the user's code raised and where, in a line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
+    placed = frames and not isinstance(error, SyntaxError)  # which says itself where it is
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if placed else ""
     said = " ".join(str(error).split())
     return f"{type(error).__name__}: {said if len(said) <= 300 else said[:300] + ' ...'}{where}"
 

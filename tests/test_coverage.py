@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mekd import cli
+from mekd.engine import quote
 from mekd.engine.coverage import describe, measure, plausible, suspicious
 from mekd.oracle.response import Response
 from remote_run import contents, total, words
@@ -118,6 +119,44 @@ def test_another_generator_asks_anew_and_the_old_answers_stay_booked(
     assert (out / "checkpoints" / "deprivatize@1.pt").exists() == anew
     assert run(url, out, **settings, distill__coverage=0.1) == 0
     assert total(out)["queries"] == 380
+
+
+def test_another_generators_images_are_shown_and_agreed_to_anew(
+    url: str, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    asked: list[str] = []
+
+    def answer(question: str) -> str:
+        asked.append(question)
+        return "no"
+
+    monkeypatch.setattr(quote, "_somebody", lambda: True)
+    monkeypatch.setattr("builtins.input", answer)
+    first, before = json.loads((out / "sent.json").read_text()), metrics(url)
+    longer: dict[str, Any] = {"oracle__budget": 400, "distill__coverage": 1.0, "deprivatize__steps": 5}
+    assert cli.main(words(url, out, **longer)) == 2
+    assert len(asked) == 1 and "sent.png" in asked[0], "the budget had been agreed to, these images had not"
+    assert "the images were not agreed to" in capsys.readouterr().err and metrics(url) == before
+    second = json.loads((out / "sent.json").read_text())
+    assert second["generator"] != first["generator"] and (out / "samples" / "sent.png").exists()
+    assert json.loads((out / "sent@1.json").read_text()) == first and (out / "samples" / "sent@1.png").exists()
+    assert cli.main(words(url, out, **longer | {"deprivatize__steps": 6})) == 2 and len(asked) == 2
+    assert json.loads((out / "sent.json").read_text())["generator"] not in (first["generator"], second["generator"])
+    assert cli.main(words(url, out, **longer)) == 2
+    assert "stands at step 6, and deprivatize.steps is 5" in capsys.readouterr().err and metrics(url) == before
+
+
+def test_the_end_of_the_input_is_no_yes(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ends(question: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr(quote, "_somebody", lambda: True)
+    monkeypatch.setattr("builtins.input", ends)
+    assert cli.main(words(url, tmp_path / "out")) == 2
+    assert "nothing was asked: agree to the quote" in capsys.readouterr().err
 
 
 def test_a_refusal_changes_no_file(url: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:

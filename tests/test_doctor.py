@@ -59,7 +59,7 @@ def test_two_runtimes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("extra", "package"),
-    [("run", "jsonargparse"), ("onnx", "onnxscript"), ("plot", "matplotlib"), ("demo", "scikit-learn")],
+    [("run", "jsonargparse"), ("onnx", "onnxscript"), ("plot", "matplotlib")],
 )
 def test_a_missing_package(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, extra: str, package: str
@@ -72,11 +72,12 @@ def test_a_missing_package(
 
 
 def test_what_the_main_job_can_do_without(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    installed(monkeypatch, "torchvision", "nvidia-dali-cuda130")
+    installed(monkeypatch, "torchvision", "nvidia-dali-cuda130", "scikit-learn")
     assert doctor() == 0
     said = lines(capsys)
     assert "missing torchvision: pip install" in said["vision"]
     assert "missing nvidia-dali-cuda130: pip install" in said["dali"]
+    assert "missing scikit-learn: pip install" in said["demo"], "which the extra photos does not bring"
 
 
 def test_the_hint_does_not_bring_a_second_runtime(

@@ -107,7 +107,8 @@ def test_batches_are_a_function_of_seed_and_step(album: Path, tmp_path: Path) ->
     ("make", "parts"),
     [
         (lambda path: None, ["data.path", "no such folder", "--data.path"]),
-        (lambda path: path.mkdir(), ["holds no image", ".heic"]),
+        (lambda path: path.write_text("x"), ["data.path", "which is no folder", "--data.path"]),
+        (lambda path: path.mkdir(), ["data.path is ", "holds no image", ".heic", "--data.path"]),
         (lambda path: (path.mkdir(), (path / "a.txt").write_text("x")), ["holds no image", "1 files (.txt 1)"]),
         (lambda path: (path.mkdir(), (path / "a.jpg").write_text("x")), ["none of the 1 photos", "a.jpg"]),
     ],
@@ -260,12 +261,25 @@ def test_a_labelled_folder_is_for_testing(album: Path, tmp_path: Path) -> None:
             CPU,
         )  # fmt: skip
 
+    numbers = labelled(tmp_path / "numbers", "0", "1", "2", "10")
+    evaluation = EvaluateConfig(enabled=True, path=str(numbers))
+    unnamed = open_source(Config(data=DataConfig(path=str(album), size=16), evaluate=evaluation), CPU)
+    assert unnamed.classes == ("0", "1", "2", "10") and next(unnamed.once("test", 8))[1].tolist() == [0, 1, 3, 2]
+    assert "without oracle.classes its folders are taken" in "\n".join(unnamed.notes())
     found = opened(labelled(tmp_path, "bird", "dog"))
     images, labels = next(found.once("test", 8))
     assert labels.tolist() == [2, 1] and found.classes == ("cat", "dog", "bird") and found.count("test") == 2
     assert np.array_equal(images[0].numpy(), decode(tmp_path / "labelled" / "bird" / "1.png", 16))
     with pytest.raises(DataError, match=r"evaluate.path .* has the class folder 'cow'.*oracle.classes"):
         opened(labelled(tmp_path, "cow"))
+    with pytest.raises(DataError, match=r"evaluate.path is '.*nowhere'; no such folder"):
+        opened(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"evaluate.path is '.*names.txt'; which is no folder"):
+        opened(names)
+    (tmp_path / "flat").mkdir()
+    photo(tmp_path / "flat" / "1.png", 1)
+    with pytest.raises(DataError, match=r"evaluate.path is '.*flat': .* has no class folders"):
+        opened(tmp_path / "flat")
     with pytest.raises(DataError, match=r"evaluate.enabled is true.*--evaluate.path FOLDER"):
         opened(None)
 

@@ -112,6 +112,10 @@ def test_evaluate_asks_a_remote_teacher_nothing(url: str, asked: dict[str, float
     assert cli.main(words(url, out, stage="evaluate", evaluate__enabled="true")) == 0
     found = json.loads((out / "evaluate.json").read_text())
     assert found["simulation_queries"] == 0 and found["student_accuracy"] is not None
+    assert cli.main(words(url, out, "--yes", stage="report", evaluate__enabled=True)) == 0
+    report = (out / "report.md").read_text()
+    assert "send real images" not in report and "of which none was sent" in report
+    assert "the class of the label (rows)" in report or "No pictures" in report
     assert found["teacher_accuracy"] is None and found["baseline_accuracy"] is None
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mekd import cli, files
+from mekd.engine import quote
 from mekd.engine.again import another_student
 from mekd.nets import build
 from mekd.oracle.export import Classifier, export
@@ -56,6 +57,9 @@ def test_another_run_learns_from_the_answers_of_one(paid: Path, asked: None, tmp
     other = tmp_path / "other"
     summary = json.loads((other / "summary.json").read_text())
     assert summary["queries"] == 0 and (other / "student.onnx").exists() and not (other / "replay").exists()
+    card = (other / "README.md").read_text()
+    assert "# resnet20, distilled from the-same\n" in card and "trained on" not in card
+    assert "# answers of another run, 16 px" in (other / "report.md").read_text()
     weights = files.load(other / "student.pt")
     assert learn(other, distill__store=paid, distill__student="resnet20", distill__tau=2.0) == 0
     assert all(torch.equal(weights[name], value) for name, value in files.load(other / "student.pt").items())
@@ -76,6 +80,19 @@ def test_another_run_asks_with_the_generator_of_one(url: str, paid: Path, tmp_pa
     assert total(out)["queries"] == 190
 
 
+def test_where_the_private_images_are_there_too_what_is_sent_is_shown(
+    url: str, paid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run's generator draws other images of another seed: they are agreed to in the run that sends them."""
+    pytest.importorskip("matplotlib")
+    asked: list[str] = []
+    monkeypatch.setattr(quote, "_somebody", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    out = tmp_path / "other"
+    assert cli.main(words(url, out, deprivatize__generator=paid, seed=1)) == 0
+    assert len(asked) == 2 and "queries?" in asked[0] and str(out / "samples" / "sent.png") in asked[1]
+
+
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [
@@ -87,6 +104,8 @@ def test_another_run_asks_with_the_generator_of_one(url: str, paid: Path, tmp_pa
         ({"distill__store": "PAID", "deprivatize__generator": "OTHER"}, ["another one than drew"]),
         ({"distill__store": "UNFINISHED"}, ["0 of 170 answers of replay are there: finish that run first"]),
         ({"distill__store": "OLD"}, ["do not say what they come from"]),
+        ({"deprivatize__generator": "JSON"}, ["deprivatize.generator is", "replay.json is damaged or no checkpoint"]),
+        ({"deprivatize__generator": "STORE"}, ["deprivatize.generator is", "holds no generator"]),
         ({"deprivatize__generator": "PAID", "teacher__onnx": "SEVEN"}, ["made for 10 classes", "has 7"]),
     ],
 )  # fmt: skip
@@ -116,7 +135,8 @@ def test_what_does_not_fit_is_refused_and_says_why(
             path = folder("old") / "replay" / "replay.json"
             path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "origin"}))
             return str(tmp_path / "old")
-        return {"PAID": str(paid), "NOWHERE": str(tmp_path / "nowhere")}[name]
+        given = {"JSON": "replay/replay.json", "STORE": "checkpoints/replay.pt", "PAID": ""}
+        return str(paid / given[name]) if name in given else str(tmp_path / "nowhere")
 
     chosen = {key: made(value) if str(value).isupper() else value for key, value in settings.items()}
     assert learn(tmp_path / "run", **chosen) == 2

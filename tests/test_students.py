@@ -93,7 +93,9 @@ def test_a_factory_of_a_file_and_of_a_module(tmp_path: Path, monkeypatch: pytest
         ("net.py:", "", ["nearest"]),
         ("net.py:a.b", "", ["FILE.py:function"]),
         ("net.py:make", "import no_such_package", ["net.py cannot be imported", "no_such_package", "net.py, line 1"]),
-        ("net.py:make", "def make(:", ["net.py cannot be imported", "SyntaxError"]),
+        ("net.py:make", "def make(:", ["net.py cannot be imported", "SyntaxError", "(net.py, line 1)"]),
+        ("net.py:make", "exit(3)", ["net.py cannot be imported", "SystemExit: 3"]),
+        ("net.py:make", "def make(num_classes, channels): exit(3)", ["make raised SystemExit: 3"]),
         ("no_such_package.nets:make", None, ["no_such_package.nets cannot be imported", "run from the folder"]),
         ("json:make", None, ["json has no function make"]),
         ("a b:make", None, ["package.module:function"]),
@@ -111,6 +113,7 @@ def test_a_factory_that_gives_no_network_says_why(
     with pytest.raises(ValueError) as caught:
         build(name, 7)
     assert [part for part in parts if part not in str(caught.value)] == [], str(caught.value)
+    assert "<frozen" not in str(caught.value), "no place in Python itself"
 
 
 # Looked at before the first step.

@@ -1,6 +1,7 @@
 """Photos are decoded as people see them: upright, on white, eight bits a channel, the middle square."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +220,14 @@ def test_what_is_no_photo_is_named(name: str, content: bytes | None, said: str, 
     with pytest.raises(DataError) as caught:
         decode(tmp_path / name, 16)
     assert name in str(caught.value) and said in str(caught.value)
+
+
+def test_a_pipe_is_no_photo(tmp_path: Path) -> None:
+    """To open one waits until somebody writes into it."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a.jpg").symlink_to(tmp_path / "pipe")
+    with pytest.raises(DataError, match=r"a.jpg is no file, but a pipe"):
+        decode(tmp_path / "a.jpg", 16)
 
 
 def test_numbers_without_a_range_are_refused(tmp_path: Path) -> None:

@@ -63,8 +63,8 @@ class PhotoCache:
             files.shown(n): entry["fault"] for n, entry in zip(stamps, entries, strict=True) if "fault" in entry
         }
         if not len(self.rows):
-            first, reason = next(iter(self.left_out.items()))
-            raise DataError(f"none of the {len(found)} photos under {root} can be read; the first, {first}: {reason}")
+            reason = next(iter(self.left_out.values()))
+            raise DataError(f"none of the {len(found)} photos under {root} can be read; the first: {reason}")
         count = self._pixels.stat().st_size // self._bytes
         pixels = np.memmap(self._pixels, np.uint8, "c", shape=(count, 3, size, size))
         self.images: Tensor = torch.from_numpy(pixels)

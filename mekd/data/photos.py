@@ -28,9 +28,8 @@ def find(root: str | Path) -> tuple[list[str], list[str]]:
     none.
     """
     if not Path(root).is_dir():
-        raise DataError(
-            f"data.path is {str(root)!r}; no such folder. Give the folder of your photos: --data.path FOLDER"
-        )
+        wrong = "which is no folder" if Path(root).exists() else "no such folder"
+        raise DataError(f"data.path is {str(root)!r}; {wrong}. Give the folder of your photos: --data.path FOLDER")
     walk, closed = listing.Walk(root), list[str]()
     found = walk.images(str(root), PHOTOS, closed)
     notes = []
@@ -43,7 +42,10 @@ def find(root: str | Path) -> tuple[list[str], list[str]]:
         notes.append(files.shown(walk.about_links(root)))
     if not found:
         there = f"; it holds {listing.counted(walk.others)}" if walk.others else ""
-        raise DataError(f"{root} holds no image ({', '.join(PHOTOS)}){there}")
+        raise DataError(
+            f"data.path is {str(root)!r}, which holds no image ({', '.join(PHOTOS)}){there}. Give the folder of your "
+            "photos: --data.path FOLDER"
+        )
     return found, notes
 
 
@@ -133,12 +135,26 @@ class PhotoSource:
                 "evaluate.enabled is true, and photos have no labels: name a folder of class folders with "
                 "--evaluate.path FOLDER, or say --evaluate.enabled false"
             )
-        listed = listing.read(Path(path).parent, "folder", Path(path).name)
+        if not Path(path).is_dir():
+            wrong = "which is no folder" if Path(path).exists() else "no such folder"
+            raise DataError(f"evaluate.path is {path!r}; {wrong}. It must be a folder of class folders")
+        try:
+            listed = listing.read(Path(path).parent, "folder", Path(path).name)
+        except DataError as error:
+            raise DataError(f"evaluate.path is {path!r}: {error}") from error
         cache = self._open("labelled", path, list(listed.files))
         labels = torch.from_numpy(listed.labels)[cache.kept]
         self.classes = listed.classes
         names = self._config.oracle.classes
-        if names is not None:
+        if names is None:
+            if all(name.isdecimal() for name in listed.classes):  # 10 comes after 9
+                self.classes = tuple(sorted(listed.classes, key=int))
+                labels = torch.tensor([self.classes.index(name) for name in listed.classes])[labels]
+            self._notes.append(
+                f"evaluate.path {path!r}: without oracle.classes its folders are taken for the teacher's classes in "
+                f"this order: {', '.join(self.classes[:3])}, ...; --oracle.classes FILE lists them as the teacher does"
+            )
+        else:
             self.classes = tuple(read_names(names, "oracle.classes"))
             number = {name: i for i, name in enumerate(self.classes)}
             if strange := [name for name in listed.classes if name not in number]:

@@ -1,7 +1,9 @@
 """A photo as people see it: upright, on white, eight bits a channel, the middle square of it."""
 
+import contextlib
 import functools
 import os
+import stat
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,9 @@ def _load(path: str | os.PathLike, shorter: int) -> Any:
     from PIL import ImageOps
 
     pillow = _pillow()
+    with contextlib.suppress(OSError):  # what is not there is named below
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe waits for ever
+            raise DataError(f"{os.fspath(path)} is no file, but a pipe, a socket or a device")
     try:
         with pillow.open(path, formats=[name for name in (*FORMATS, "HEIF") if name in pillow.OPEN]) as image:
             image.draft(image.mode, (2 * shorter, 2 * shorter))  # JPEG leaves out what nobody will see

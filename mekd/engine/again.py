@@ -25,6 +25,12 @@ def another_generator(run: Run) -> bool:
     return saved["step"] < run.config.deprivatize.steps or saved["depends"] != run.depends("deprivatize")
 
 
+def was_asked(run: Run) -> bool:
+    """Whether the teacher got images of this generator: those of earlier generations were others."""
+    earlier = ledger.totals(run.ledger, *(f"{name}@*" for name in STORES))
+    return run.asked("distill")["calls"] > earlier["calls"]
+
+
 def set_aside_generation(run: Run) -> None:
     """Keep stores, accounts and, unless step 1 goes on, the generator as those of generation N."""
     number = 1 + len(list(run.out.glob("coverage@*.json")))
@@ -38,8 +44,10 @@ def set_aside_generation(run: Run) -> None:
                     path.rename(path.with_name(path.name.replace(name, f"{name}@{number}", 1)))
         if not goes_on:
             checkpoint.rename(checkpoint.with_stem(f"deprivatize@{number}"))
-        found = run.out / "coverage.json"
-        found.rename(found.with_stem(f"coverage@{number}"))  # last: while it is there, a kill begins this again
+        # coverage.json is last: while it is there, a run that was killed here begins this again.
+        for found in (run.out / "samples" / "sent.png", run.out / "sent.json", run.out / "coverage.json"):
+            if found.exists():
+                found.rename(found.with_stem(f"{found.stem}@{number}"))
     parallel.barrier()
     run.log(
         f"generation {number}: its answers stay booked and kept ({', '.join(f'{name}@{number}' for name in STORES)}); "

@@ -43,10 +43,11 @@ def require(run: Run, *stores: Replay, rows: int) -> None:
             f"{math.ceil(least)} are asked for: distill.coverage {run.config.distill.coverage:g} of the "
             f"{plausible(found['answers'], found['classes']):.0f} that so many answers would show of classes that are "
             "all alike. A student would learn no more than these. Nothing more was asked; all is saved. What helps: a "
-            f"longer step 1 (--deprivatize.steps {2 * run.config.deprivatize.steps}), more photos, larger images "
-            "(another --data.size), another recipe (--deprivatize.d_width, --deprivatize.width, --deprivatize.lr). The "
-            "same command with one of them goes on in this folder: the answers so far stay booked, and a new store "
-            "begins. If your photos show no more classes than these, --distill.coverage 0 goes on as it is"
+            f"longer step 1 (--deprivatize.steps {2 * run.config.deprivatize.steps}), with more photos in the folder "
+            "if you have them; larger images (another --data.size); another recipe (--deprivatize.d_width, "
+            "--deprivatize.width, --deprivatize.lr). The same command with one of them goes on in this folder: the "
+            "answers so far stay booked, and a new store begins. If your photos show no more classes than these, "
+            "--distill.coverage 0 goes on as it is"
         )
 
 

@@ -16,6 +16,7 @@ from mekd.engine.feeds import Draw, Fresh, Images, Unasked, fresh
 from mekd.engine.run import Run
 from mekd.engine.runlog import RunLog
 from mekd.engine.train import adam, computed_in
+from mekd.errors import MekdError
 from mekd.fingerprint import asks
 from mekd.losses import DeprivatizationLoss
 from mekd.nets import Discriminator
@@ -99,7 +100,10 @@ def deprivatize(run: Run) -> None:
     """Train G and D on the private images and on the teacher's answers to generated ones (Ma et al., section 3.2)."""
     config = run.config.deprivatize
     if config.generator is not None:
-        run.log(f"deprivatize: the generator of {config.generator}, {config.steps} steps")
+        run.log(f"deprivatize: the generator of {config.generator}, {config.steps} steps, {run.image[-1]} px")
+        if run.config.distill.store is None:
+            with contextlib.suppress(MekdError):  # without private images there is nothing to show beside
+                _show_what_is_sent(run)
         return
     images = Images(run.data.local(config.batch))
     torch.manual_seed(run.config.seed + 1)
@@ -122,7 +126,7 @@ def deprivatize(run: Run) -> None:
         feeds = {"data": images, "answers": feed}
         log = RunLog(run, "deprivatize", config.steps, config.batch, feeds, lr="deprivatize.lr")
         checkpoint = Checkpoint(run, "deprivatize", state, feeds, run.depends("deprivatize"))
-        done = checkpoint.restore(log)
+        checkpoint.restore(log)
         for step in steps(checkpoint, log):
             if step == max(config.steps // 5, run.config.engine.log_every):
                 _say_chance(run, step, log.means.get("loss_d", 0.0))
@@ -142,17 +146,23 @@ def deprivatize(run: Run) -> None:
         f"deprivatize: {config.steps} steps, {run.data.count('local')} private images, {log.seconds:.0f} s, "
         f"{describe(run.asked('deprivatize'))}"
     )
-    if parallel.rank() == 0 and (done < config.steps or not (run.out / "sent.json").exists()):
-        found = private.show_what_is_sent(run)
-        among = found.get("private_to_private")
-        run.log(
-            f"deprivatize: what will be sent is {found['sent_to_private']:.2f} from the nearest private image (median; "
-            "0 is the same picture, 1.4 has nothing in common)"
-            + ("" if among is None else f", private images {among:.2f} from the nearest other one")
-            + ("; samples/sent.png shows both" if (run.out / "samples" / "sent.png").exists() else "")
-        )
+    _show_what_is_sent(run)
     parallel.barrier()
     run.log_skipped()
+
+
+def _show_what_is_sent(run: Run) -> None:
+    """Draw samples/sent.png, once for each generator: a longer step 1 makes another one."""
+    if parallel.rank() or (run.read_json("sent.json") or {}).get("generator") == run.generator_digest:
+        return
+    found = private.show_what_is_sent(run)
+    among = found.get("private_to_private")
+    run.log(
+        f"deprivatize: what will be sent is {found['sent_to_private']:.2f} from the nearest private image (median; 0 "
+        "is the same picture, 1.4 has nothing in common)"
+        + ("" if among is None else f", private images {among:.2f} from the nearest other one")
+        + ("; samples/sent.png shows both" if (run.out / "samples" / "sent.png").exists() else "")
+    )
 
 
 def _say_chance(run: Run, step: int, loss: float) -> None:

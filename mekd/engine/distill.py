@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mekd.engine import coverage, parallel
+from mekd.engine import again, coverage, parallel
 from mekd.engine.checkpoint import Checkpoint, steps
 from mekd.engine.collect import collect
 from mekd.engine.feeds import Fresh, Replayed, fresh
@@ -71,7 +71,7 @@ def train_student(run: Run) -> tuple[nn.Module, dict[str, Any], bool]:
     draw = copy.deepcopy(exact).to(getattr(torch, config.precision))
     loss = MEKDLoss(draw, floor=floor_of(run.config.oracle.decimals), **config.loss_options())
     if config.store is None:
-        if run.config.teacher.remote and not run.asked("distill")["calls"]:
+        if run.config.teacher.remote and not again.was_asked(run):
             run.agree_to_send(run)
         holdout = collect(run, "holdout", exact, config.holdout)
         require_coverage(run, holdout, exact)

@@ -215,7 +215,13 @@ def _check_checkpoints(run: Run, stage: str) -> list[Callable[[], None]]:
                 f"--deprivatize.steps {stands}, or start anew with another --out"
             )
     for name in found:
-        saved, depends = files.load(run.checkpoint(name))["depends"], run.depends(name)
+        content = files.load(run.checkpoint(name))
+        saved, depends, stands = content["depends"], run.depends(name), content["step"]
+        if name == "deprivatize" and stands > config.deprivatize.steps:
+            raise StageError(
+                f"{run.checkpoint(name)} stands at step {stands}, and deprivatize.steps is {config.deprivatize.steps}: "
+                f"it takes no step back. Say --deprivatize.steps {stands}, or start anew with another --out"
+            )
         why = again.another_student(saved, depends) if name in ("distill", "baseline") else None
         if why is None:
             check_depends(run, name, saved, depends)

@@ -25,12 +25,12 @@ def private_images(run: Run, most: int = MOST) -> Tensor:
     return torch.cat([batches.take(step)[0].cpu() for step in range(most // 250)])
 
 
-def show_what_is_sent(run: Run) -> dict[str, float]:
+def show_what_is_sent(run: Run) -> dict[str, Any]:
     """Write samples/sent.png and sent.json: images that will be sent, each beside the nearest private one.
 
     A distance is the root mean square difference of two images of mean 0 and deviation 1 each: 0 of the same picture,
     1.4 of two that have nothing in common, however dark or pale they are. sent.json holds the medians of what will be
-    sent to the nearest private image, and of private images to the nearest other one.
+    sent to the nearest private image, and of private images to the nearest other one, and whose images they are.
     """
     mine = private_images(run)
     latents = run.latents("holdout", 0, 256, slice(None))  # those that are asked about first
@@ -38,7 +38,7 @@ def show_what_is_sent(run: Run) -> dict[str, float]:
         sent = to_uint8(freeze(run.load_generator())(*latents).float()).cpu()
     apart, nearest = _nearest(sent, mine)
     some = torch.arange(len(mine))[:: max(1, len(mine) // 256)]
-    found = {"private_images": len(mine), "sent_to_private": round(float(apart.median()), 3)}
+    found: dict[str, Any] = {"private_images": len(mine), "sent_to_private": round(float(apart.median()), 3)}
     if len(mine) > 1:
         found["private_to_private"] = round(float(_nearest(mine[some], mine, some)[0].median()), 3)
         if plots.there():
@@ -47,6 +47,7 @@ def show_what_is_sent(run: Run) -> dict[str, float]:
             among, _ = _nearest(mine[own], mine, own)
             sheet = plots.contact_sheet(sent[rows], mine[own], apart[rows].tolist(), among.tolist())
             plots.save(sheet, run.out / "samples" / "sent.png")
+    found["generator"] = run.generator_digest
     run.write_json("sent.json", found)
     return found
 

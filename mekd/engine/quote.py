@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mekd import files
 from mekd.config import Config
+from mekd.data.photos import find
 from mekd.engine import parallel, reach
 from mekd.engine.preflight import preflight
 from mekd.engine.run import ACCOUNTS, Run
@@ -42,7 +43,9 @@ def _all_queries(run: Run) -> dict[str, int]:
 
 
 def quote(run: Run) -> list[str]:
-    """Queries, calls, bytes, price and time of each stage, as lines."""
+    """Queries, calls, bytes, price and time of each stage, as lines; DataError where data.path holds no photos."""
+    if run.config.data.name == "photos" and run.config.data.path is not None:
+        find(run.config.data.path)
     oracle = run.config.oracle
     channels, side, _ = run.image
     remote = run.config.teacher.remote
@@ -113,13 +116,13 @@ def confirm(run: Run, stages: Sequence[str], agreed: bool) -> None:
 def confirm_images(run: Run, agreed: bool) -> None:
     """On a terminal, have what will be sent looked at before the first image goes; UsageError where it shall not."""
     sheet, refused = run.out / "samples" / "sent.png", False
-    if parallel.rank() == 0 and sheet.exists() and not agreed and _somebody():
-        answer = input(f"images such as in {sheet} will be sent to {run.teacher_name}; send them? [y/N] ")
-        refused = answer.strip().lower() not in ("y", "yes")
+    if parallel.rank() == 0 and not agreed and _somebody():
+        shown = f"such as in {sheet}" if sheet.exists() else "that samples/sent.png would show with matplotlib and data"
+        refused = not _yes(f"images {shown} will be sent to {run.teacher_name}; send them?")
     if any(parallel.any_of(refused)):
         raise UsageError(
-            "nothing was asked: the images were not agreed to. Where they come too near to yours, more photos or a "
-            "shorter step 1 help; the same command asks again"
+            "nothing was asked: the images were not agreed to. The same command asks again. Where they come too near "
+            "to yours, start anew with another --out: more photos or a shorter step 1 (--deprivatize.steps) help"
         )
 
 
@@ -177,7 +180,15 @@ def _somebody() -> bool:
 
 
 def _says_yes(most: int) -> bool:
-    return _somebody() and input(f"ask up to {most:,} queries? [y/N] ").strip().lower() in ("y", "yes")
+    return _somebody() and _yes(f"ask up to {most:,} queries?")
+
+
+def _yes(question: str) -> bool:
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        print()
+        return False
 
 
 def _time(seconds: float) -> str:

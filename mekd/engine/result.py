@@ -98,6 +98,8 @@ def class_names(run: Run) -> list[str]:
 def teacher_name(run: Run) -> str:
     """By what people know the teacher."""
     teacher = run.config.teacher
+    if run.origin is not None:
+        return run.teacher_name
     if teacher.name is not None:
         return teacher.name
     return (

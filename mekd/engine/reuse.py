@@ -21,13 +21,27 @@ def adopted(config: Config) -> Config:
     if config.distill.store is not None:
         config = _with_store(config, Path(config.distill.store))
     if config.deprivatize.generator is not None:
-        saved = files.load(generator_of(config.deprivatize.generator))
+        saved = _trained(config.deprivatize.generator)
         depends = saved["depends"]
         kept = {f.name: depends[f"deprivatize.{f.name}"] for f in fields(config.deprivatize)
                 if f"deprivatize.{f.name}" in depends}  # fmt: skip
         recipe = replace(config.deprivatize, **kept, steps=saved["step"])
         config = replace(config, deprivatize=recipe, data=replace(config.data, size=depends["data.size"]))
     return config
+
+
+def _trained(path: str) -> dict[str, Any]:
+    """The checkpoint of step 1 that deprivatize.generator names; UsageError where it is another file."""
+    try:
+        saved = files.load(generator_of(path))
+    except files.DamagedError as error:
+        raise UsageError(f"deprivatize.generator is {path!r}: {error}") from error
+    if "generator" not in saved.get("state", {}):
+        raise UsageError(
+            f"deprivatize.generator is {path!r}, which holds no generator; it must be the folder of a run that "
+            "finished step 1, or its checkpoints/deprivatize.pt"
+        )
+    return saved
 
 
 def generator_of(path: str) -> Path:

@@ -40,7 +40,7 @@ def _run(net: nn.Module, images: Tensor, num_classes: int) -> Tensor:
     mode, shape = "training" if net.training else "evaluation", tuple(images.shape)
     try:
         logits = net(images)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"in {mode} it raised {told(error)}, given images {shape}{_side(net, images)}") from error
     wanted = f"it must give logits ({shape[0]}, {num_classes}), a row of num_classes for each image"
     if not isinstance(logits, Tensor):

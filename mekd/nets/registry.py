@@ -97,7 +97,7 @@ def _from_factory(name: str, num_classes: int, channels: int) -> nn.Module:
         pass  # what is written in C tells no signature
     try:
         net = factory(**given)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{what} raised {user_code.told(error)}, called with {given}") from error
     if not isinstance(net, nn.Module):
         raise UsageError(f"{what} gave a {type(net).__name__}; it must give a torch.nn.Module")
