@@ -105,7 +105,7 @@ BEFORE = {
     "oracle.response", "oracle.output", "oracle.output_name", "oracle.num_classes", "oracle.classes",
     "oracle.mean", "oracle.std", "oracle.transport", "oracle.decimals", "oracle.size", "oracle.input_name",
     "oracle.unknown", "distill.replay",
-    "deprivatize.alpha", "deprivatize.lr", "deprivatize.d_width", "deprivatize.dropout",
+    "deprivatize.alpha", "deprivatize.lr", "deprivatize.width", "deprivatize.d_width", "deprivatize.dropout",
     "distill.lr", "evaluate.enabled", "engine.device",
 }  # fmt: skip
 

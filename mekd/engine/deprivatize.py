@@ -104,6 +104,7 @@ def deprivatize(run: Run) -> None:
         if run.config.distill.store is None:
             with contextlib.suppress(MekdError):  # without private images there is nothing to show beside
                 _show_what_is_sent(run)
+            parallel.barrier()
         return
     images = Images(run.data.local(config.batch))
     torch.manual_seed(run.config.seed + 1)
