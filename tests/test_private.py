@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from mekd import cli
-from mekd.engine.private import _nearest
+from mekd.config import Config, DataConfig
+from mekd.engine.private import _nearest, private_images
+from mekd.engine.run import Run
 
 
 def test_the_nearest_private_image_and_how_far_it_is() -> None:
@@ -21,6 +23,15 @@ def test_the_nearest_private_image_and_how_far_it_is() -> None:
     assert 1.0 < apart[2] < 1.42 and apart[3] == pytest.approx(1, abs=0.01), "one colour is like nothing"
     among, neighbours = _nearest(private[[5, 6]], private, torch.tensor([5, 6]))
     assert not {5, 6} & set(neighbours.tolist()) and among.min() > 0.9
+
+
+def test_of_many_private_images_some_are_looked_at_and_none_twice(tmp_path: Path) -> None:
+    run = Run(Config(data=DataConfig(name="digits", size=16, local_fraction=1.0)), tmp_path)
+    whole = private_images(run, most=5000)
+    some = private_images(run, most=300)
+    assert len(whole) == run.data.count("local") and 200 < len(some) <= 300
+    every = -(-len(whole) // 300)
+    assert torch.equal(some, whole[::every])
 
 
 def test_a_run_shows_what_it_will_send_before_it_does(tiny: list[str], tmp_path: Path) -> None:

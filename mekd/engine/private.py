@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mekd import plots
+from mekd.data import TREES
 from mekd.engine.run import Run
 from mekd.errors import MekdError
 from mekd.nets.frozen import freeze
@@ -18,11 +19,18 @@ PAIRS = 16
 
 
 def private_images(run: Run, most: int = MOST) -> Tensor:
-    """Private images (n, ch, S, S), uint8, in memory: all of a few, else most of them, drawn at random."""
-    if run.data.count("local") <= most:
-        return torch.cat([images.cpu() for images, _ in run.data.once("local", 256)])
-    batches = run.data.local(250)
-    return torch.cat([batches.take(step)[0].cpu() for step in range(most // 250)])
+    """Private images (n, ch, S, S), uint8, in memory: all of a few, else most of them at most, none of them twice."""
+    every = -(-run.data.count("local") // most)
+    if (
+        every > 1 and run.config.data.name in TREES
+    ):  # which would be decoded whole; a tree gives each image once an epoch
+        batches = run.data.local(250)
+        return torch.cat([batches.take(step)[0].cpu() for step in range(most // 250)])
+    kept, passed = [], 0
+    for images, _ in run.data.once("local", 256):
+        kept.append(images[-passed % every :: every].cpu())
+        passed += len(images)
+    return torch.cat(kept)
 
 
 def show_what_is_sent(run: Run) -> dict[str, Any]:
