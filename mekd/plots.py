@@ -40,12 +40,11 @@ def draw(run: Run) -> list[tuple[str, str]]:
     student, (images, answer) = finished_student(run), held_out(run)
     names = class_names(run)
     rows = occurring(answer.labels, len(names))
+    met = len(answer.labels[answer.labels >= 0].unique())
     if len(names) <= SHOWN:
-        which = ", ".join(names)
+        which = ", ".join(names) + ("" if met == len(names) else "; a row without images is a class that was not met")
     else:
-        which = (
-            f"the {len(rows)} that occur most, of {len(answer.labels[answer.labels >= 0].unique())} that occur at all"
-        )
+        which = f"the {len(rows)} that occur most, of {met} that occur at all"
     drawn = [
         ("Curves: losses of both steps, and agreement with the teacher on held-out synthetic queries.",
          "curves.png", lambda: _curves(run)),

@@ -90,6 +90,8 @@ def table(run: Run, summary: dict[str, Any]) -> list[str]:
         f"{most})"
     )
     lines.append(f"student = teacher on {', '.join(agrees)}")
+    if summary["holdout_agreement"] <= summary["majority_share"]:
+        lines.append("that is NO better than always naming one class: train it longer, or learn from more answers")
     covered = run.read_json("coverage.json")
     if covered:
         lines.append(f"the teacher named {coverage.describe(covered)}")

@@ -71,7 +71,9 @@ class PhotoCache:
 
     def describe(self, used: int) -> str:
         """How many photos there are, and what was left out, in a line."""
-        parts = [f"{used:,} photos" if used == len(self.rows) else f"{used:,} of {len(self.rows):,} photos"]
+        parts = [
+            f"{used:,} photo{'s' * (used != 1)}" if used == len(self.rows) else f"{used:,} of {len(self.rows):,} photos"
+        ]
         heif = Counter(ending(n) for n, why in self.left_out.items() if "pillow-heif" in why)
         parts += [
             f"{n} {suffix} not readable without pillow-heif (pip install pillow-heif)" for suffix, n in heif.items()

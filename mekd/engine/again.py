@@ -106,11 +106,8 @@ def set_aside_student(run: Run, saved: Mapping[str, Any], why: str) -> None:
     if parallel.rank() == 0:
         results = [run.out / f"student.{suffix}" for suffix in ("pt", "onnx", "safetensors")]
         measured = [run.checkpoint("baseline"), run.out / "evaluate.json"]
-        for path in (
-            *results,
-            *measured,
-            run.checkpoint("distill"),
-        ):  # last: while it is there, a kill begins this again
+        # The checkpoint is last: while it is there, a run that was killed here begins this again.
+        for path in (*results, *measured, run.checkpoint("distill")):
             if path.exists():
                 path.rename(path.with_stem(f"{path.stem}-{label}"))
     parallel.barrier()
