@@ -102,6 +102,7 @@ def test_where_the_private_images_are_there_too_what_is_sent_is_shown(
         ({"distill__store": "PAID", "oracle__response": "label"}, ["oracle.response is 'label'", "'probs'"]),
         ({"distill__store": "PAID", "teacher__onnx": "ANOTHER"}, ["teacher.onnx is", "another teacher's, the-same"]),
         ({"distill__store": "PAID", "deprivatize__generator": "OTHER"}, ["another one than drew"]),
+        ({"deprivatize__generator": "INTERRUPTED"}, ["stands at step 1 of 3: finish that run first"]),
         ({"distill__store": "UNFINISHED"}, ["0 of 170 answers of replay are there: finish that run first"]),
         ({"distill__store": "OLD"}, ["do not say what they come from"]),
         ({"deprivatize__generator": "JSON"}, ["deprivatize.generator is", "replay.json is damaged or no checkpoint"]),
@@ -128,6 +129,10 @@ def test_what_does_not_fit_is_refused_and_says_why(
             saved["state"]["average"]["module.last.bias"] += 1
             files.save(path, saved)
             return str(tmp_path / "other")
+        if name == "INTERRUPTED":
+            path = folder("interrupted") / "checkpoints" / "deprivatize.pt"
+            files.save(path, {**files.load(path), "step": 1})
+            return str(tmp_path / "interrupted")
         if name == "UNFINISHED":
             (folder("unfinished") / "checkpoints" / "replay.pt").unlink()
             return str(tmp_path / "unfinished")

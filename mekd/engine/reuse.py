@@ -8,6 +8,7 @@ from typing import Any
 from mekd import files
 from mekd.config import Config, OracleConfig
 from mekd.errors import UsageError
+from mekd.settings import read_saved
 
 #: Of the oracle's settings, what a store's answers are a result of.
 ANSWERS = ("response", "k", "decimals", "transport", "encoding", "quality", "unknown", "size", "mean", "std")
@@ -40,6 +41,12 @@ def _trained(path: str) -> dict[str, Any]:
         raise UsageError(
             f"deprivatize.generator is {path!r}, which holds no generator; it must be the folder of a run that "
             "finished step 1, or its checkpoints/deprivatize.pt"
+        )
+    wanted = read_saved(Path(path) / "config.yaml").get("deprivatize.steps") or 0
+    if saved["step"] < wanted:
+        raise UsageError(
+            f"deprivatize.generator is {path!r}, where step 1 stands at step {saved['step']} of {wanted}: finish that "
+            "run first, or accept it as it is with its checkpoints/deprivatize.pt"
         )
     return saved
 
