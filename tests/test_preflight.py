@@ -144,3 +144,15 @@ def test_a_floating_teacher_without_mean_and_std_is_spoken_of(tmp_path: Path) ->
     assert any("oracle.mean 0, oracle.std 1" in note for note in run.teacher_notes)
     said = Run(Config(data=data, teacher=teacher, oracle=OracleConfig(mean=[0.5], std=[0.5])), tmp_path)
     assert not any("oracle.mean 0" in note for note in said.teacher_notes)
+
+
+def test_what_evaluate_asks_must_fit_into_the_budget_too(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", *tiny, "--deprivatize.alpha", "0", "--evaluate.enabled", "true", "--evaluate.baseline", "false"]
+    words += ["--out", str(tmp_path / "run")]
+    assert cli.main([*words, "--oracle.budget", "200"]) == 2
+    said = capsys.readouterr().err
+    assert "evaluate asks 360" in said and "0 are left" in said and "--oracle.budget 560" in said
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert cli.main([*words, "--oracle.budget", "560", "--distill.replay", "180"]) == 0, "its advice works"

@@ -80,6 +80,8 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
     if "distill" in stages:
         again.fit_store(run, bool(anew))
     _check_budgets(run, stages)
+    if simulates:
+        _check_simulation(run)
     if anew:
         begins.append(functools.partial(again.set_aside_generation, run))
     for stage in stages:
@@ -191,6 +193,22 @@ def _check_budgets(run: Run, stages: Sequence[str]) -> None:
             f"distill.budget is {step2.budget}, but {step2.holdout} queries are held out (distill.holdout) and "
             f"{least - step2.holdout} asked {'for replay (distill.replay)' if step2.replay else 'in the first step'}: "
             f"it must be at least {least}"
+        )
+
+
+def _check_simulation(run: Run) -> None:
+    """Hold what evaluate asks against what a store leaves of oracle.budget."""
+    budget, step2, simulation = run.config.oracle.budget, run.config.distill, run.config.evaluate
+    if budget is None or not step2.replay or step2.store is not None:
+        return
+    asked = run.data.count("test") if simulation.ask_teacher else 0
+    asked += run.data.count("local") if simulation.baseline else 0
+    left = budget - step2.holdout - step2.replay
+    if asked > left:
+        raise UsageError(
+            f"oracle.budget is {budget}, of which evaluate asks {asked} (evaluate.ask_teacher, evaluate.baseline), and "
+            f"{max(left, 0)} are left beside the holdout and the store: say --oracle.budget {budget + asked - left} with "
+            f"--distill.replay {step2.replay}, or ask nothing there"
         )
 
 
