@@ -207,8 +207,8 @@ def _check_simulation(run: Run) -> None:
     if asked > left:
         raise UsageError(
             f"oracle.budget is {budget}, of which evaluate asks {asked} (evaluate.ask_teacher, evaluate.baseline), and "
-            f"{max(left, 0)} are left beside the holdout and the store: say --oracle.budget {budget + asked - left} with "
-            f"--distill.replay {step2.replay}, or ask nothing there"
+            f"{max(left, 0)} are left beside the holdout and the store: say --oracle.budget {budget + asked - left} "
+            f"with --distill.replay {step2.replay}, or ask nothing there"
         )
 
 
