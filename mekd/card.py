@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mekd.engine.result import architecture, class_names, preprocess_of, teacher_name
+from mekd.engine.result import architecture, class_names, preprocess_of
 from mekd.engine.run import Run
 from mekd.nets.registry import file_of
 from mekd.student import Preprocess
@@ -18,7 +18,7 @@ ANSWERS = {
 def card(run: Run, summary: dict[str, Any], pictures: Sequence[tuple[str, str]]) -> str:
     """The model card in Markdown; summary: as report.summarize gives it; pictures: captions and files in the folder."""
     config, how = run.config, preprocess_of(run)
-    classes, teacher = class_names(run), teacher_name(run)
+    classes, teacher = class_names(run), run.teacher_name
     named = ", ".join(classes[:20]) + (f" and {len(classes) - 20:,} more" if len(classes) > 20 else "")
     there = [(caption, name) for caption, name in pictures if (run.out / name).is_file()]
     shown = [line for caption, name in there for line in (f"![{caption}]({name})", "", caption, "")]

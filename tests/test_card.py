@@ -146,4 +146,4 @@ def test_the_teacher_and_how_it_was_reached(words: list[str], said: str, tmp_pat
     parsed = cli.parse([*settings[:at], *settings[at + 2 :], *words, "--out", str(tmp_path)])
     assert parsed is not None
     run = Run(*parsed)
-    assert f"{card_module.teacher_name(run)}, {card_module._reached(run)}".startswith(said)
+    assert f"{run.teacher_name}, {card_module._reached(run)}".startswith(said)

@@ -81,10 +81,8 @@ class PhotoCache:
         damaged = len(self.left_out) - sum(heif.values())
         if damaged:
             parts.append(f"{damaged} damaged: named in the report")
-        if any(self.changed.values()):
-            parts.append(
-                "since they were last read " + ", ".join(f"{n} {what}" for what, n in self.changed.items() if n)
-            )
+        if self.changed:
+            parts.append("since they were last read " + ", ".join(f"{n} {what}" for what, n in self.changed.items()))
         return "; ".join(parts)
 
     def _load(self) -> dict[str, dict[str, Any]]:

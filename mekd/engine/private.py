@@ -21,9 +21,7 @@ PAIRS = 16
 def private_images(run: Run, most: int = MOST) -> Tensor:
     """Private images (n, ch, S, S), uint8, in memory: all of a few, else most of them at most, none of them twice."""
     every = -(-run.data.count("local") // most)
-    if (
-        every > 1 and run.config.data.name in TREES
-    ):  # which would be decoded whole; a tree gives each image once an epoch
+    if every > 1 and run.config.data.name in TREES:  # it is not decoded whole: an epoch gives each image once
         batches = run.data.local(250)
         return torch.cat([batches.take(step)[0].cpu() for step in range(most // 250)])
     kept, passed = [], 0

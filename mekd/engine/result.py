@@ -63,7 +63,7 @@ def about(run: Run, how: Preprocess) -> dict[str, str]:
         "classes": json.dumps(class_names(run), ensure_ascii=False),
         "preprocessing": how.words(),
         "preprocess": how.json(),
-        "teacher": teacher_name(run),
+        "teacher": run.teacher_name,
         "mekd": __version__,
     }
 
@@ -93,15 +93,3 @@ def class_names(run: Run) -> list[str]:
         with contextlib.suppress(MekdError):  # data that is gone
             names = list(run.data.classes)
     return names if len(names) == run.num_classes else [str(i) for i in range(run.num_classes)]
-
-
-def teacher_name(run: Run) -> str:
-    """By what people know the teacher."""
-    teacher = run.config.teacher
-    if run.origin is not None:
-        return run.teacher_name
-    if teacher.name is not None:
-        return teacher.name
-    return (
-        Path(teacher.onnx).name if teacher.onnx else f"{teacher.arch}, trained on {run.config.data.name} for this run"
-    )

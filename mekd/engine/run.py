@@ -185,10 +185,14 @@ class Run:
 
     @property
     def teacher_name(self) -> str:
-        """What people call the black box: a remote one by its name, else its file."""
+        """By what people know the black box: a remote one by its name, the user's by its file."""
         if self.origin is not None:
             return str(self.origin["teacher_name"])
-        return self.config.teacher.name or self.teacher_onnx.name
+        teacher = self.config.teacher
+        if teacher.name is not None:
+            return teacher.name
+        own = teacher.onnx
+        return Path(own).name if own else f"{teacher.arch}, trained on {self.config.data.name} for this run"
 
     @functools.cached_property
     def about_teacher(self) -> reach.About:
