@@ -149,7 +149,8 @@ class DistillConfig:
         precision: of the convolutions in a step: float32, bfloat16, float16 (with a scaler), or auto, as in
             teacher.precision
         budget: queries at most, the holdout's included; null for no limit
-        store: the folder of another run, whose answers are learnt from instead of asking for any
+        store: the folder of another run, whose answers are learnt from instead of asking for any: all of them, or the
+            first distill.replay
         coverage: share of the classes (of those that as many answers could show) below which a run stops after its
             first answers, before more are paid; 0 to go on whatever they show
     """

@@ -134,7 +134,7 @@ def answers(run: Run, exact: nn.Module, draw: nn.Module, loss: MEKDLoss) -> Iter
         if config.store is None:
             store = collect(run, "replay", exact, config.replay)
         else:
-            store = Replay(run.store("replay"), config.replay)
+            store = Replay(run.store("replay"), config.replay, part=True)
         pictures = None
         if config.keep != "none":
             with parallel.first_alone():

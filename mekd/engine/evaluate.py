@@ -122,13 +122,17 @@ def asking(run: Run, name: str) -> Iterator[Oracle]:
 
 
 def train_baseline(run: Run) -> nn.Module:
-    """The plain baseline: the student trained by KL on the teacher's answers to the private images.
+    """The plain baseline: a student of the teacher's answers to the private images."""
+    return train_plain(run, *ask_private(run))
+
+
+def train_plain(run: Run, store: Replay, count: int) -> nn.Module:
+    """The student trained by KL on the first count images of a store and the teacher's answers to them.
 
     Augmented: it sees them shifted, and mirrored where data.flip says so, with the answer to the original.
     """
     config = run.config.distill
     count_steps = run.config.evaluate.baseline_steps or config.steps
-    store, count = ask_private(run)
     torch.manual_seed(run.config.seed + 4)
     student = run.place(build(config.student, run.num_classes, run.image[0]))
     optimizer = sgd(student, config.lr, config.weight_decay)

@@ -114,6 +114,12 @@ def _with_store(config: Config, store: Path) -> Config:
         generator_of(str(store))
         config = replace(config, deprivatize=replace(config.deprivatize, generator=str(store)))
     replay, holdout = (rows_of(str(store), name) for name in ("replay", "holdout"))
+    if (step2.replay or 0) > replay:
+        raise UsageError(
+            f"distill.replay is {step2.replay}, and distill.store {str(store)!r} holds {replay} answers: say fewer, or "
+            "leave distill.replay out to learn from all of them"
+        )
+    replay = step2.replay or replay
     simulation = config.evaluate
     if config.teacher.onnx is None:  # there is nobody to ask
         simulation = replace(simulation, ask_teacher=False, baseline=False)

@@ -24,12 +24,15 @@ class Replay:
     """N images as they were sent and the teacher's answers to them, in a folder.
 
     Images are uint8 (or float32 where they were sent so) (N, ch, H, W); answers as in Response; and, where there is
-    one, the nuisance (N, entries) that G drew each image with. grows: a shorter store is made longer. origin: what the
-    answers are a result of, kept with them. The files are allocated in full when the first answer arrives, so that a
-    full disk is known before the queries are paid.
+    one, the nuisance (N, entries) that G drew each image with. grows: a shorter store is made longer. part: of a
+    longer one the first N are read. origin: what the answers are a result of, kept with them. The files are allocated
+    in full when the first answer arrives, so that a full disk is known before the queries are paid.
     """
 
-    def __init__(self, folder: Path, count: int, grows: bool = False, origin: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path, count: int, grows: bool = False, origin: Mapping[str, Any] | None = None,
+        part: bool = False,
+    ) -> None:  # fmt: skip
         self.folder, self.count, self._origin = folder, count, origin
         self._arrays: dict[str, np.ndarray] = {}
         self._kind: dict[str, Any] = {}
@@ -47,6 +50,8 @@ class Replay:
                     ) from error
                 if grows and len(array) < count:
                     array = _grown(path, array, count)
+                if part:
+                    array = array[:count]
                 if len(array) != count:
                     raise StoreError(
                         f"{folder} holds {len(array)} queries, the configuration says {count} (distill.{folder.name}): "

@@ -1,0 +1,283 @@
+"""What a student is worth: accuracy, and agreement with the teacher, against the queries that were paid.
+
+One image is one query. One teacher for a data set; one student network, and one recipe for every row. What rows have in
+common is made once: the teacher, a generator for each recipe and seed, a store of answers that grows. A row that is in
+the table is not measured again; the same command goes on where it was stopped, in the middle of a stage too.
+"""
+
+import argparse
+import contextlib
+import csv
+import fcntl
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bench import curves, pools
+from bench.timing import processor
+from mekd import cli, files
+from mekd.config import Config
+from mekd.engine import evaluate
+from mekd.engine.checkpoint import Interrupted, asked_to_stop, stopped_by_signals
+from mekd.engine.collect import collect
+from mekd.engine.deprivatize import deprivatize
+from mekd.engine.distill import train_student
+from mekd.engine.run import Run
+from mekd.engine.teacher import export_teacher, train_teacher
+from mekd.metrics import accuracy
+from mekd.nets.frozen import freeze
+
+COLUMNS = (
+    "data", "private", "row", "response", "queries", "seed", "accuracy", "agreement", "steps", "seconds", "commit",
+)  # fmt: skip
+#: The experiment of each data set.
+CONFIGS = {
+    "digits": "configs/digits.yaml",
+    "mnist": "configs/mnist_small.yaml",
+    "fashion_mnist": "configs/fashion_mnist_small.yaml",
+    "cifar10": "configs/cifar10_small.yaml",
+    "tree": "configs/fashion_mnist_tree.yaml",
+}
+#: What each row changes of the experiment's settings.
+ROWS = {
+    "mekd": "",
+    # The recipe of the first release.
+    "mekd-before": "--deprivatize.nuisance 0 --deprivatize.d_width 1 --deprivatize.dropout 0.25 "
+    "--deprivatize.alpha 0.5 --data.shift false --distill.image 5",
+    "kl": "--distill.image 0",
+    "l1": "--distill.beta 0",
+    "plain": "",  # every private image is sent once
+    "ceiling": "--data.local_fraction 1",  # every training image is sent once
+    "pool": "",  # images of another set are sent, drawn at random
+    "pool-uncertain": "",  # half of them at random, and those of which a student of these answers is least certain
+}
+#: Answers held out of a store, by which the best student is chosen; they are paid like the others.
+HOLDOUT = 256
+#: A table is made of rows, good or bad: none is stopped because its answers name few classes.
+QUIET = "--engine.progress false --distill.coverage 0"
+QUICK = "--teacher.steps 200 --deprivatize.steps 200 --distill.steps 200 --distill.image 5"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row of the table, before it is measured. private is a fraction, queries a number, unlimited, private or all."""
+
+    data: str
+    private: str
+    row: str
+    response: str
+    queries: str
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return tuple(str(getattr(self, name)) for name in COLUMNS[:6])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure what is not in the table yet; returns 0, or 3 where time or a signal stopped it."""
+    parser = argparse.ArgumentParser(prog="python -m bench students", description=__doc__, epilog=(
+        "Other options are settings of mekd for every row, such as --distill.steps 2500."))  # fmt: skip
+    parser.add_argument("data", choices=CONFIGS)
+    parser.add_argument("--path", help="folder of the data set's files, where it is not the configuration's")
+    parser.add_argument("--private", nargs="+", default=["0.1"], help="shares of the training images")
+    parser.add_argument("--rows", nargs="+", default=["mekd", "kl", "plain", "ceiling"], choices=ROWS)
+    parser.add_argument("--response", nargs="+", default=["probs"], help="probs, label, logits or topk")
+    parser.add_argument("--queries", nargs="+", default=["20000", "unlimited"], help="numbers, or unlimited")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--pool", metavar="NAME=FOLDER", help="images for the rows pool: a data set, or photos=FOLDER")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/students"), help="where teachers, generators, stores are"
+    )
+    parser.add_argument("--results", type=Path, help="folder of students.csv; bench/results/PROCESSOR without it")
+    parser.add_argument("--minutes", type=float, help="stop after so long, saved")
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything, for a test")
+    options, words = parser.parse_known_args(arguments)
+    if options.path:
+        words += ["--data.path", options.path]
+    if options.quick:
+        words = [*QUICK.split(), *words]
+    results = options.results or Path("bench/results") / slug(processor())
+    table = results / "students.csv"
+    place = options.out / options.data
+    done = {tuple(row[name] for name in COLUMNS[:6]) for row in curves.read(table)}
+    left = [job for job in jobs(options) if job.key not in done]
+    print(f"{len(left)} rows to measure, into {table}", flush=True)
+    if options.minutes:
+        timer = threading.Timer(60 * options.minutes, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.daemon = True
+        timer.start()
+    try:
+        with stopped_by_signals():
+            for job in left:
+                append(table, measure(job, place, words, options.pool))
+    except Interrupted as stopped:
+        print(f"{stopped}: the same command goes on")
+        return 3
+    print("\n".join(curves.table(curves.read(table), options.data)))
+    for picture in curves.draw(curves.read(table), options.data, results):
+        print(f"drawn: {picture}")
+    return 0
+
+
+def jobs(options: argparse.Namespace) -> Iterator[Job]:
+    """The rows that are asked for, a seed after the other."""
+    for seed in options.seeds:
+        for private in options.private:
+            for response in options.response:
+                for row in options.rows:
+                    fixed = {"plain": ["private"], "ceiling": ["all"]}.get(row)
+                    for queries in fixed or options.queries:
+                        if not (row.startswith("pool") and queries == "unlimited"):
+                            yield Job(options.data, private, row, response, queries, seed)
+
+
+def measure(job: Job, place: Path, words: list[str], pool: str | None) -> dict[str, Any]:
+    """Make what the row needs, train its student, look at the test images; returns the row."""
+    own = f"--data.local_fraction {job.private} --oracle.response {job.response} --seed {job.seed} {ROWS[job.row]}"
+    parsed = cli.parse(["--config", CONFIGS[job.data], *QUIET.split(), *words, *own.split()])
+    assert parsed is not None
+    config = parsed[0]
+    teacher = teacher_of(replace(config, seed=0), place)
+    config = replace(config, teacher=replace(config.teacher, onnx=str(teacher.teacher_onnx)))
+    if job.row in ("plain", "ceiling"):
+        student, run = sent(config, place)
+    elif job.row.startswith("pool"):
+        student, run = pooled(config, place, int(job.queries), job.row == "pool-uncertain", pool)
+    else:
+        student, run = distilled(config, place, job.queries)
+    with locked(teacher.out):
+        labels, answers = evaluate.ask_test(teacher)
+    predicted = evaluate.predictions(student, run.data)
+    stages = ("deprivatize", "holdout", "replay", "assistant", "distill", "baseline")
+    measured = {
+        "accuracy": f"{100 * accuracy(predicted, labels):.2f}",
+        "agreement": f"{100 * accuracy(predicted, answers):.2f}",
+        "steps": config.distill.steps,
+        "seconds": round(sum(seconds(run, stage) for stage in stages)),
+        "commit": commit(),
+    }
+    row = dict(zip(COLUMNS[:6], job.key, strict=True)) | measured
+    print(" ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    return row
+
+
+def teacher_of(config: Config, place: Path) -> Run:
+    """The data set's teacher, of seed 0, trained once."""
+    fraction = replace(config.data, local_fraction=0.1)  # it knows no private images
+    run = Run(replace(config, data=fraction, oracle=replace(config.oracle, response="probs")), place / "teacher")
+    with locked(run.out):
+        if not run.teacher_onnx.exists():
+            train_teacher(run)
+            export_teacher(run)
+    return run
+
+
+def distilled(config: Config, place: Path, queries: str) -> tuple[nn.Module, Run]:
+    """The student of mekd, with its generator and its store."""
+    run = Run(config, place / "unnamed")
+    trained = Run(config, place / f"generator-{short(run.depends('deprivatize'), config.deprivatize.steps)}")
+    with locked(trained.out):
+        trained.save_config()
+        deprivatize(trained)
+    config = replace(config, deprivatize=replace(config.deprivatize, generator=str(trained.out)))
+    if queries != "unlimited":
+        replayed = int(queries) - HOLDOUT
+        config = replace(config, distill=replace(config.distill, replay=replayed, holdout=HOLDOUT))
+        asked = Run(config, place / "unnamed")
+        asked = Run(config, place / f"answers-{short(asked.depends('replay'), HOLDOUT)}")
+        exact = freeze(asked.load_generator())
+        with locked(asked.out):
+            kept = asked.read_json("replay/replay.json")
+            collect(asked, "holdout", exact, HOLDOUT)
+            collect(asked, "replay", exact, max(replayed, kept["count"] if kept else 0))
+        config = replace(config, distill=replace(config.distill, store=str(asked.out)))
+    run = Run(config, place / "unnamed")
+    run = Run(config, place / f"student-{short(run.depends('distill'))}")
+    with locked(run.out):
+        student, best, _ = train_student(run)
+    student.load_state_dict(best["weights"])
+    return student, run
+
+
+def sent(config: Config, place: Path) -> tuple[nn.Module, Run]:
+    """The student of the answers to real images, all private ones."""
+    run = Run(config, place / "unnamed")
+    run = Run(config, place / f"plain-{short(run.depends('baseline'))}")
+    with locked(run.out):
+        return evaluate.train_baseline(run), run
+
+
+def pooled(config: Config, place: Path, queries: int, uncertain: bool, pool: str | None) -> tuple[nn.Module, Run]:
+    """The student of the answers to images of another set, all at random, or half by a first student's margin."""
+    run = Run(config, place / "unnamed")
+    images = pools.load(pool, config.data.size, run.image[0], config.seed)
+    named = {"pool": pool, "queries": queries, "uncertain": uncertain}
+    run = Run(config, place / f"pool-{short(run.depends('baseline'), named)}")
+    with locked(run.out):
+        return pools.train(run, images, queries, uncertain), run
+
+
+def seconds(run: Run, stage: str) -> float:
+    """How long a stage took, whose checkpoint lies in this run's folder, in its generator's or in its store's."""
+    store = run.config.distill.store
+    path = run.checkpoint(stage)
+    if stage in ("holdout", "replay") and store is not None:
+        path = Path(store) / "checkpoints" / path.name
+    if stage == "deprivatize" and run.config.deprivatize.generator is None:
+        return 0.0
+    return float(files.load(path)["seconds"]) if path.exists() else 0.0
+
+
+def short(*depends: Any) -> str:
+    """A name for what depends on these."""
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def slug(name: str) -> str:
+    """A processor's name as a folder's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def commit() -> str:
+    """The revision that measures."""
+    words = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return found.stdout.strip() or "unknown"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only one process at a time makes what is in a folder; another one waits, and finds it made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if asked_to_stop():
+                raise Interrupted(f"waiting for another process in {folder}")
+            time.sleep(1)
+        yield
+
+
+def append(table: Path, row: dict[str, Any]) -> None:
+    """Add a row to the table, which other processes add to as well."""
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with open(table, "a", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if not os.fstat(file.fileno()).st_size:
+            writer.writeheader()
+        writer.writerow(row)
