@@ -133,6 +133,17 @@ def test_a_store_grows_by_any_number(tmp_path: Path, more: int) -> None:
     check(grown.read(slice(0, COUNT)), images, response)
 
 
+def test_the_first_rows_of_a_longer_store(tmp_path: Path) -> None:
+    images, response = drawn()
+    fill(Replay(tmp_path, COUNT), images, response)
+    part = Replay(tmp_path, 5, part=True)
+    assert len(part) == 5
+    check(part.read(slice(None)), images[:5], response[:5])
+    part.will_need(torch.arange(5))
+    with pytest.raises(ValueError, match=f"holds {COUNT} queries, the configuration says {COUNT + 1}"):
+        Replay(tmp_path, COUNT + 1, part=True)
+
+
 @pytest.mark.parametrize("count", [COUNT - 1, COUNT + 1])
 def test_another_count(tmp_path: Path, count: int) -> None:
     fill(Replay(tmp_path, COUNT), *drawn())

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -73,6 +74,21 @@ def test_it_is_the_student_that_its_own_folder_would_have_made(paid: Path, asked
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+def test_fewer_answers_make_the_student_that_fewer_would_have_made(
+    url: str, paid: Path, asked: None, tmp_path: Path
+) -> None:
+    one, same = tmp_path / "one", tmp_path / "same"
+    assert learn(one, distill__store=paid, distill__replay=20) == 0
+    other = Path(shutil.copytree(paid, tmp_path / "cut"))
+    for path in (other / "replay").glob("*.npy"):
+        rows = np.load(path)
+        np.save(path, np.concatenate([rows[:20], rows[:1].repeat(len(rows) - 20, 0)]))
+    assert learn(same, distill__store=other, distill__replay=20) == 0
+    first, second = (files.load(folder / "student.pt") for folder in (one, same))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert json.loads((one / "summary.json").read_text())["queries"] == 0
+
+
 def test_another_run_asks_with_the_generator_of_one(url: str, paid: Path, tmp_path: Path) -> None:
     out = tmp_path / "other"
     assert cli.main(words(url, out, "--yes", deprivatize__generator=paid, data__name="photos", seed=1)) == 0
@@ -98,6 +114,7 @@ def test_where_the_private_images_are_there_too_what_is_sent_is_shown(
     [
         ({"distill__store": "NOWHERE"}, ["distill.store is", "nowhere'", "replay/replay.json"]),
         ({"deprivatize__generator": "NOWHERE"}, ["deprivatize.generator is", "checkpoints/deprivatize.pt"]),
+        ({"distill__store": "PAID", "distill__replay": 171}, ["distill.replay is 171", "holds 170 answers: say fewer"]),
         ({"distill__store": "PAID", "oracle__decimals": 2}, ["oracle.decimals is 2", "leave oracle.decimals out"]),
         ({"distill__store": "PAID", "oracle__response": "label"}, ["oracle.response is 'label'", "'probs'"]),
         ({"distill__store": "PAID", "teacher__onnx": "ANOTHER"}, ["teacher.onnx is", "another teacher's, the-same"]),
