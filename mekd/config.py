@@ -133,6 +133,10 @@ class DistillConfig:
         weight_decay: L2 penalty
         replay: ask this many queries once and reuse them every epoch; 0 for fresh ones every step; null: what
             oracle.budget reaches for, and 0 for a file without a budget
+        candidates: images that G draws at home for each that is asked about: that one is sent which the discriminator
+            of step 1 takes most for a real one
+        augment: replayed images are shifted, by up to an eighth of the side, edges repeated, and mirrored where
+            data.flip says so; the answer is that to the image as it was sent
         keep: what G draws from the replayed answers is drawn every step (none) or once, and kept as uint8 or bfloat16
         holdout: synthetic queries kept apart, by which the best student is chosen
         eval_every: steps between two looks at the holdout
@@ -162,6 +166,8 @@ class DistillConfig:
     lr: float = 0.1
     weight_decay: float = 5e-4
     replay: int | None = None
+    candidates: int = 1
+    augment: bool = False
     keep: str = "none"
     holdout: int = 512
     eval_every: int = 500
@@ -199,7 +205,7 @@ class DistillConfig:
                 raise ValueError(f"distill.{name} is {value}; it must be at least 0")
         if not any(weights.values()):
             raise ValueError("distill.beta and distill.image are 0; one must be above 0")
-        above_zero("distill", self, "steps", "batch", "lr", "holdout", "eval_every")
+        above_zero("distill", self, "steps", "batch", "lr", "candidates", "holdout", "eval_every")
         if self.replay is not None and self.replay < 0:
             raise ValueError(f"distill.replay is {self.replay}; it must be at least 0")
 

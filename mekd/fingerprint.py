@@ -32,8 +32,8 @@ _COMPUTED = ("engine.device", "engine.batch_norm")
 _DEPENDS = {
     "teacher": ("seed", "data", "teacher", *_COMPUTED),
     "deprivatize": ("seed", "data", "deprivatize", "engine.compile", *_COMPUTED),
-    "holdout": ("seed", "distill.holdout", *_ANSWERS),
-    "replay": ("seed", *_ANSWERS),  # a store may grow
+    "holdout": ("seed", "distill.holdout", "distill.candidates", *_ANSWERS),
+    "replay": ("seed", "distill.candidates", *_ANSWERS),  # a store may grow
     "distill": ("seed", "distill", *_ANSWERS, *_COMPUTED),
     "baseline": ("seed", "data", "distill", "evaluate.baseline_steps", *_ANSWERS, *_COMPUTED),
 }

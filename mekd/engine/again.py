@@ -90,7 +90,9 @@ def another_student(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str 
     ):
         return None
     before, now = saved.get("distill.replay"), wanted.get("distill.replay")
-    if "distill.holdout" in differing or (before != now and not (before and now and now > before)):
+    if differing & {"distill.holdout", "distill.candidates"} or (
+        before != now and not (before and now and now > before)
+    ):
         return None
     if before != now:
         return f"the store grows from {before:,} answers to {now:,}; those that are there stay"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mekd import files
 from mekd.engine import parallel
 from mekd.engine.checkpoint import Checkpoint, check_depends, steps
+from mekd.engine.draws import draws
 from mekd.engine.feeds import fresh
 from mekd.engine.run import Run
 from mekd.engine.runlog import RunLog
@@ -35,6 +36,7 @@ def collect(run: Run, name: str, draw: nn.Module, count: int, until: int | None 
         store = Replay(run.out / name, count, grows=parallel.rank() == 0, origin=origin)
     if stands >= end:
         return store
+    chosen = draws(run, draw)
     per_step = min(BLOCK * (REMOTE if run.config.teacher.remote else 1), count)
     bounds = [stands, *range((stands // per_step + 1) * per_step, end, per_step), end]
 
@@ -49,13 +51,11 @@ def collect(run: Run, name: str, draw: nn.Module, count: int, until: int | None 
         parts: list[tuple[Tensor, Tensor]] = []
         for block in range(first // BLOCK, -(-end // BLOCK)):
             begin = block * BLOCK
-            code, n = run.latents(name, block, BLOCK, slice(None))
-            with torch.no_grad():
-                images = draw(code, n)
             mine = slice(max(first - begin, 0), end - begin)
+            images, n = chosen(name, block, BLOCK, slice(None))
             parts.append((images[mine], n[mine]))
-        images, nuisances = (list(column) for column in zip(*parts, strict=True))
-        return torch.cat(images), torch.cat(nuisances)
+        sent, nuisances = (list(column) for column in zip(*parts, strict=True))
+        return torch.cat(sent), torch.cat(nuisances)
 
     place: dict[str, Any] = {"rows": stands}
     total = taken + len(bounds) - 1

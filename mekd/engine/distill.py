@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mekd.engine import again, coverage, parallel
 from mekd.engine.checkpoint import Checkpoint, steps
 from mekd.engine.collect import collect
+from mekd.engine.draws import draws
 from mekd.engine.feeds import Fresh, Replayed, fresh
 from mekd.engine.pictures import Pictures
 from mekd.engine.result import STUDENT, write_student
@@ -142,10 +143,9 @@ def answers(run: Run, exact: nn.Module, draw: nn.Module, loss: MEKDLoss) -> Iter
         yield Replayed(run, store, config.batch, pictures)
         return
 
-    def drawn(step: int) -> tuple[Tensor, Tensor]:
-        code, n = run.latents("distill", step, config.batch)
-        with torch.no_grad():
-            return draw(code, n), n
-
-    with fresh(run, "distill", "distill", config.steps, drawn, lambda step: mine, ahead=True) as feed:
+    drawn = draws(run, draw)
+    with fresh(
+        run, "distill", "distill", config.steps, lambda step: drawn("distill", step, config.batch), lambda step: mine,
+        ahead=True,
+    ) as feed:  # fmt: skip
         yield feed

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mekd.data import Batches
+from mekd.data import Batches, arrays
 from mekd.engine import parallel
 from mekd.engine.pictures import Pictures
 from mekd.engine.run import ACCOUNTS, Run
@@ -244,13 +244,18 @@ class Replayed(Free):
     def __init__(self, run: Run, store: Replay, batch: int, pictures: Pictures | None) -> None:
         self._seed, self._device, self._batch = run.config.seed, run.device, batch
         self._store, self._pictures = store, pictures
+        self._augment, self._flip = run.config.distill.augment, run.config.data.flip
 
     def take(self, step: int) -> Asked:
-        """The images as they were sent, and the answer to them."""
+        """The images as they were sent, or moved where distill.augment says so, and the answer to them."""
         now, then = self._rows(step), self._rows(step + 1)
         with _waiting(self):
             images, answer, n = self._store.read(now)
             self._store.will_need(then)
+            if self._augment:
+                generator = generator_at(self._seed, "augment", step)
+                how = arrays.moves(self._batch, images.shape[-1], self._flip, generator)
+                images = arrays.moved(images, how[parallel.part(self._batch)])
             kept = None
             if self._pictures is not None:
                 kept = self._pictures.read(now).to(self._device)

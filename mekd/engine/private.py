@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from mekd import plots
 from mekd.data import TREES
+from mekd.engine.collect import BLOCK
+from mekd.engine.draws import draws
 from mekd.engine.run import Run
 from mekd.errors import MekdError
 from mekd.nets.frozen import freeze
@@ -39,9 +41,8 @@ def show_what_is_sent(run: Run) -> dict[str, Any]:
     sent to the nearest private image, and of private images to the nearest other one, and whose images they are.
     """
     mine = private_images(run)
-    latents = run.latents("holdout", 0, 256, slice(None))  # those that are asked about first
-    with torch.no_grad():
-        sent = to_uint8(freeze(run.load_generator())(*latents).float()).cpu()
+    first, _ = draws(run, freeze(run.load_generator()))("holdout", 0, BLOCK, slice(None))
+    sent = to_uint8(first.float()).cpu()
     apart, nearest = _nearest(sent, mine)
     some = torch.arange(len(mine))[:: max(1, len(mine) // 256)]
     found: dict[str, Any] = {"private_images": len(mine), "sent_to_private": round(float(apart.median()), 3)}
