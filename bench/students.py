@@ -57,6 +57,12 @@ ROWS = {
     "--deprivatize.alpha 0.5 --data.shift false --distill.image 5",
     "kl": "--distill.image 0",
     "l1": "--distill.beta 0",
+    # One setting changed at a time.
+    "candidates": "--distill.candidates 4",
+    "augment": "--distill.augment true",
+    "narrow-d": "--deprivatize.d_width 1",
+    "dropout": "--deprivatize.dropout 0.25",
+    "steps": "--deprivatize.steps 3000",
     "plain": "",  # every private image is sent once
     "ceiling": "--data.local_fraction 1",  # every training image is sent once
     "pool": "",  # images of another set are sent, drawn at random
