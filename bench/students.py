@@ -60,6 +60,7 @@ ROWS = {
     # One setting changed at a time.
     "candidates": "--distill.candidates 4",
     "augment": "--distill.augment true",
+    "pseudo": "--distill.pseudo_labels 0.5",
     "narrow-d": "--deprivatize.d_width 1",
     "dropout": "--deprivatize.dropout 0.25",
     "steps": "--deprivatize.steps 3000",

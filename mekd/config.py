@@ -137,6 +137,8 @@ class DistillConfig:
             of step 1 takes most for a real one
         augment: replayed images are shifted, by up to an eighth of the side, edges repeated, and mirrored where
             data.flip says so; the answer is that to the image as it was sent
+        pseudo_labels: private images a step, as a share of batch, that the student learns from in the second half of
+            its steps, labelled at home by an average of its weights; they are not sent. 0 for none
         keep: what G draws from the replayed answers is drawn every step (none) or once, and kept as uint8 or bfloat16
         holdout: synthetic queries kept apart, by which the best student is chosen
         eval_every: steps between two looks at the holdout
@@ -168,6 +170,7 @@ class DistillConfig:
     replay: int | None = None
     candidates: int = 1
     augment: bool = False
+    pseudo_labels: float = 0.0
     keep: str = "none"
     holdout: int = 512
     eval_every: int = 500
@@ -187,6 +190,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         within("distill.coverage", self.coverage, 0, 1)
+        within("distill.pseudo_labels", self.pseudo_labels, 0, 1)
         check_choice("distill.preset", self.preset, tuple(PRESETS))
         check_choice("distill.code", self.code, CODES)
         check_choice("distill.rest", self.rest, TOPK_RESTS)

@@ -50,6 +50,10 @@ def fingerprint(config: Config, stage: str) -> dict[str, Any]:
     depends = _DEPENDS[stage]
     if stage == "deprivatize" and asks(config):
         depends = (*depends, *_ANSWERS)
+    if stage == "distill" and config.distill.pseudo_labels:
+        depends = (*depends, "data")
+    elif stage == "distill" and config.distill.augment:
+        depends = (*depends, "data.flip")
     flat = dict(flatten(dataclasses.asdict(config)))
     chosen = {key: value for key, value in flat.items() if key in depends or key.split(".")[0] in depends}
     found = {key: value for key, value in chosen.items() if key not in FREE}

@@ -63,6 +63,8 @@ class Recorder(Oracle):
             id="candidates-augment",
         ),
         pytest.param(["--distill.candidates", "2"], id="candidates-fresh"),
+        # The student learns from the private images, at home.
+        pytest.param(["--distill.pseudo_labels", "0.5"], id="pseudo-labels"),
     ],
 )
 def test_no_private_image_is_sent_and_the_ledger_counts_every_query(

@@ -46,8 +46,9 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
     for stage in ("teacher",) * trains + tuple(name for name in ("deprivatize", "distill") if name in stages):
         parallel.share(f"{stage}.batch", getattr(config, stage).batch)
     notes = []  # written when nothing speaks against the run
-    own_generator = config.deprivatize.generator is None
-    if trains or simulates or ("deprivatize" in stages and own_generator):
+    private = "deprivatize" in stages and config.deprivatize.generator is None
+    private |= "distill" in stages and config.distill.pseudo_labels > 0
+    if trains or simulates or private:
         with parallel.first_alone():  # photos are decoded by one process, which the others find done
             notes += [f"data: {note}" for note in run.data.notes()]
     if trains:  # it is tested too: a tree needs val for that
