@@ -63,7 +63,7 @@ ROWS = {
     "pseudo": "--distill.pseudo_labels 0.5",
     "narrow-d": "--deprivatize.d_width 1",
     "dropout": "--deprivatize.dropout 0.25",
-    "steps": "--deprivatize.steps 3000",
+    "augment-d": "--deprivatize.augment true",
     "plain": "",  # every private image is sent once
     "ceiling": "--data.local_fraction 1",  # every training image is sent once
     "pool": "",  # images of another set are sent, drawn at random
@@ -193,12 +193,13 @@ def teacher_of(config: Config, place: Path) -> Run:
 
 def distilled(config: Config, place: Path, queries: str) -> tuple[nn.Module, Run]:
     """The student of mekd, with its generator and its store."""
-    run = Run(config, place / "unnamed")
-    trained = Run(config, place / f"generator-{short(run.depends('deprivatize'), config.deprivatize.steps)}")
-    with locked(trained.out):
-        trained.save_config()
-        deprivatize(trained)
-    config = replace(config, deprivatize=replace(config.deprivatize, generator=str(trained.out)))
+    if config.deprivatize.generator is None:
+        run = Run(config, place / "unnamed")
+        trained = Run(config, place / f"generator-{short(run.depends('deprivatize'), config.deprivatize.steps)}")
+        with locked(trained.out):
+            trained.save_config()
+            deprivatize(trained)
+        config = replace(config, deprivatize=replace(config.deprivatize, generator=str(trained.out)))
     if queries != "unlimited":
         replayed = int(queries) - HOLDOUT
         config = replace(config, distill=replace(config.distill, replay=replayed, holdout=HOLDOUT))

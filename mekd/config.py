@@ -86,6 +86,7 @@ class DeprivatizeConfig:
         d_width: multiplies the discriminator's channels
         precision: of the convolutions in a step: float32, bfloat16, or auto, as in teacher.precision
         dropout: share of the discriminator's channels that is left out; 0 where private images are many
+        augment: D sees private and drawn images alike shifted, and without a square of half the side
         ema: decay of an average of G's weights, used in step 2; 0 for the last weights
         latents: D and G learn from the same images of a step (shared), or G from others of its own (fresh)
         budget: queries at most; null for no limit
@@ -103,6 +104,7 @@ class DeprivatizeConfig:
     d_width: float = 4.0
     precision: str = "auto"
     dropout: float = 0.25
+    augment: bool = False
     ema: float = 0.999
     budget: int | None = None
     generator: str | None = None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from mekd.data import arrays
 from mekd.engine import parallel, private
 from mekd.engine.checkpoint import Checkpoint, steps
 from mekd.engine.feeds import Draw, Fresh, Images, Unasked, fresh
@@ -22,6 +23,7 @@ from mekd.losses import DeprivatizationLoss
 from mekd.nets import Discriminator
 from mekd.oracle.ledger import describe
 from mekd.pixels import to_float
+from mekd.seeds import generator_at
 
 #: The loss of a discriminator that cannot tell real images from drawn ones: 2 log 2.
 CHANCE = 2 * math.log(2)
@@ -138,7 +140,10 @@ def deprivatize(run: Run) -> None:
                 with torch.no_grad():
                     other = compute.draw(*run.latents("discriminator", step, config.batch)).clone()
             asked = feed.take(step)
-            losses = take_step(compute, discriminator, adam_g, adam_d, real, asked.images, asked.confidence, other)
+            fake = asked.images
+            if config.augment:
+                real, fake = (seen_by_d(run, x, step, kind) for x, kind in ((real, "real"), (fake, "fake")))
+            losses = take_step(compute, discriminator, adam_g, adam_d, real, fake, asked.confidence, other)
 
             if config.ema:
                 average.update_parameters(generator)
@@ -150,6 +155,21 @@ def deprivatize(run: Run) -> None:
     _show_what_is_sent(run)
     parallel.barrier()
     run.log_skipped()
+
+
+def seen_by_d(run: Run, images: Tensor, step: int, kind: str) -> Tensor:
+    """Images (m, ch, S, S) shifted, edges repeated, and each without a square of half the side, which is grey.
+
+    Real and drawn ones alike, with gradients: differentiable augmentation (Zhao et al., 2020), so that D does not know
+    a few private images by heart.
+    """
+    size, generator = images.shape[-1], generator_at(run.config.seed, f"augment-{kind}", step)
+    how = arrays.moves(len(images), size, False, generator)
+    y, x = torch.randint(-(size // 4), size - size // 4 + 1, (2, len(images), 1), generator=generator)
+    span = torch.arange(size)
+    rows, columns = ((span >= at) & (span < at + size // 2) for at in (y, x))
+    kept = ~(rows[:, :, None] & columns[:, None, :])
+    return arrays.moved(images, how) * kept[:, None].to(images.device)
 
 
 def _show_what_is_sent(run: Run) -> None:
