@@ -73,7 +73,7 @@ ROWS = {
 HOLDOUT = 256
 #: A table is made of rows, good or bad: none is stopped because its answers name few classes.
 QUIET = "--engine.progress false --distill.coverage 0"
-QUICK = "--teacher.steps 200 --deprivatize.steps 200 --distill.steps 200 --distill.image 5"
+QUICK = "--teacher.steps 150 --deprivatize.steps 100 --distill.steps 100 --distill.eval_every 50"
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--private", nargs="+", default=["0.1"], help="shares of the training images")
     parser.add_argument("--rows", nargs="+", default=["mekd", "kl", "plain", "ceiling"], choices=ROWS)
     parser.add_argument("--response", nargs="+", default=["probs"], help="probs, label, logits or topk")
-    parser.add_argument("--queries", nargs="+", default=["20000", "unlimited"], help="numbers, or unlimited")
+    parser.add_argument("--queries", nargs="+", help="numbers, or unlimited; 20000 unlimited without it")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--pool", metavar="NAME=FOLDER", help="images for the rows pool: a data set, or photos=FOLDER")
     parser.add_argument(
@@ -115,6 +115,7 @@ def main(arguments: Sequence[str]) -> int:
         words += ["--data.path", options.path]
     if options.quick:
         words = [*QUICK.split(), *words]
+    options.queries = options.queries or ["1000" if options.quick else "20000", "unlimited"]
     results = options.results or Path("bench/results") / slug(processor())
     table = results / "students.csv"
     place = options.out / options.data

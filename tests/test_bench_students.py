@@ -1,0 +1,99 @@
+"""The table of students: what is measured once stays, what is stopped goes on, and what its figures mean."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import curves, students
+
+ROOT = Path(__file__).parents[1]
+
+
+def row(name: str, queries: str, seed: int, accuracy: float, private: str = "0.1") -> dict[str, str]:
+    values = ["fashion_mnist", private, name, "probs", queries, seed, accuracy, accuracy + 5, 2500, 100, "abc"]
+    return dict(zip(students.COLUMNS, map(str, values), strict=True))
+
+
+ROWS = [
+    row("plain", "private", 0, 80.0), row("plain", "private", 1, 82.0), row("ceiling", "all", 0, 89.0),
+    row("mekd", "20000", 0, 84.0), row("mekd", "20000", 1, 86.0), row("mekd", "unlimited", 0, 87.4),
+    row("plain", "private", 0, 88.5, "0.5"), row("ceiling", "all", 0, 89.0, "0.5"),
+    row("mekd", "20000", 0, 88.0, "0.5"),
+]  # fmt: skip
+
+
+def test_shares_of_the_gap_and_spreads() -> None:
+    lines = curves.table(ROWS, "fashion_mnist")
+    assert lines[2:] == [
+        "| fashion_mnist | 0.1 | plain | probs | private | 2500 | 2 | 81.00 ± 1.00 | 86.00 ± 1.00 | 0.00 | 100 |",
+        "| fashion_mnist | 0.1 | ceiling | probs | all | 2500 | 1 | 89.00 | 94.00 | 1.00 | 100 |",
+        "| fashion_mnist | 0.1 | mekd | probs | 20000 | 2500 | 2 | 85.00 ± 1.00 | 90.00 ± 1.00 | 0.50 | 100 |",
+        "| fashion_mnist | 0.1 | mekd | probs | unlimited | 2500 | 1 | 87.40 | 92.40 | 0.80 | 100 |",
+        "| fashion_mnist | 0.5 | plain | probs | private | 2500 | 1 | 88.50 | 93.50 | no room | 100 |",
+        "| fashion_mnist | 0.5 | ceiling | probs | all | 2500 | 1 | 89.00 | 94.00 | no room | 100 |",
+        "| fashion_mnist | 0.5 | mekd | probs | 20000 | 2500 | 1 | 88.00 | 93.00 | no room | 100 |",
+    ]
+    assert len(curves.table(ROWS, "digits")) == 2
+
+
+def test_a_picture_for_each_experiment(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
+    drawn = curves.draw(ROWS, "fashion_mnist", tmp_path)
+    assert [path.name for path in drawn] == [
+        "students-fashion_mnist-0.1-probs.png", "students-fashion_mnist-0.5-probs.png"
+    ]  # fmt: skip
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_rows_are_added_and_found_again(tmp_path: Path) -> None:
+    table = tmp_path / "new" / "students.csv"
+    assert curves.read(table) == []
+    for one in ROWS:
+        students.append(table, one)
+    assert curves.read(table) == ROWS
+    assert table.read_text().splitlines()[0] == ",".join(students.COLUMNS)
+
+
+def command(tmp_path: Path, *words: str) -> list[str]:
+    return [
+        sys.executable, "-m", "bench", "students", "digits", "--quick", "--out", str(tmp_path / "runs"),
+        "--results", str(tmp_path / "results"), *words,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_quick_is_stopped_goes_on_and_measures_nothing_twice(tmp_path: Path) -> None:
+    running = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert running.stdout is not None
+    for line in running.stdout:
+        if line.startswith("deprivatize 50/"):
+            os.kill(running.pid, signal.SIGTERM)
+            break
+    rest = running.stdout.read()
+    assert running.wait() == 3 and "the same command goes on" in rest
+    done = subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "teacher 50/" not in done.stdout and "deprivatize 50/" not in done.stdout, "these steps were taken"
+    with open(tmp_path / "results" / "students.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(one["row"], one["queries"]) for one in rows] == [
+        ("mekd", "1000"), ("mekd", "unlimited"), ("kl", "1000"), ("kl", "unlimited"),
+        ("plain", "private"), ("ceiling", "all"),
+    ]  # fmt: skip
+    # One generator for both, one store; a student each.
+    kinds = [path.name.partition("-")[0] for path in (tmp_path / "runs" / "digits").iterdir()]
+    assert {kind: kinds.count(kind) for kind in ("generator", "answers", "student", "plain")} == {
+        "generator": 1, "answers": 1, "student": 4, "plain": 2
+    }  # fmt: skip
+    again = subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and "0 rows to measure" in again.stdout and "distill" not in again.stdout
+    more = subprocess.run(
+        command(tmp_path, "--rows", "kl", "--queries", "600", "1500"), cwd=ROOT, capture_output=True, text=True
+    )
+    assert more.returncode == 0 and "2 rows to measure" in more.stdout, more.stderr
+    assert len(list((tmp_path / "runs" / "digits").glob("answers-*"))) == 1, "the store grows"
