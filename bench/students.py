@@ -54,16 +54,15 @@ ROWS = {
     "mekd": "",
     # The recipe of the first release.
     "mekd-before": "--deprivatize.nuisance 0 --deprivatize.d_width 1 --deprivatize.dropout 0.25 "
-    "--deprivatize.alpha 0.5 --data.shift false --distill.image 5",
+    "--deprivatize.alpha 0.5 --deprivatize.augment false --data.shift false --distill.augment false --distill.image 5",
     "kl": "--distill.image 0",
     "l1": "--distill.beta 0",
     # One setting changed at a time.
-    "candidates": "--distill.candidates 4",
-    "augment": "--distill.augment true",
-    "pseudo": "--distill.pseudo_labels 0.5",
+    "no-augment": "--distill.augment false",
+    "no-augment-d": "--deprivatize.augment false",
     "narrow-d": "--deprivatize.d_width 1",
-    "dropout": "--deprivatize.dropout 0.25",
-    "augment-d": "--deprivatize.augment true",
+    "candidates": "--distill.candidates 4",
+    "pseudo-labels": "--distill.pseudo_labels 0.5",
     "plain": "",  # every private image is sent once
     "ceiling": "--data.local_fraction 1",  # every training image is sent once
     "pool": "",  # images of another set are sent, drawn at random

@@ -86,7 +86,8 @@ class DeprivatizeConfig:
         d_width: multiplies the discriminator's channels
         precision: of the convolutions in a step: float32, bfloat16, or auto, as in teacher.precision
         dropout: share of the discriminator's channels that is left out; 0 where private images are many
-        augment: D sees private and drawn images alike shifted, and without a square of half the side
+        augment: D sees some of the private and of the drawn images shifted, and without a square of half the side: the
+            more, the better it knows the private ones by heart
         ema: decay of an average of G's weights, used in step 2; 0 for the last weights
         latents: D and G learn from the same images of a step (shared), or G from others of its own (fresh)
         budget: queries at most; null for no limit
@@ -171,7 +172,7 @@ class DistillConfig:
     weight_decay: float = 5e-4
     replay: int | None = None
     candidates: int = 1
-    augment: bool = False
+    augment: bool = True
     pseudo_labels: float = 0.0
     keep: str = "none"
     holdout: int = 512

@@ -121,6 +121,7 @@ def test_killed_while_a_replay_store_is_filled(processes: Server, words: list[st
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(processes: Server, words: list[str], tmp_path: Path) -> None:
     long = [*words, "--deprivatize.steps", "60", "--engine.checkpoint_every", "1000", "--evaluate.enabled", "false"]
+    long += ["--deprivatize.augment", "true"]
     out, expected = tmp_path / "stopped", tmp_path / "undisturbed"
     running = processes.begin(*long, "--out", str(out))
     deadline = time.monotonic() + 120

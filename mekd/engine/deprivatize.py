@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from mekd.config import DeprivatizeConfig
 from mekd.data import arrays
 from mekd.engine import parallel, private
 from mekd.engine.checkpoint import Checkpoint, steps
@@ -27,6 +28,9 @@ from mekd.seeds import generator_at
 
 #: The loss of a discriminator that cannot tell real images from drawn ones: 2 log 2.
 CHANCE = 2 * math.log(2)
+#: The mean sign of D's logits for private images above which it sees more of them augmented, the steps between two
+#: looks at it, and the images from none augmented to all.
+SURE, EVERY, RAMP = 0.6, 4, 50_000
 
 
 class Passes(NamedTuple):
@@ -119,6 +123,9 @@ def deprivatize(run: Run) -> None:
     if config.ema:
         average = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
         state["average"] = average
+    seen: dict[str, Any] = {"share": 0.0}  # of the images that D sees augmented
+    if config.augment:
+        state["seen"] = seen
     parallel.dropout_apart(run.config.seed)
 
     def drawn(step: int) -> tuple[Tensor, Tensor]:
@@ -140,10 +147,16 @@ def deprivatize(run: Run) -> None:
                 with torch.no_grad():
                     other = compute.draw(*run.latents("discriminator", step, config.batch)).clone()
             asked = feed.take(step)
-            fake = asked.images
+            fake, share = asked.images, seen["share"]
             if config.augment:
-                real, fake = (seen_by_d(run, x, step, kind) for x, kind in ((real, "real"), (fake, "fake")))
+                real, fake = (augmented(run, x, step, kind, share) for x, kind in ((real, "real"), (fake, "fake")))
+                if other is not None:
+                    other = augmented(run, other, step, "other", share)
             losses = take_step(compute, discriminator, adam_g, adam_d, real, fake, asked.confidence, other)
+            if config.augment:
+                losses["augmented"] = torch.tensor(share)
+                if step % EVERY == 0:
+                    seen["share"] = adapted(share, discriminator, real, config)
 
             if config.ema:
                 average.update_parameters(generator)
@@ -157,19 +170,32 @@ def deprivatize(run: Run) -> None:
     run.log_skipped()
 
 
-def seen_by_d(run: Run, images: Tensor, step: int, kind: str) -> Tensor:
-    """Images (m, ch, S, S) shifted, edges repeated, and each without a square of half the side, which is grey.
+def augmented(run: Run, images: Tensor, step: int, kind: str, share: float) -> Tensor:
+    """Images (m, ch, S, S), a share of them shifted, edges repeated, and without a square of half the side.
 
-    Real and drawn ones alike, with gradients: differentiable augmentation (Zhao et al., 2020), so that D does not know
-    a few private images by heart.
+    With gradients, and for real and drawn images alike: differentiable augmentation (Zhao et al., 2020).
     """
-    size, generator = images.shape[-1], generator_at(run.config.seed, f"augment-{kind}", step)
+    size, generator = images.shape[-1], generator_at(run.config.seed, f"augment-{kind}", step, parallel.rank())
     how = arrays.moves(len(images), size, False, generator)
-    y, x = torch.randint(-(size // 4), size - size // 4 + 1, (2, len(images), 1), generator=generator)
-    span = torch.arange(size)
-    rows, columns = ((span >= at) & (span < at + size // 2) for at in (y, x))
-    kept = ~(rows[:, :, None] & columns[:, None, :])
-    return arrays.moved(images, how) * kept[:, None].to(images.device)
+    corner = torch.randint(-(size // 4), size - size // 4 + 1, (2, len(images), 1), generator=generator)
+    chosen = torch.rand(len(images), generator=generator) < share
+    rows, columns = ((span >= 0) & (span < size // 2) for span in torch.arange(size) - corner)
+    kept = ~(rows[:, :, None] & columns[:, None, :] & chosen[:, None, None])
+    return arrays.moved(images, how * chosen[:, None]) * kept[:, None].to(images.device)
+
+
+@torch.no_grad()
+def adapted(share: float, discriminator: nn.Module, real: Tensor, config: DeprivatizeConfig) -> float:
+    """The next share of augmented images: more where D takes too many of the private ones (m, ch, S, S) for real.
+
+    D that does so knows them by heart: adaptive discriminator augmentation (Karras et al., 2020), whose heuristic is
+    the mean sign of D's logits.
+    """
+    with computed_in(config.precision, real.device):
+        signs = discriminator(real).sign().sum()
+    total, count = parallel.sum_of(float(signs), len(real))
+    change = EVERY * config.batch / RAMP
+    return min(1.0, max(0.0, share + (change if total / count > SURE else -change)))
 
 
 def _show_what_is_sent(run: Run) -> None:
