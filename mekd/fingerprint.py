@@ -39,6 +39,18 @@ _DEPENDS = {
 }
 
 
+#: What was done before there were these settings: an older checkpoint says nothing of them, and its answers are paid.
+LATER: Mapping[str, Any] = {
+    "deprivatize.augment": False, "distill.candidates": 1, "distill.augment": False, "distill.pseudo_labels": 0.0,
+}  # fmt: skip
+
+
+def differing(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What two fingerprints do not have alike, by name: what it was and what it is."""
+    pairs = {key: (saved.get(key, LATER.get(key)), wanted.get(key)) for key in sorted(saved.keys() | wanted.keys())}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def asks(config: Config) -> bool:
     """Whether step 1 asks the teacher: a label says nothing about confidence, so y = 1 for every image."""
     step1 = config.deprivatize

@@ -14,6 +14,7 @@ import torch
 from mekd import cli, files
 from mekd.engine import quote
 from mekd.engine.again import another_student
+from mekd.fingerprint import LATER
 from mekd.nets import build
 from mekd.oracle.export import Classifier, export
 from remote_run import contents, total, words
@@ -184,6 +185,22 @@ def test_the_same_folder_keeps_its_answers_for_another_student(
         assert database.execute("SELECT sum(queries) FROM calls").fetchone() == (170,)
 
 
+def test_answers_that_an_earlier_version_paid_for_are_not_paid_again(
+    url: str, asked: None, paid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its checkpoints know nothing of settings that came later."""
+    out = Path(shutil.copytree(paid, tmp_path / "out"))
+    for path in (out / "checkpoints").glob("*.pt"):
+        saved = files.load(path)
+        saved["depends"] = {key: value for key, value in saved["depends"].items() if key not in LATER}
+        files.save(path, saved)
+    assert cli.main(words(url, out, "--yes")) == 0
+    assert "distill.augment changed; the answers stay" in capsys.readouterr().out
+    assert (out / "student-resnet8.onnx").exists()
+    assert cli.main(words(url, out, "--yes", distill__candidates=2)) == 2
+    assert "distill.candidates was 1 and is 2" in capsys.readouterr().err
+
+
 def test_only_what_is_learnt_may_change() -> None:
     saved = {"distill.student": "resnet8", "distill.replay": 100, "distill.holdout": 20, "oracle.k": 5}
 
@@ -195,3 +212,5 @@ def test_only_what_is_learnt_may_change() -> None:
     assert why(distill__replay=0, distill__student="resnet20") is None, "fresh queries are paid again"
     assert "grows from 100 answers to 200" in str(why(distill__replay=200))
     assert "distill.student changed" in str(why(distill__student="resnet20"))
+    assert "data.name, distill.pseudo_labels changed" in str(why(distill__pseudo_labels=0.5, data__name="photos"))
+    assert why(distill__candidates=2) is None, "the answers would be to other images"

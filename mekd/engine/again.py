@@ -9,7 +9,7 @@ from mekd import files
 from mekd.engine import parallel
 from mekd.engine.run import Run
 from mekd.errors import UsageError
-from mekd.fingerprint import store_size
+from mekd.fingerprint import differing, store_size
 from mekd.oracle import ledger
 
 #: The stores of step 2, whose images are those of one generator.
@@ -22,7 +22,7 @@ def another_generator(run: Run) -> bool:
     if not found or not found["stopped"] or run.config.deprivatize.generator is not None or not path.exists():
         return False
     saved = files.load(path)
-    return saved["step"] < run.config.deprivatize.steps or saved["depends"] != run.depends("deprivatize")
+    return saved["step"] < run.config.deprivatize.steps or bool(differing(saved["depends"], run.depends("deprivatize")))
 
 
 def was_asked(run: Run) -> bool:
@@ -35,7 +35,7 @@ def set_aside_generation(run: Run) -> None:
     """Keep stores, accounts and, unless step 1 goes on, the generator as those of generation N."""
     number = 1 + len(list(run.out.glob("coverage@*.json")))
     checkpoint = run.checkpoint("deprivatize")
-    goes_on = files.load(checkpoint)["depends"] == run.depends("deprivatize")
+    goes_on = not differing(files.load(checkpoint)["depends"], run.depends("deprivatize"))
     if parallel.rank() == 0:
         for name in STORES:
             moved = [run.out / name, run.checkpoint(name), *run.ledger.glob(f"{name}.*")]
@@ -82,21 +82,21 @@ def another_student(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str 
 
     None where nothing changed, and where the answers would be others.
     """
-    differing = {key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key)}
+    changed = differing(saved, wanted)
     if (
-        not differing
+        not changed
         or not wanted.get("distill.replay")
-        or not all(key.startswith(("distill.", "student")) for key in differing)
+        or not all(key.startswith(("distill.", "student", "data.")) for key in changed)
     ):
         return None
     before, now = saved.get("distill.replay"), wanted.get("distill.replay")
-    if differing & {"distill.holdout", "distill.candidates"} or (
-        before != now and not (before and now and now > before)
-    ):
+    if changed.keys() & {"distill.holdout", "distill.candidates"}:
+        return None
+    if before != now and not (before and now and now > before):
         return None
     if before != now:
         return f"the store grows from {before:,} answers to {now:,}; those that are there stay"
-    return f"{', '.join(sorted(differing))} changed; the answers stay"
+    return f"{', '.join(changed)} changed; the answers stay"
 
 
 def set_aside_student(run: Run, saved: Mapping[str, Any], why: str) -> None:

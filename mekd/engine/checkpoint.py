@@ -16,6 +16,7 @@ from mekd.engine.feeds import Feed
 from mekd.engine.run import Run, StageError
 from mekd.engine.runlog import RunLog, diverged
 from mekd.errors import MekdError
+from mekd.fingerprint import differing
 from mekd.oracle.ledger import BudgetSpent
 
 
@@ -102,17 +103,13 @@ class Checkpoint:
 
 def check_depends(run: Run, name: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """StageError where a checkpoint is the result of something else, naming what differs."""
-    differing = [
-        f"{key} was {saved.get(key)!r} and is {wanted.get(key)!r}"
-        for key in sorted(saved.keys() | wanted.keys())
-        if saved.get(key) != wanted.get(key)
-    ]
-    if differing:
+    differs = [f"{key} was {was!r} and is {now!r}" for key, (was, now) in differing(saved, wanted).items()]
+    if differs:
         # Where nothing was paid for the file itself, it may go.
         kept = name in ("teacher", "baseline") or (name == "distill" and bool(run.config.distill.replay))
         anew = "; or delete the file, to make it anew from the same answers" if kept else ""
         raise StageError(
-            f"{run.checkpoint(name)} is of another configuration: {'; '.join(differing)}. Set that back, or start anew "
+            f"{run.checkpoint(name)} is of another configuration: {'; '.join(differs)}. Set that back, or start anew "
             f"with another --out{anew}"
         )
 
