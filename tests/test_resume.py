@@ -73,6 +73,8 @@ def words(teacher_onnx: Path) -> list[str]:
         "distill.steps": 9, "distill.batch": 8, "distill.holdout": 20, "distill.coverage": 0, "distill.eval_every": 3,
         "engine.checkpoint_every": 4, "engine.log_every": 2, "engine.device": "cpu",
         "evaluate.enabled": "true", "evaluate.baseline_steps": 6,
+        # What auto measures on a busy machine may differ from one run to the next.
+        "deprivatize.precision": "bfloat16", "distill.precision": "bfloat16",
     }  # fmt: skip
     return ["run", *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
 
