@@ -130,7 +130,7 @@ def main(arguments: Sequence[str]) -> int:
             for job in left:
                 append(table, measure(job, place, words, options.pool))
     except Interrupted as stopped:
-        print(f"{stopped}: the same command goes on")
+        print(stopped)
         return 3
     print("\n".join(curves.table(curves.read(table), options.data)))
     for picture in curves.draw(curves.read(table), options.data, results):
@@ -158,10 +158,11 @@ def measure(job: Job, place: Path, words: list[str], pool: str | None) -> dict[s
     config = parsed[0]
     teacher = teacher_of(replace(config, seed=0), place)
     config = replace(config, teacher=replace(config.teacher, onnx=str(teacher.teacher_onnx)))
+    without = replace(config, deprivatize=replace(config.deprivatize, generator=None))
     if job.row in ("plain", "ceiling"):
-        student, run = sent(config, place)
+        student, run = sent(without, place)
     elif job.row.startswith("pool"):
-        student, run = pooled(config, place, int(job.queries), job.row == "pool-uncertain", pool)
+        student, run = pooled(without, place, int(job.queries), job.row == "pool-uncertain", pool)
     else:
         student, run = distilled(config, place, job.queries)
     with locked(teacher.out):
@@ -275,7 +276,7 @@ def locked(folder: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             if asked_to_stop():
-                raise Interrupted(f"waiting for another process in {folder}")
+                raise Interrupted(f"stopped while another process is in {folder}; the same command goes on")
             time.sleep(1)
         yield
 
