@@ -31,8 +31,9 @@ class DataConfig:
         size: side of an image in pixels: 16, 32, 64, 128 or 224
         local_fraction: share of the training images that are the user's private, unlabelled ones; null: 1 for photos,
             else 0.1
-        flip: whether mirrored images are images of the same class
-        shift: whether D sees the private images shifted, by up to an eighth of the side, edges repeated; not of trees
+        flip: whether mirrored images are as likely and of the same class: D sees the private ones mirrored at random,
+            and the student the replayed ones; null: of photos, not of data sets
+        shift: the same of images shifted by up to an eighth of the side, edges repeated; not of trees; null: of photos
         loader: what reads a tree: dali or torchvision
         workers: threads (dali) or processes (torchvision) of each process that read a tree
         resize: the shorter side in pixels before the centre of a tree's image is cropped; null for size * 256 / 224
@@ -43,8 +44,8 @@ class DataConfig:
     path: str | None = None
     size: int = 32
     local_fraction: float | None = None
-    flip: bool = False
-    shift: bool = False
+    flip: bool | None = None
+    shift: bool | None = None
     loader: str = "dali"
     workers: int = 2
     resize: int | None = None
@@ -62,13 +63,14 @@ class DataConfig:
             raise ValueError(f"data.resize is {self.resize}; it must be at least data.size, {self.size}")
 
     def decided(self) -> "DataConfig":
-        """With name and local_fraction as their null is meant; without a path the name stays open."""
+        """With the settings as their null is meant; without a path the name stays open."""
         name, fraction = self.name, self.local_fraction
         if name is None and self.path is not None:
             name = "folder" if (Path(self.path) / "train").is_dir() else "photos"
         if fraction is None:
             fraction = 1.0 if name == "photos" else 0.1
-        return replace(self, name=name, local_fraction=fraction)
+        flip, shift = (name == "photos" if value is None else value for value in (self.flip, self.shift))
+        return replace(self, name=name, local_fraction=fraction, flip=flip, shift=shift)
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,8 @@ class DistillConfig:
             oracle.budget reaches for, and 0 for a file without a budget
         candidates: images that G draws at home for each that is asked about: that one is sent which the discriminator
             of step 1 takes most for a real one
-        augment: replayed images are shifted, by up to an eighth of the side, edges repeated, and mirrored where
-            data.flip says so; the answer is that to the image as it was sent
+        augment: the student sees replayed images mirrored and shifted at random, where data.flip and data.shift say so;
+            the answer is that to the image as it was sent
         pseudo_labels: private images a step, as a share of batch, that the student learns from in the second half of
             its steps, labelled at home by an average of its weights; they are not sent. 0 for none
         keep: what G draws from the replayed answers is drawn every step (none) or once, and kept as uint8 or bfloat16

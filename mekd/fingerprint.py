@@ -65,7 +65,7 @@ def fingerprint(config: Config, stage: str) -> dict[str, Any]:
     if stage == "distill" and config.distill.pseudo_labels:
         depends = (*depends, "data")
     elif stage == "distill" and config.distill.augment:
-        depends = (*depends, "data.flip")
+        depends = (*depends, "data.flip", "data.shift")
     flat = dict(flatten(dataclasses.asdict(config)))
     chosen = {key: value for key, value in flat.items() if key in depends or key.split(".")[0] in depends}
     found = {key: value for key, value in chosen.items() if key not in FREE}
@@ -99,7 +99,11 @@ def resolve(config: Config, kept: Mapping[str, Any], faster: Callable[[str], boo
             if known not in PRECISIONS[1:]:
                 known = "bfloat16" if stage in BFLOAT16 and faster(device) else "float32"
             config = dataclasses.replace(config, **{stage: dataclasses.replace(section, precision=known)})
-    return _asked_as_it_is_reached(dataclasses.replace(config, data=config.data.decided()), kept)
+    data = config.data
+    for name in ("flip", "shift"):  # of an earlier version's run they stay what its null was
+        if getattr(data, name) is None and kept.get(f"data.{name}") is not None:
+            data = dataclasses.replace(data, **{name: kept[f"data.{name}"]})
+    return _asked_as_it_is_reached(dataclasses.replace(config, data=data.decided()), kept)
 
 
 def _asked_as_it_is_reached(config: Config, kept: Mapping[str, Any]) -> Config:

@@ -19,7 +19,7 @@ from mekd.pixels import to_uint8
 def trained(tiny: list[str], tmp_path: Path) -> Run:
     """A run of 3 candidates whose step 1 is done."""
     words = [*tiny, "--distill.candidates", "3", "--deprivatize.alpha", "0", "--distill.replay", "40"]
-    words += ["--distill.augment", "true", "--data.flip", "true", "--out", str(tmp_path)]
+    words += ["--distill.augment", "true", "--data.flip", "true", "--data.shift", "true", "--out", str(tmp_path)]
     assert cli.main(["deprivatize", *words]) == 0
     parsed = cli.parse(words)
     assert parsed is not None
@@ -47,7 +47,7 @@ def test_an_image_depends_on_its_own_candidates_alone(trained: Run) -> None:
 
 def test_what_is_asked_and_shown_first_are_chosen_images(tiny: list[str], trained: Run) -> None:
     words = ["--distill.candidates", "3", "--deprivatize.alpha", "0", "--distill.replay", "40"]
-    words += ["--distill.augment", "true", "--data.flip", "true"]
+    words += ["--distill.augment", "true", "--data.flip", "true", "--data.shift", "true"]
     assert cli.main(["distill", *tiny, *words, "--out", str(trained.out)]) == 0
     kept, _, _ = Replay(trained.out / "replay", 40).read(slice(None))
     images, _ = draws(trained, freeze(trained.load_generator()))("replay", 0, 256, slice(None))
@@ -60,7 +60,7 @@ def test_what_is_asked_and_shown_first_are_chosen_images(tiny: list[str], traine
 
 def test_replayed_images_are_moved_and_their_answers_stay(tiny: list[str], trained: Run) -> None:
     words = ["--distill.candidates", "3", "--deprivatize.alpha", "0", "--distill.replay", "40"]
-    words += ["--distill.augment", "true", "--data.flip", "true"]
+    words += ["--distill.augment", "true", "--data.flip", "true", "--data.shift", "true"]
     assert cli.main(["distill", *tiny, *words, "--out", str(trained.out)]) == 0
     store = Replay(trained.out / "replay", 40)
     feed = Replayed(trained, store, 8, None)

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from mekd import cli
-from mekd.engine import distill, pseudo
-from mekd.engine.pseudo import PrivateImages, average_of, pseudo_labels
+from mekd.engine import distill
+from mekd.engine.pseudo import average_of, pseudo_labels
 from mekd.engine.run import Run
 from mekd.nets import build
-from mekd.pixels import to_float
 
 
 def losses(out: Path) -> dict[int, dict[str, Any]]:
@@ -51,19 +50,6 @@ def test_without_private_images_nothing_is_asked(
     words += ["--deprivatize.generator", str(out), "--distill.pseudo_labels", "0.5", "--out", str(other)]
     assert cli.main(["distill", *words]) == 2
     assert "nowhere" in capsys.readouterr().err and not (other / "ledger").exists()
-
-
-def test_images_are_private_ones_moved(tiny: list[str], tmp_path: Path) -> None:
-    parsed = cli.parse([*tiny, "--data.flip", "false", "--out", str(tmp_path)])
-    assert parsed is not None
-    run = Run(*parsed)
-    private = torch.cat([images for images, _ in run.data.once("local", 64)])
-    found = PrivateImages(run, 6).moved(3)
-    assert torch.equal(found, PrivateImages(run, 6).moved(3)), "a function of the step"
-    for image in found:
-        near = [to_float(pseudo.arrays.moved(private, torch.tensor([[d, r, 0]]).expand(len(private), 3)))
-                for d in range(-2, 3) for r in range(-2, 3)]  # fmt: skip
-        assert any(bool((batch == image).flatten(1).all(1).any()) for batch in near)
 
 
 def test_labels_are_the_averages_and_it_stays_as_it_is() -> None:

@@ -88,14 +88,15 @@ def local_images(data: Dataset, fraction: float, seed: int) -> Tensor:
     return data.train_images[order[:count].to(data.train_images.device)]
 
 
-def moves(count: int, size: int, flip: bool, generator: torch.Generator) -> Tensor:
+def moves(count: int, size: int, flip: bool | None, generator: torch.Generator, shift: bool | None = True) -> Tensor:
     """How each of count images is to be moved (count, 3): down and right, up to an eighth of the size; mirrored or not.
 
-    Draws for a whole batch: its parts are the same in however many processes it is dealt out.
+    flip, shift: whether they are mirrored and shifted at all. Draws for a whole batch: its parts are the same in
+    however many processes it is dealt out.
     """
     mirrored = torch.rand(count, 1, generator=generator) < (0.5 if flip else 0.0)
     down, right = torch.randint(-(size // 8), size // 8 + 1, (2, count, 1), generator=generator)
-    return torch.cat([down, right, mirrored.long()], 1)
+    return torch.cat([down, right, mirrored.long()], 1) * torch.tensor([bool(shift), bool(shift), True])
 
 
 def moved(images: Tensor, how: Tensor) -> Tensor:

@@ -69,6 +69,12 @@ class PhotoSource:
             order = torch.randperm(len(self._rows), generator=generator_at(config.seed, "local"))
             self._rows = self._rows[order[:count]]
         self._notes = [photos.describe(len(self._rows)), *notes]
+        if settings.flip or settings.shift:
+            ways = " and ".join(word for word, on in (("mirrored", settings.flip), ("shifted", settings.shift)) if on)
+            self._notes.append(
+                f"they count as photos {ways} too; where that makes another class of them, --data.flip false "
+                "--data.shift false"
+            )
         if len(self._rows) < FEW:
             self._notes.append(
                 f"{len(self._rows)} photos are few: the generator can do little but repeat them, and what it draws is "
@@ -177,9 +183,7 @@ class _Photos:
         generator = generator_at(config.seed, "local", step)
         drawn = torch.randint(len(source._rows), (self._batch,), generator=generator)
         mine = slice(self._batch * source._rank // source._world, self._batch * (source._rank + 1) // source._world)
-        moves = arrays.moves(self._batch, source.image[-1], config.data.flip, generator)
-        if not config.data.shift:
-            moves[:, :2] = 0
+        moves = arrays.moves(self._batch, source.image[-1], config.data.flip, generator, config.data.shift)
         images = source._images[source._rows[drawn[mine]]].to(source._device)
         return arrays.moved(images, moves[mine]), torch.zeros(len(images), dtype=torch.int64, device=images.device)
 

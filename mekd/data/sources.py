@@ -143,9 +143,8 @@ class _Rows:
         rows = torch.randint(len(self._images), (self._batch,), generator=generator)
         own = rows[mine].to(self._images.device)
         images, labels = self._images[own], self._labels[own]
-        moves = arrays.moves(self._batch, self._source.image[-1], config.data.flip, generator)
-        if self._name == "local" and not config.data.shift:
-            moves[:, :2] = 0
+        shift = self._name != "local" or config.data.shift
+        moves = arrays.moves(self._batch, self._source.image[-1], config.data.flip, generator, shift)
         return arrays.moved(images, moves[mine]), labels
 
     def state_dict(self) -> dict[str, Any]:
@@ -221,7 +220,7 @@ class TreeSource:
     def _opened(self, listed: Listing, batch: int, crop: str) -> Stream:
         settings, shuffled = self._settings, crop != "once"
         plan = Plan(
-            listed, batch, settings.size, crop, settings.flip and shuffled, settings.resize,
+            listed, batch, settings.size, crop, bool(settings.flip) and shuffled, settings.resize,
             seed=self._config.seed if shuffled else 0, device=self._device, rank=self._rank, world=self._world,
             threads=settings.workers, on_error=settings.on_error,
         )  # fmt: skip

@@ -13,9 +13,9 @@ from mekd.engine import again, coverage, parallel
 from mekd.engine.checkpoint import Checkpoint, steps
 from mekd.engine.collect import collect
 from mekd.engine.draws import draws
-from mekd.engine.feeds import Feed, Fresh, Replayed, fresh
+from mekd.engine.feeds import Feed, Fresh, Images, Replayed, fresh
 from mekd.engine.pictures import Pictures
-from mekd.engine.pseudo import LATE, PrivateImages, average_of, pseudo_labels
+from mekd.engine.pseudo import LATE, average_of, pseudo_labels
 from mekd.engine.result import STUDENT, write_student
 from mekd.engine.run import Run
 from mekd.engine.runlog import RunLog
@@ -26,7 +26,7 @@ from mekd.nets.frozen import freeze
 from mekd.oracle.ledger import describe
 from mekd.oracle.replay import Replay
 from mekd.oracle.response import floor_of
-from mekd.pixels import as_float
+from mekd.pixels import as_float, to_float
 
 
 def take_step(
@@ -76,7 +76,7 @@ def train_student(run: Run) -> tuple[nn.Module, dict[str, Any], bool]:
     """The student after its last step, the best one's agreement, step and weights, and whether a step was taken."""
     config, feeds = run.config.distill, dict[str, Feed]()
     if config.pseudo_labels:  # first: that there are private images is known before anybody is asked
-        feeds["private"] = private = PrivateImages(run, round(config.pseudo_labels * config.batch))
+        feeds["private"] = private = Images(run.data.local(round(config.pseudo_labels * config.batch)))
     exact = freeze(run.load_generator())  # draws what is asked once, and kept for other students
     draw = copy.deepcopy(exact).to(getattr(torch, config.precision))
     loss = MEKDLoss(draw, floor=floor_of(run.config.oracle.decimals), **config.loss_options())
@@ -109,7 +109,7 @@ def train_student(run: Run) -> tuple[nn.Module, dict[str, Any], bool]:
             asked = feed.take(step)
             images, home = as_float(asked.images), None
             if config.pseudo_labels and step >= LATE * config.steps:
-                own = private.moved(step)
+                own = to_float(private.take(step)[0])
                 home = own, pseudo_labels(average, own, config.precision)
             log.add(**take_step(learner, optimizer, loss, images, asked.target, config.precision, scaler, home))
             if config.pseudo_labels:

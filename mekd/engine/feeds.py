@@ -244,7 +244,7 @@ class Replayed(Free):
     def __init__(self, run: Run, store: Replay, batch: int, pictures: Pictures | None) -> None:
         self._seed, self._device, self._batch = run.config.seed, run.device, batch
         self._store, self._pictures = store, pictures
-        self._augment, self._flip = run.config.distill.augment, run.config.data.flip
+        self._augment, self._data = run.config.distill.augment, run.config.data
 
     def take(self, step: int) -> Asked:
         """The images as they were sent, or moved where distill.augment says so, and the answer to them."""
@@ -254,7 +254,8 @@ class Replayed(Free):
             self._store.will_need(then)
             if self._augment:
                 generator = generator_at(self._seed, "augment", step)
-                how = arrays.moves(self._batch, images.shape[-1], self._flip, generator)
+                size, flip, shift = images.shape[-1], self._data.flip, self._data.shift
+                how = arrays.moves(self._batch, size, flip, generator, shift)
                 images = arrays.moved(images, how[parallel.part(self._batch)])
             kept = None
             if self._pictures is not None:

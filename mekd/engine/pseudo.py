@@ -7,32 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mekd.data import arrays
-from mekd.engine import parallel
-from mekd.engine.feeds import Images
-from mekd.engine.run import Run
 from mekd.engine.train import computed_in
-from mekd.pixels import to_float
-from mekd.seeds import generator_at
 
 #: The decay of the average.
 DECAY = 0.995
 #: The share of the steps after which the average knows enough.
 LATE = 0.5
-
-
-class PrivateImages(Images):
-    """Batches of private images (m, ch, S, S) in [-1, 1], shifted, and mirrored where data.flip says so."""
-
-    def __init__(self, run: Run, batch: int) -> None:
-        super().__init__(run.data.local(batch))
-        self._seed, self._batch, self._flip = run.config.seed, batch, run.config.data.flip
-
-    def moved(self, step: int) -> Tensor:
-        """The images of a step."""
-        images, _ = self.take(step)
-        how = arrays.moves(self._batch, images.shape[-1], self._flip, generator_at(self._seed, "pseudo", step))
-        return to_float(arrays.moved(images, how[parallel.part(self._batch)]))
 
 
 def average_of(student: nn.Module) -> AveragedModel:

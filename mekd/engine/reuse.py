@@ -27,7 +27,9 @@ def adopted(config: Config) -> Config:
         kept = {f.name: depends[f"deprivatize.{f.name}"] for f in fields(config.deprivatize)
                 if f"deprivatize.{f.name}" in depends}  # fmt: skip
         recipe = replace(config.deprivatize, **kept, steps=saved["step"])
-        config = replace(config, deprivatize=recipe, data=replace(config.data, size=depends["data.size"]))
+        data = replace(config.data, size=depends["data.size"])
+        likely = {name: depends.get(f"data.{name}") for name in ("flip", "shift") if getattr(data, name) is None}
+        config = replace(config, deprivatize=recipe, data=replace(data, **likely))
     return config
 
 
