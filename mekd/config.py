@@ -107,7 +107,7 @@ class DeprivatizeConfig:
     d_width: float = 4.0
     precision: str = "auto"
     dropout: float = 0.25
-    augment: bool = False
+    augment: bool = True
     ema: float = 0.999
     budget: int | None = None
     generator: str | None = None

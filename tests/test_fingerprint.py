@@ -100,7 +100,7 @@ def test_two_cards_of_a_kind_are_one() -> None:
 #: Advice that a resumed run refuses, and need not take: it is given before anything was paid for or saved, or names
 #: another folder.
 BEFORE = {
-    "data.name", "data.path", "data.loader", "data.size", "data.shift", "data.local_fraction",
+    "data.name", "data.path", "data.loader", "data.size", "data.flip", "data.shift", "data.local_fraction",
     "teacher.onnx", "teacher.python", "teacher.arch", "teacher.checkpoint", "teacher.lr",
     "oracle.response", "oracle.output", "oracle.output_name", "oracle.num_classes", "oracle.classes",
     "oracle.mean", "oracle.std", "oracle.transport", "oracle.decimals", "oracle.size", "oracle.input_name",
