@@ -69,7 +69,9 @@ class DataConfig:
             name = "folder" if (Path(self.path) / "train").is_dir() else "photos"
         if fraction is None:
             fraction = 1.0 if name == "photos" else 0.1
-        flip, shift = (name == "photos" if value is None else value for value in (self.flip, self.shift))
+        flip, shift = self.flip, self.shift
+        if name is not None:
+            flip, shift = (name == "photos" if value is None else value for value in (flip, shift))
         return replace(self, name=name, local_fraction=fraction, flip=flip, shift=shift)
 
 

@@ -15,7 +15,7 @@ from mekd.engine.run import Run
 
 @pytest.fixture
 def run(tiny: list[str], tmp_path: Path) -> Run:
-    parsed = cli.parse([*tiny, "--out", str(tmp_path)])
+    parsed = cli.parse([*tiny, "--deprivatize.batch", "200", "--out", str(tmp_path)])
     assert parsed is not None
     return Run(*parsed)
 
@@ -33,8 +33,16 @@ def test_none_all_and_some(run: Run) -> None:
     assert not torch.equal(every, augmented(run, images, 4, "real", 1.0))
 
 
+def test_the_parts_of_two_processes_are_the_whole(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randn(200, 1, 16, 16)
+    whole = augmented(run, images, 3, "real", 0.5)
+    for mine in (slice(0, 100), slice(100, 200)):
+        monkeypatch.setattr("mekd.engine.parallel.part", lambda count, mine=mine: mine)
+        assert torch.equal(augmented(run, images[mine], 3, "real", 0.5), whole[mine])
+
+
 def test_a_square_is_grey_and_the_rest_is_the_image_shifted(run: Run) -> None:
-    image = torch.arange(1.0, 257).view(1, 1, 16, 16).expand(100, 1, 16, 16)
+    image = torch.arange(1.0, 257).view(1, 1, 16, 16).expand(200, 1, 16, 16)
     for one in augmented(run, image, 0, "real", 1.0)[:, 0]:
         rows, columns = (one == 0).any(1).nonzero().flatten(), (one == 0).any(0).nonzero().flatten()
         assert 4 <= len(rows) <= 8 and 4 <= len(columns) <= 8
@@ -48,7 +56,7 @@ def test_a_square_is_grey_and_the_rest_is_the_image_shifted(run: Run) -> None:
 
 
 def test_gradients_go_where_the_pixels_come_from(run: Run) -> None:
-    images = torch.randn(8, 1, 16, 16, requires_grad=True)
+    images = torch.randn(200, 1, 16, 16, requires_grad=True)
     seen = augmented(run, images, 0, "fake", 1.0)
     (grad,) = torch.autograd.grad(seen.sum(), images)
     assert grad.sum() == (seen != 0).sum(), "each pixel that is shown counts once"

@@ -171,14 +171,16 @@ def deprivatize(run: Run) -> None:
 
 
 def augmented(run: Run, images: Tensor, step: int, kind: str, share: float) -> Tensor:
-    """Images (m, ch, S, S), a share of them shifted, edges repeated, and without a square of half the side.
+    """This process's images (m, ch, S, S) of a batch, a share of them shifted, and without a square of half the side.
 
-    With gradients, and for real and drawn images alike: differentiable augmentation (Zhao et al., 2020).
+    Edges are repeated. With gradients, and for real and drawn images alike: differentiable augmentation (Zhao et al.,
+    2020).
     """
-    size, generator = images.shape[-1], generator_at(run.config.seed, f"augment-{kind}", step, parallel.rank())
-    how = arrays.moves(len(images), size, False, generator)
-    corner = torch.randint(-(size // 4), size - size // 4 + 1, (2, len(images), 1), generator=generator)
-    chosen = torch.rand(len(images), generator=generator) < share
+    size, batch = images.shape[-1], run.config.deprivatize.batch
+    generator, mine = generator_at(run.config.seed, f"augment-{kind}", step), parallel.part(batch)
+    how = arrays.moves(batch, size, False, generator)[mine]
+    corner = torch.randint(-(size // 4), size - size // 4 + 1, (2, batch, 1), generator=generator)[:, mine]
+    chosen = torch.rand(batch, generator=generator)[mine] < share
     rows, columns = ((span >= 0) & (span < size // 2) for span in torch.arange(size) - corner)
     kept = ~(rows[:, :, None] & columns[:, None, :] & chosen[:, None, None])
     return arrays.moved(images, how * chosen[:, None]) * kept[:, None].to(images.device)
