@@ -50,7 +50,8 @@ def album(tmp_path: Path) -> Path:
 
 
 def source(path: Path, tmp_path: Path, rank: int = 0, world: int = 1, **data: Any) -> PhotoSource:
-    config = Config(data=DataConfig(path=str(path), size=16, **data))
+    as_they_are = {"flip": False, "shift": False}
+    config = Config(data=DataConfig(path=str(path), size=16, **(as_they_are | data)))
     found = open_source(config, CPU, rank, world, tmp_path / "cache")
     assert isinstance(found, PhotoSource)
     return found
@@ -86,8 +87,18 @@ def test_what_is_a_photo(album: Path, tmp_path: Path) -> None:
 def test_all_of_them_are_private_unless_told(album: Path, tmp_path: Path) -> None:
     assert source(album, tmp_path, local_fraction=0.5).count("local") == 4
     tree = photo(tmp_path / "tree" / "train" / "one" / "a.jpg", 1).parents[2]
-    assert DataConfig(path=str(tree)).decided() == DataConfig(name="folder", path=str(tree), local_fraction=0.1)
-    assert DataConfig(path=str(album)).decided() == DataConfig(name="photos", path=str(album), local_fraction=1.0)
+    folder, photos = (DataConfig(path=str(path)).decided() for path in (tree, album))
+    assert folder == DataConfig(name="folder", path=str(tree), local_fraction=0.1, flip=False, shift=False)
+    assert photos == DataConfig(name="photos", path=str(album), local_fraction=1.0, flip=True, shift=True)
+    assert DataConfig(path=str(album), flip=False).decided().flip is False
+    assert DataConfig().decided() == DataConfig(local_fraction=0.1), "open until there is a path"
+
+
+def test_it_is_said_that_moved_photos_count_as_photos(album: Path, tmp_path: Path) -> None:
+    notes = "\n".join(source(album, tmp_path, flip=None, shift=None).notes())
+    assert "count as photos mirrored and shifted too" in notes and "--data.flip false" in notes
+    assert "count as photos mirrored too" in "\n".join(source(album, tmp_path, flip=None).notes())
+    assert "count as photos" not in "\n".join(source(album, tmp_path).notes())
 
 
 def test_batches_are_a_function_of_seed_and_step(album: Path, tmp_path: Path) -> None:
