@@ -9,6 +9,8 @@ from typing import Any
 Rows = Sequence[Mapping[str, str]]
 #: Lines that do not depend on a number of queries, and how they are drawn.
 LEVELS = {"ceiling": "--", "plain": ":"}
+#: The other rows of a picture; those that change one setting are the table's.
+CURVES = ("mekd", "mekd-before", "kl", "l1", "pool", "pool-uncertain")
 #: A point or more between these makes a share worth telling.
 ROOM = 1.0
 
@@ -88,9 +90,9 @@ def draw(rows: Rows, data: str, folder: Path) -> list[Path]:
 
     if not plots.there():
         return []
-    drawn = []
-    for private, response in dict.fromkeys((row["private"], row["response"]) for row in rows if row["data"] == data):
-        mine = [row for row in rows if (row["data"], row["private"], row["response"]) == (data, private, response)]
+    drawn, shown = [], [row for row in rows if row["data"] == data and row["row"] in (*CURVES, *LEVELS)]
+    for private, response in dict.fromkeys((row["private"], row["response"]) for row in shown):
+        mine = [row for row in shown if (row["private"], row["response"]) == (private, response)]
         drawn.append(folder / f"students-{data}-{private}-{response}.png")
         plots.save(picture(mine, f"{data}, {100 * float(private):g} % private, {response}"), drawn[-1])
     return drawn
@@ -125,6 +127,6 @@ def picture(rows: Rows, title: str) -> Any:
         axis.set(xlabel="queries paid", ylabel=f"{what}, %")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
     figure.suptitle(title)
     return figure
