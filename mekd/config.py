@@ -91,7 +91,7 @@ class DeprivatizeConfig:
         precision: of the convolutions in a step: float32, bfloat16, or auto, as in teacher.precision
         dropout: share of the discriminator's channels that is left out; 0 where private images are many
         augment: D sees some of the private and of the drawn images shifted, and without a square of half the side: the
-            more, the better it knows the private ones by heart
+            more, the better it knows the private ones by heart; null: true, but as it was in a run that is there
         ema: decay of an average of G's weights, used in step 2; 0 for the last weights
         latents: D and G learn from the same images of a step (shared), or G from others of its own (fresh)
         budget: queries at most; null for no limit
@@ -109,7 +109,7 @@ class DeprivatizeConfig:
     d_width: float = 4.0
     precision: str = "auto"
     dropout: float = 0.25
-    augment: bool = True
+    augment: bool | None = None
     ema: float = 0.999
     budget: int | None = None
     generator: str | None = None
@@ -143,7 +143,7 @@ class DistillConfig:
         candidates: images that G draws at home for each that is asked about: that one is sent which the discriminator
             of step 1 takes most for a real one
         augment: the student sees replayed images mirrored and shifted at random, where data.flip and data.shift say so;
-            the answer is that to the image as it was sent
+            the answer is that to the image as it was sent; null: true, but as it was in a run that is there
         pseudo_labels: private images a step, as a share of batch, that the student learns from in the second half of
             its steps, labelled at home by an average of its weights; they are not sent. 0 for none
         keep: what G draws from the replayed answers is drawn every step (none) or once, and kept as uint8 or bfloat16
@@ -176,7 +176,7 @@ class DistillConfig:
     weight_decay: float = 5e-4
     replay: int | None = None
     candidates: int = 1
-    augment: bool = True
+    augment: bool | None = None
     pseudo_labels: float = 0.0
     keep: str = "none"
     holdout: int = 512

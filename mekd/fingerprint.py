@@ -103,7 +103,13 @@ def resolve(config: Config, kept: Mapping[str, Any], faster: Callable[[str], boo
     for name in ("flip", "shift"):  # of an earlier version's run they stay what its null was
         if getattr(data, name) is None and kept.get(f"data.{name}") is not None:
             data = dataclasses.replace(data, **{name: kept[f"data.{name}"]})
-    return _asked_as_it_is_reached(dataclasses.replace(config, data=data.decided()), kept)
+    config = dataclasses.replace(config, data=data.decided())
+    for stage in ("deprivatize", "distill"):
+        section, key = getattr(config, stage), f"{stage}.augment"
+        if section.augment is None:  # an earlier version's run goes on as it began
+            augment = kept.get(key, LATER[key]) if kept else True
+            config = dataclasses.replace(config, **{stage: dataclasses.replace(section, augment=augment)})
+    return _asked_as_it_is_reached(config, kept)
 
 
 def _asked_as_it_is_reached(config: Config, kept: Mapping[str, Any]) -> Config:
