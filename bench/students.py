@@ -35,6 +35,7 @@ from mekd.engine.deprivatize import deprivatize
 from mekd.engine.distill import train_student
 from mekd.engine.run import Run
 from mekd.engine.teacher import export_teacher, train_teacher
+from mekd.errors import MekdError
 from mekd.metrics import accuracy
 from mekd.nets.frozen import freeze
 
@@ -115,6 +116,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.quick:
         words = [*QUICK.split(), *words]
     options.queries = options.queries or ["1000" if options.quick else "20000", "unlimited"]
+    for queries in options.queries:
+        if queries != "unlimited" and not (queries.isdecimal() and int(queries) > HOLDOUT):
+            parser.error(f"--queries {queries}: a number above {HOLDOUT}, which are held out of it, or unlimited")
     results = options.results or Path("bench/results") / slug(processor())
     table = results / "students.csv"
     place = options.out / options.data
@@ -129,9 +133,9 @@ def main(arguments: Sequence[str]) -> int:
         with stopped_by_signals():
             for job in left:
                 append(table, measure(job, place, words, options.pool))
-    except Interrupted as stopped:
-        print(stopped)
-        return 3
+    except MekdError as error:
+        print(error)
+        return 3 if isinstance(error, Interrupted) else error.status
     print("\n".join(curves.table(curves.read(table), options.data)))
     for picture in curves.draw(curves.read(table), options.data, results):
         print(f"drawn: {picture}")

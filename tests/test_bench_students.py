@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import curves, students
+from mekd.engine.run import Run
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,6 +65,33 @@ def command(tmp_path: Path, *words: str) -> list[str]:
         sys.executable, "-m", "bench", "students", "digits", "--quick", "--out", str(tmp_path / "runs"),
         "--results", str(tmp_path / "results"), *words,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--queries", "256"], "--queries 256: a number above 256"),
+        (["--queries", "many"], "--queries many: a number above 256"),
+        (["--rows", "best"], "invalid choice: 'best'"),
+        (["--distill.stepz", "3"], "no setting --distill.stepz; the nearest is distill.steps"),
+        (["--private", "2"], "data.local_fraction is 2"),
+        (["--rows", "pool", "--queries", "600"], "--pool mnist=FOLDER"),
+    ],
+)
+def test_mistakes_are_named(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(students, "teacher_of", lambda config, place: Run(config, place))
+    arguments = ["digits", "--quick", "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), *words]
+    try:
+        assert students.main(arguments) == 2
+    except SystemExit as end:
+        assert end.code == 2 or said in str(end.code)
+        print(end.code)
+    printed = capsys.readouterr()
+    assert said in printed.out + printed.err
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.slow
