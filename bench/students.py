@@ -199,8 +199,7 @@ def teacher_of(config: Config, place: Path) -> Run:
 def distilled(config: Config, place: Path, queries: str) -> tuple[nn.Module, Run]:
     """The student of mekd, with its generator and its store."""
     if config.deprivatize.generator is None:
-        run = Run(config, place / "unnamed")
-        trained = Run(config, place / f"generator-{short(run.depends('deprivatize'), config.deprivatize.steps)}")
+        trained = named(config, place, "generator", "deprivatize", config.deprivatize.steps)
         with locked(trained.out):
             trained.save_config()
             deprivatize(trained)
@@ -208,16 +207,14 @@ def distilled(config: Config, place: Path, queries: str) -> tuple[nn.Module, Run
     if queries != "unlimited":
         replayed = int(queries) - HOLDOUT
         config = replace(config, distill=replace(config.distill, replay=replayed, holdout=HOLDOUT))
-        asked = Run(config, place / "unnamed")
-        asked = Run(config, place / f"answers-{short(asked.depends('replay'), HOLDOUT)}")
+        asked = named(config, place, "answers", "replay", HOLDOUT)
         exact = freeze(asked.load_generator())
         with locked(asked.out):
             kept = asked.read_json("replay/replay.json")
             collect(asked, "holdout", exact, HOLDOUT)
             collect(asked, "replay", exact, max(replayed, kept["count"] if kept else 0))
         config = replace(config, distill=replace(config.distill, store=str(asked.out)))
-    run = Run(config, place / "unnamed")
-    run = Run(config, place / f"student-{short(run.depends('distill'))}")
+    run = named(config, place, "student", "distill")
     with locked(run.out):
         student, best, _ = train_student(run)
     student.load_state_dict(best["weights"])
@@ -226,18 +223,15 @@ def distilled(config: Config, place: Path, queries: str) -> tuple[nn.Module, Run
 
 def sent(config: Config, place: Path) -> tuple[nn.Module, Run]:
     """The student of the answers to real images, all private ones."""
-    run = Run(config, place / "unnamed")
-    run = Run(config, place / f"plain-{short(run.depends('baseline'))}")
+    run = named(config, place, "plain", "baseline")
     with locked(run.out):
         return evaluate.train_baseline(run), run
 
 
 def pooled(config: Config, place: Path, queries: int, uncertain: bool, pool: str | None) -> tuple[nn.Module, Run]:
     """The student of the answers to images of another set, all at random, or half by a first student's margin."""
-    run = Run(config, place / "unnamed")
-    images = pools.load(pool, config.data.size, run.image[0], config.seed)
-    named = {"pool": pool, "queries": queries, "uncertain": uncertain}
-    run = Run(config, place / f"pool-{short(run.depends('baseline'), named)}")
+    images = pools.load(pool, config.data.size, Run(config, place / "unnamed").image[0], config.seed)
+    run = named(config, place, "pool", "baseline", {"pool": pool, "queries": queries, "uncertain": uncertain})
     with locked(run.out):
         return pools.train(run, images, queries, uncertain), run
 
@@ -253,9 +247,11 @@ def seconds(run: Run, stage: str) -> float:
     return float(files.load(path)["seconds"]) if path.exists() else 0.0
 
 
-def short(*depends: Any) -> str:
-    """A name for what depends on these."""
-    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:10]
+def named(config: Config, place: Path, kind: str, stage: str, *more: Any) -> Run:
+    """The run whose folder is called after what a stage of it depends on, and more that does not stand there."""
+    depends = Run(config, place / "unnamed").depends(stage)
+    digest = hashlib.sha256(json.dumps((depends, *more), sort_keys=True).encode()).hexdigest()[:10]
+    return Run(config, place / f"{kind}-{digest}")
 
 
 def slug(name: str) -> str:

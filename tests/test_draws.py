@@ -14,12 +14,16 @@ from mekd.nets.frozen import freeze
 from mekd.oracle.replay import Replay
 from mekd.pixels import to_uint8
 
+WORDS = (
+    "--distill.candidates", "3", "--deprivatize.alpha", "0", "--distill.replay", "40", "--distill.augment", "true",
+    "--data.flip", "true", "--data.shift", "true",
+)  # fmt: skip
+
 
 @pytest.fixture
 def trained(tiny: list[str], tmp_path: Path) -> Run:
     """A run of 3 candidates whose step 1 is done."""
-    words = [*tiny, "--distill.candidates", "3", "--deprivatize.alpha", "0", "--distill.replay", "40"]
-    words += ["--distill.augment", "true", "--data.flip", "true", "--data.shift", "true", "--out", str(tmp_path)]
+    words = [*tiny, *WORDS, "--out", str(tmp_path)]
     assert cli.main(["deprivatize", *words]) == 0
     parsed = cli.parse(words)
     assert parsed is not None
@@ -46,22 +50,17 @@ def test_an_image_depends_on_its_own_candidates_alone(trained: Run) -> None:
 
 
 def test_what_is_asked_and_shown_first_are_chosen_images(tiny: list[str], trained: Run) -> None:
-    words = ["--distill.candidates", "3", "--deprivatize.alpha", "0", "--distill.replay", "40"]
-    words += ["--distill.augment", "true", "--data.flip", "true", "--data.shift", "true"]
-    assert cli.main(["distill", *tiny, *words, "--out", str(trained.out)]) == 0
+    assert cli.main(["distill", *tiny, *WORDS, "--out", str(trained.out)]) == 0
     kept, _, _ = Replay(trained.out / "replay", 40).read(slice(None))
     images, _ = draws(trained, freeze(trained.load_generator()))("replay", 0, 256, slice(None))
     assert torch.equal(kept, to_uint8(images)[:40])
     # Other candidates are other images, which were not paid.
-    words[1] = "2"
-    assert cli.main(["distill", *tiny, *words, "--out", str(trained.out)]) == 2
+    assert cli.main(["distill", *tiny, *WORDS, "--distill.candidates", "2", "--out", str(trained.out)]) == 2
     assert torch.equal(kept, Replay(trained.out / "replay", 40).read(slice(None))[0])
 
 
 def test_replayed_images_are_moved_and_their_answers_stay(tiny: list[str], trained: Run) -> None:
-    words = ["--distill.candidates", "3", "--deprivatize.alpha", "0", "--distill.replay", "40"]
-    words += ["--distill.augment", "true", "--data.flip", "true", "--data.shift", "true"]
-    assert cli.main(["distill", *tiny, *words, "--out", str(trained.out)]) == 0
+    assert cli.main(["distill", *tiny, *WORDS, "--out", str(trained.out)]) == 0
     store = Replay(trained.out / "replay", 40)
     feed = Replayed(trained, store, 8, None)
     images, answers, _ = store.read(feed._rows(5))

@@ -19,6 +19,8 @@ from op_grid import DEVICES, DTYPES, KERNELS, Problem, check, make, result
 #: What takes absent entries, and knows the bucket: no Triton kernel yet.
 HERE = [point for point in (*KERNELS, "reference") if point != "reference" or not extension.INTERPRETED]
 HERE = [point for point in HERE if "triton" not in getattr(point, "values", (point,))]
+if not HERE:  # interpreted, Triton's kernels take the others' place
+    HERE = [pytest.param("triton", marks=pytest.mark.skip(reason="tail has no Triton kernel yet"))]
 FEW = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 RESTS = ["spread", "drop", "tail"]
 NAN, INF = float("nan"), float("inf")
