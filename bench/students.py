@@ -45,9 +45,9 @@ COLUMNS = (
 #: The experiment of each data set.
 CONFIGS = {
     "digits": "configs/digits.yaml",
-    "mnist": "configs/mnist_small.yaml",
-    "fashion_mnist": "configs/fashion_mnist_small.yaml",
-    "cifar10": "configs/cifar10_small.yaml",
+    "mnist": "configs/mnist.yaml",
+    "fashion_mnist": "configs/fashion_mnist.yaml",
+    "cifar10": "configs/cifar10.yaml",
     "tree": "configs/fashion_mnist_tree.yaml",
 }
 #: What each row changes of the experiment's settings.
