@@ -38,6 +38,7 @@ from mekd.engine.teacher import export_teacher, train_teacher
 from mekd.errors import MekdError
 from mekd.metrics import accuracy
 from mekd.nets.frozen import freeze
+from mekd.oracle.export import Classifier, export
 
 COLUMNS = (
     "data", "private", "row", "response", "queries", "seed", "accuracy", "agreement", "steps", "seconds", "commit",
@@ -64,6 +65,7 @@ ROWS = {
     "narrow-d": "--deprivatize.d_width 1",
     "candidates": "--distill.candidates 4",
     "pseudo-labels": "--distill.pseudo_labels 0.5",
+    "second": "",  # mekd's student is asked, which costs nothing: a second one, of its probabilities
     "plain": "",  # every private image is sent once
     "ceiling": "--data.local_fraction 1",  # every training image is sent once
     "pool": "",  # images of another set are sent, drawn at random
@@ -71,6 +73,8 @@ ROWS = {
 }
 #: Answers held out of a store, by which the best student is chosen; they are paid like the others.
 HOLDOUT = 256
+#: What a student that is asked itself is called.
+FIRST = "first.onnx"
 #: A table is made of rows, good or bad: none is stopped because its answers name few classes.
 QUIET = "--engine.progress false --distill.coverage 0"
 QUICK = "--teacher.steps 150 --deprivatize.steps 100 --distill.steps 100 --distill.eval_every 50"
@@ -165,6 +169,8 @@ def measure(job: Job, place: Path, words: list[str], pool: str | None) -> dict[s
     without = replace(config, deprivatize=replace(config.deprivatize, generator=None))
     if job.row in ("plain", "ceiling"):
         student, run = sent(without, place)
+    elif job.row == "second":
+        student, run = taught_again(config, place, job.queries)
     elif job.row.startswith("pool"):
         student, run = pooled(without, place, int(job.queries), job.row == "pool-uncertain", pool)
     else:
@@ -172,12 +178,11 @@ def measure(job: Job, place: Path, words: list[str], pool: str | None) -> dict[s
     with locked(teacher.out):
         labels, answers = evaluate.ask_test(teacher)
     predicted = evaluate.predictions(student, run.data)
-    stages = ("deprivatize", "holdout", "replay", "assistant", "distill", "baseline")
     measured = {
         "accuracy": f"{100 * accuracy(predicted, labels):.2f}",
         "agreement": f"{100 * accuracy(predicted, answers):.2f}",
         "steps": config.distill.steps,
-        "seconds": round(sum(seconds(run, stage) for stage in stages)),
+        "seconds": round(seconds(run)),
         "commit": commit(),
     }
     row = dict(zip(COLUMNS[:6], job.key, strict=True)) | measured
@@ -236,15 +241,32 @@ def pooled(config: Config, place: Path, queries: int, uncertain: bool, pool: str
         return pools.train(run, images, queries, uncertain), run
 
 
-def seconds(run: Run, stage: str) -> float:
-    """How long a stage took, whose checkpoint lies in this run's folder, in its generator's or in its store's."""
-    store = run.config.distill.store
-    path = run.checkpoint(stage)
-    if stage in ("holdout", "replay") and store is not None:
-        path = Path(store) / "checkpoints" / path.name
-    if stage == "deprivatize" and run.config.deprivatize.generator is None:
-        return 0.0
-    return float(files.load(path)["seconds"]) if path.exists() else 0.0
+def taught_again(config: Config, place: Path, queries: str) -> tuple[nn.Module, Run]:
+    """The student of a student's probabilities for fresh images, as many as there are steps: they are not paid."""
+    first, run = distilled(config, place, queries)
+    file = run.out / FIRST
+    with locked(run.out):
+        if not file.exists():
+            export(Classifier(first), file, run.image, run.config.oracle.transport)
+    config = replace(
+        run.config,
+        teacher=replace(run.config.teacher, onnx=str(file)),
+        oracle=replace(run.config.oracle, response="probs"),
+        distill=replace(run.config.distill, store=None, replay=None, holdout=config.distill.holdout),
+    )
+    return distilled(config, place, "unlimited")
+
+
+def seconds(run: Run) -> float:
+    """How long a row's stages took: their checkpoints lie in its folder, its generator's, its store's, its teacher's."""
+    config, own, asked = run.config, run.out, Path(run.config.distill.store or run.out)
+    taken = [own / "checkpoints/distill.pt", own / "checkpoints/baseline.pt"]
+    taken += [asked / f"checkpoints/{stage}.pt" for stage in ("holdout", "replay")]
+    if config.deprivatize.generator is not None:
+        taken.append(run.checkpoint("deprivatize"))
+    if Path(str(config.teacher.onnx)).name == FIRST:
+        taken.append(Path(str(config.teacher.onnx)).parent / "checkpoints/distill.pt")
+    return sum(float(files.load(path)["seconds"]) for path in taken if path.exists())
 
 
 def named(config: Config, place: Path, kind: str, stage: str, *more: Any) -> Run:
