@@ -1,10 +1,9 @@
 """What pyproject.toml cannot say: the folder kernels/ is installed as mekd.kernels, and csrc/ is compiled.
 
-The kernels are built twice from the same source, with AVX2 and for any processor, as two libraries, so that no inline
-function of one is linked into the other; mekd.extension picks one when it is imported. They use no Python at all, and
-so serve every Python, but only the torch that they were built with: its version is in their name, and the package
-requires it. What cannot be built ends the installation; MEKD_NO_EXT=1 in the environment goes without the kernels, and
-mekd then runs on plain PyTorch.
+The kernels are built once for each instruction set from the same source, as libraries of their own, so that no inline
+function of one is linked into another; mekd.extension picks one when it is imported. They use no Python, and of PyTorch
+its stable ABI alone, so that one build serves every Python and every torch from 2.10 on. What cannot be built ends the
+installation; MEKD_NO_EXT=1 in the environment goes without the kernels, and mekd then runs on plain PyTorch.
 """
 
 import importlib.metadata
@@ -18,7 +17,13 @@ from pathlib import Path
 import setuptools
 
 #: What a build may use, by the name that torch gives the capability, as far as csrc/ compiles for it.
-FLAGS = {"AVX2": ["-mavx2", "-mfma", "-mf16c"], "DEFAULT": []}
+FLAGS = {
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512", "-mfma", "-mf16c"],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+    "DEFAULT": [],
+}
+#: The oldest torch whose stable ABI has what csrc/torch.h uses.
+OLDEST = (2, 10)
 WITHOUT = "MEKD_NO_EXT=1 in the environment installs mekd without its C++ kernels, on plain PyTorch"
 
 
@@ -28,8 +33,8 @@ def enough_setuptools(version: str) -> None:
         raise SystemExit(f"mekd: setuptools is {version} and must be 77 or newer: pip install -U setuptools wheel")
 
 
-def find_torch(outside: str) -> str:
-    """Make the torch that mekd will run with importable and return its release; SystemExit where there is none.
+def find_torch(outside: str) -> None:
+    """Make the torch whose headers are compiled with importable; SystemExit where there is none, or too old a one.
 
     outside: the site-packages of the environment that pip installs into. An isolated build does not see them.
     """
@@ -37,23 +42,21 @@ def find_torch(outside: str) -> str:
         site.addsitedir(outside)
     if importlib.util.find_spec("torch") is None:
         raise SystemExit(
-            "mekd: its C++ kernels are compiled for the torch that is installed, and there is none here. Install torch "
+            "mekd: its C++ kernels are compiled with the headers of torch, and there is none here. Install torch "
             "first: pip install torch, then pip install . again; where the build has an environment of its own (uv, "
             f"python -m build), build with --no-build-isolation or --no-isolation. {WITHOUT}"
         )
-    release = importlib.metadata.version("torch").split("+")[0]
-    for installed in importlib.metadata.distributions(name="torch", path=[outside]):
-        if installed.version.split("+")[0] != release:
-            raise SystemExit(
-                f"mekd: this isolated build has torch {release}, and torch {installed.version} is installed: kernels "
-                f"compiled for one do not load in the other. Build with --no-build-isolation. {WITHOUT}"
-            )
-    return release
+    release = importlib.metadata.version("torch")
+    if tuple(map(int, release.split(".")[:2])) < OLDEST:
+        raise SystemExit(
+            f"mekd: torch is {release}, and its C++ kernels take {'.'.join(map(str, OLDEST))} or newer: "
+            f"pip install -U torch. {WITHOUT}"
+        )
 
 
 def extensions() -> dict[str, object]:
     """The arguments of setup() for the C++ kernels."""
-    release = find_torch(sysconfig.get_path("purelib"))
+    find_torch(sysconfig.get_path("purelib"))
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class Build(BuildExtension):
@@ -64,20 +67,22 @@ def extensions() -> dict[str, object]:
                 super().run()
             except Exception as error:
                 raise SystemExit(
-                    f"mekd: the C++ kernels could not be built ({error}). They take a compiler for C++20 with OpenMP, "
-                    f"g++ 10 or newer; CXX names another one. {WITHOUT}"
+                    f"mekd: the C++ kernels could not be built ({error}). They take a compiler for C++20, "
+                    f"g++ 10 or clang 12 or newer; CXX names another one. {WITHOUT}"
                 ) from error
 
     x86 = os.uname().machine in ("x86_64", "AMD64")
     modules = [
         CppExtension(
-            f"mekd._cpu_{build.lower()}_torch_{release.replace('.', '_')}",
+            f"mekd._cpu_{build.lower()}",
             ["csrc/all.cpp"],
             depends=sorted(map(str, Path("csrc").glob("*"))),
             py_limited_api=True,
+            # First: libtorch exports parts of its own libstdc++, which another torch may not.
+            libraries=["stdc++"] if sys.platform == "linux" else [],
             extra_compile_args=[
-                "-O3", "-g0", "-std=c++20", "-fopenmp", "-fvisibility=hidden", f"-DCPU_CAPABILITY={build}",
-                f"-DCPU_CAPABILITY_{build}", *flags,
+                "-O3", "-g0", "-std=c++20", "-fvisibility=hidden",
+                f"-DTORCH_TARGET_VERSION=0x{OLDEST[0]:02x}{OLDEST[1]:02x}000000000000", *flags,
             ],
         )
         for build, flags in FLAGS.items()
@@ -87,7 +92,7 @@ def extensions() -> dict[str, object]:
         "ext_modules": modules,
         "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
-        "install_requires": [f"torch=={release}", "numpy"],
+        "install_requires": [f"torch>={OLDEST[0]}.{OLDEST[1]}", "numpy"],
     }
 
 

@@ -258,7 +258,7 @@ def taught_again(config: Config, place: Path, queries: str) -> tuple[nn.Module, 
 
 
 def seconds(run: Run) -> float:
-    """How long a row's stages took: their checkpoints lie in its folder, its generator's, its store's, its teacher's."""
+    """How long a row's stages took: their checkpoints lie in its own folder, its generator's, store's and teacher's."""
     config, own, asked = run.config, run.out, Path(run.config.distill.store or run.out)
     taken = [own / "checkpoints/distill.pt", own / "checkpoints/baseline.pt"]
     taken += [asked / f"checkpoints/{stage}.pt" for stage in ("holdout", "replay")]

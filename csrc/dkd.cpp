@@ -24,7 +24,7 @@ Result dkd(
     const Tensor& student, const Tensor& teacher, const Tensor& labels, const Tensor& tau_tensor,
     const std::optional<Tensor>& weights, const std::optional<Tensor>& mask, double alpha, double beta,
     int64_t ignore_index, std::string_view scale, std::string_view reduction, bool grad) {
-  TORCH_CHECK_VALUE(
+  MEKD_CHECK(
       teacher.sizes() == student.sizes(), "teacher has shape ", teacher.sizes(), "; it must be ", student.sizes());
   const double tau = positive(tau_tensor);
   return for_dtype(student, teacher, [&](auto kind) {
@@ -75,6 +75,6 @@ Result dkd(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(mekd, CPU, m) { m.impl("dkd", dkd); }
+STABLE_TORCH_LIBRARY_IMPL(mekd, CPU, m) { m.impl("dkd", TORCH_BOX(&dkd)); }
 
 } // namespace mekd

@@ -8,14 +8,14 @@ namespace {
 // What binary losses need of logits x, from one exponential: softplus(x) = log(1 + e^x), and the sigmoid.
 template <typename A>
 struct Sigmoids {
-  using V = Vectorized<A>;
+  using V = Vec<A>;
   V x, e, l, r;
 
-  explicit Sigmoids(V logit) : x(logit), e(x.abs().neg().exp()), l(e.log1p()), r(V(1) / (V(1) + e)) {}
-  V softplus() const { return at::vec::clamp_min(x, V(0)) + l; }
-  V softplus_of_minus() const { return at::vec::clamp_min(x.neg(), V(0)) + l; } // -log sigmoid(x)
-  V sigmoid() const { return V::blendv(V(1), e, x < V(0)) * r; }
-  V sigmoid_of_minus() const { return V::blendv(e, V(1), x < V(0)) * r; }
+  explicit Sigmoids(V logit) : x(logit), e(exp(-abs(x))), l(log1p(e)), r(V(1) / (V(1) + e)) {}
+  V softplus() const { return higher(x, V(0)) + l; }
+  V softplus_of_minus() const { return higher(-x, V(0)) + l; } // -log sigmoid(x)
+  V sigmoid() const { return select<A>(x < V(0), e, V(1)) * r; }
+  V sigmoid_of_minus() const { return select<A>(x < V(0), V(1), e) * r; }
 };
 
 // One loss and gradient for each element of d, reduced: formula(x, y, slope) -> loss, on vectors, for numbers y that
@@ -23,20 +23,20 @@ struct Sigmoids {
 template <typename A, typename Fill, typename Formula>
 Result for_elements(
     const Tensor& d, std::string_view reduction, bool grad, int64_t grain, Fill fill, Formula formula) {
-  using V = Vectorized<A>;
-  const Tensor x = d.contiguous();
+  using V = Vec<A>;
+  const Tensor x = dense(d);
   const int64_t m = x.numel();
   const bool none = reduction == "none";
   const int64_t divisor = reduction == "mean" ? m : reduction == "batchmean" ? x.size(0) : 1;
   const double by = 1.0 / std::max<int64_t>(divisor, 1);
   Tensor gradient = empty_grad(x, grad);
-  Tensor losses = at::empty(x.sizes(), x.options().dtype(c10::CppTypeToScalarType<A>::value));
+  Tensor losses = empty(x.sizes(), kType<A>);
   const Load<A> load = loader<A>(x.scalar_type());
   const Output<A> output(grad_dtype(x));
   const char* const from = static_cast<const char*>(x.const_data_ptr());
   A* const loss = losses.mutable_data_ptr<A>();
   char* const to = grad ? static_cast<char*>(gradient.mutable_data_ptr()) : nullptr;
-  at::parallel_for(0, m, grain, [&](int64_t first, int64_t end) {
+  torch::stable::parallel_for(0, m, grain, [&](int64_t first, int64_t end) {
     A xs[kPart] = {}, ys[kPart] = {};
     for (int64_t begin = first; begin < end; begin += kPart) {
       const int64_t n = std::min(kPart, end - begin);
@@ -44,7 +44,7 @@ Result for_elements(
       fill(begin, n, ys);
       for (int64_t j = 0; j < n; j += kWidth<A>) {
         V slope;
-        const V value = formula(V::loadu(xs + j), V::loadu(ys + j), slope);
+        const V value = formula(V::load(xs + j), V::load(ys + j), slope);
         value.store(loss + begin + j, std::min(kWidth<A>, n - j));
         (slope * V(static_cast<A>(by))).store(xs + j);
       }
@@ -52,16 +52,16 @@ Result for_elements(
     }
   });
   const auto type = loss_dtype(x);
-  if (none) return {losses.to(type), gradient};
+  if (none) return {as_dtype(losses, type), gradient};
   double total = 0;
   for (int64_t i = 0; i < m; ++i) total += loss[i];
-  return {scalar(by * total, losses.options().dtype(type)), gradient};
+  return {scalar(by * total, type), gradient};
 }
 
 // The largest of a row of probabilities; a NaN shows in their sum.
 template <typename A>
 A highest(const Rows<A>& rows, int64_t row, int64_t classes, Probabilities& seen) {
-  using V = Vectorized<A>;
+  using V = Vec<A>;
   A buffer[kBlock];
   V high(0), low(0), total(0), high_2(0), low_2(0), total_2(0);
   for (int64_t begin = 0; begin < classes; begin += kBlock) {
@@ -69,34 +69,34 @@ A highest(const Rows<A>& rows, int64_t row, int64_t classes, Probabilities& seen
     const A* const x = rows.unpadded(row, begin, n, buffer);
     int64_t j = 0;
     for (; j + 2 * kWidth<A> <= n; j += 2 * kWidth<A>) { // two chains, as each waits for its last
-      const V p = V::loadu(x + j), q = V::loadu(x + j + kWidth<A>);
-      high = at::vec::clamp_min(p, high);
-      high_2 = at::vec::clamp_min(q, high_2);
-      low = at::vec::clamp_max(p, low);
-      low_2 = at::vec::clamp_max(q, low_2);
+      const V p = V::load(x + j), q = V::load(x + j + kWidth<A>);
+      high = higher(p, high);
+      high_2 = higher(q, high_2);
+      low = lower(p, low);
+      low_2 = lower(q, low_2);
       total = total + p;
       total_2 = total_2 + q;
     }
     for (; j < n; j += kWidth<A>) {
-      const V p = V::set(V(0), V::loadu(x + j, std::min(kWidth<A>, n - j)), std::min(kWidth<A>, n - j));
-      high = at::vec::clamp_min(p, high);
-      low = at::vec::clamp_max(p, low);
+      const V p = V::load(x + j, std::min(kWidth<A>, n - j));
+      high = higher(p, high);
+      low = lower(p, low);
       total = total + p;
     }
   }
-  const V lowest = at::vec::clamp_max(low, low_2), all_high = at::vec::clamp_min(high, high_2);
-  const A least = at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::clamp_max(a, b); }, lowest);
+  const V lowest = lower(low, low_2), all_high = higher(high, high_2);
+  const A least = lowest_of(lowest);
   const A all = sum(total + total_2);
   seen.look_at(row, least);
   if (std::abs(all - 1) > seen.slack) seen.off.report(row, all);
   if (std::isnan(all)) return all;
-  return at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::clamp_min(a, b); }, all_high);
+  return highest_of(all_high);
 }
 
 // The largest probability of a row of logits, 1 / sum exp(x - top).
 template <typename A>
 A highest_softmax(const Rows<A>& rows, int64_t row, int64_t classes) {
-  using V = Vectorized<A>;
+  using V = Vec<A>;
   alignas(64) A buffer[kBlock];
   A top = -kInf<A>;
   double z = 0;
@@ -112,7 +112,7 @@ A highest_softmax(const Rows<A>& rows, int64_t row, int64_t classes) {
     Several<A, 4> all;
     all.fill(V(0));
     const auto pass = [&](auto near) {
-      const auto scaled = [&](int64_t j) { return (V::loadu(x + j) - of) * unit; };
+      const auto scaled = [&](int64_t j) { return (V::load(x + j) - of) * unit; };
       int64_t j = 0;
       for (; j + 4 * kWidth<A> <= whole; j += 4 * kWidth<A>) {
         __builtin_prefetch(next + j * rows.item);
@@ -139,16 +139,16 @@ Result gan_generator(
     bool minimax, std::string_view reduction, bool grad) {
   const bool known = kind == "confidence", logits = kind == "logits";
   if (response.has_value()) {
-    TORCH_CHECK_VALUE(
+    MEKD_CHECK(
         known ? response->numel() == d.numel() : response->dim() == 2 && response->size(0) == d.numel(), kind,
         " has shape ", response->sizes(), "; d has ", d.sizes());
   }
   return for_dtype(d, d, [&](auto type) {
     using A = decltype(type);
-    using V = Vectorized<A>;
+    using V = Vec<A>;
     std::optional<Rows<A>> rows; // none where nothing is asked of the answer
     if (response.has_value() && alpha != 0 && d.numel() > 0) {
-      rows.emplace(known ? response->reshape({1, -1}) : *response);
+      rows.emplace(known ? torch::stable::reshape(*response, {1, -1}) : *response);
     }
     const int64_t classes = rows && !known ? response->size(1) : 1;
     Probabilities seen{slack};
@@ -174,13 +174,13 @@ Result gan_generator(
           const Sigmoids<A> of(x);
           const V weight = by * y;
           if (minimax) {
-            slope = (least * of.sigmoid() + weight * of.sigmoid_of_minus()).neg();
+            slope = -(least * of.sigmoid() + weight * of.sigmoid_of_minus());
             return weight * of.softplus_of_minus() - least * of.softplus();
           }
-          slope = ((least + weight) * of.sigmoid_of_minus()).neg();
+          slope = -((least + weight) * of.sigmoid_of_minus());
           return (least + weight) * of.softplus_of_minus();
         });
-    TORCH_CHECK_VALUE(
+    MEKD_CHECK(
         !known || !seen.off.found, "confidence holds ", seen.off.value, " for sample ", seen.off.row,
         "; a probability lies between 0 and 1");
     seen.refuse(kind, seen.whole("", "of rounded ones give the largest as confidence"));
@@ -190,12 +190,12 @@ Result gan_generator(
 
 std::tuple<Tensor, Tensor, Tensor> gan_discriminator(
     const Tensor& d_real, const Tensor& d_fake, std::string_view reduction, bool grad) {
-  TORCH_CHECK_VALUE(
+  MEKD_CHECK(
       reduction == "mean" || reduction == "sum", "reduction is '", reduction,
       "'; the two batches have no loss for each sample in common: it must be 'mean' or 'sum'");
   return for_dtype(d_real, d_fake, [&](auto type) {
     using A = decltype(type);
-    using V = Vectorized<A>;
+    using V = Vec<A>;
     const auto one = [&](const Tensor& d, A sign) {
       return for_elements<A>(
           d, reduction, grad, 8192, [](int64_t, int64_t, A*) {},
@@ -207,16 +207,16 @@ std::tuple<Tensor, Tensor, Tensor> gan_discriminator(
     };
     auto [real, grad_real] = one(d_real, -1);
     auto [fake, grad_fake] = one(d_fake, 1);
-    const double both = real.template item<double>() + fake.template item<double>();
-    return std::tuple(scalar(both, real.options()), grad_real, grad_fake);
+    const double both = number(real) + number(fake);
+    return std::tuple(scalar(both, real.scalar_type()), grad_real, grad_fake);
   });
 }
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(mekd, CPU, m) {
-  m.impl("gan_generator", gan_generator);
-  m.impl("gan_discriminator", gan_discriminator);
+STABLE_TORCH_LIBRARY_IMPL(mekd, CPU, m) {
+  m.impl("gan_generator", TORCH_BOX(&gan_generator));
+  m.impl("gan_discriminator", TORCH_BOX(&gan_discriminator));
 }
 
 } // namespace mekd

@@ -8,7 +8,7 @@ namespace {
 // What is left of each class when log p and log q are known: its part of the loss, and of the derivative in log q.
 template <typename A>
 struct Weigher {
-  using V = Vectorized<A>;
+  using V = Vec<A>;
   // Below this gap = log p - log q, the series: the formula is a difference of numbers 1 / gap times as large.
   static constexpr A kClose = std::is_same_v<A, float> ? 0.25 : 0.0078125;
   double beta;
@@ -26,31 +26,30 @@ struct Weigher {
   }
 
   // 0 log 0 = 0
-  static V product(V p, V log_ratio) { return V::blendv(p * log_ratio, V(0), p == V(0)); }
+  static V product(V p, V log_ratio) { return select<A>(p == V(0), V(0), p * log_ratio); }
 
   template <size_t K>
   static V polynomial(V x, const std::array<A, K>& factors) {
     V y(factors[0]);
-    for (size_t k = 1; k < K; ++k) y = at::vec::fmadd(y, x, V(factors[k]));
+    for (size_t k = 1; k < K; ++k) y = fma(y, x, V(factors[k]));
     return y;
   }
 
   V operator()(V p, V q, V log_p, V log_q, V gap, V& slope) const {
     if (beta == 0) return slope = V(0) - p, product(p, gap);
     if (beta == 1) {
-      slope = V::blendv(q * (V(1) - gap), V(0), q == V(0));
+      slope = select<A>(q == V(0), V(0), q * (V(1) - gap));
       return product(q, V(0) - gap);
     }
-    const V log_m = (V(b) * p + V(c) * q).log();
+    const V log_m = log(V(b) * p + V(c) * q);
     const V over = product(q, log_q - log_m);
     // p / q - 1, and log(m / q) but for its first term.
     const V more = gap + gap * gap * polynomial<6>(gap, {A(1. / 5040), A(1. / 720), A(1. / 120), A(1. / 24), A(1. / 6), A(.5)});
     const V second = gap * gap * polynomial<6>(gap, mixture);
-    const V close = gap.abs() < V(kClose); // not so for NaN, the gap between two masked classes
+    const auto close = abs(gap) < V(kClose); // not so for NaN, the gap between two masked classes
     // The derivatives of log m cancel against those of m.
-    slope = V::blendv(V(c) * over, V(0) - V(c) * q * (V(b) * gap + second), close);
-    return V::blendv(
-        V(b) * product(p, log_p - log_m) + V(c) * over, q * (V(bc) * gap * more - second * (V(1) + V(b) * more)), close);
+    slope = select<A>(close, V(0) - V(c) * q * (V(b) * gap + second), V(c) * over);
+    return select<A>(close, q * (V(bc) * gap * more - second * (V(1) + V(b) * more)), V(b) * product(p, log_p - log_m) + V(c) * over);
   }
 };
 
@@ -58,15 +57,15 @@ Result jsd(
     const Tensor& student, const Tensor& teacher, const Tensor& tau_tensor, const std::optional<Tensor>& weights,
     const std::optional<Tensor>& mask, double beta, bool log_probs, std::string_view scale, std::string_view reduction,
     bool grad) {
-  TORCH_CHECK_VALUE(
+  MEKD_CHECK(
       teacher.sizes() == student.sizes(), "teacher has shape ", teacher.sizes(), "; it must be ", student.sizes());
   const double tau = positive(tau_tensor);
   return for_dtype(student, teacher, [&](auto kind) {
     using A = decltype(kind);
-    using V = Vectorized<A>;
+    using V = Vec<A>;
     const Rows<A> s(student), t(teacher);
     const int64_t classes = student.size(-1);
-    const Factors factors = factors_of(student, scale_factor(scale, tau), reduction, weights, mask);
+    const Factors factors = factors_of(student, scale_factor(scale, tau), reduction, weights, kept_rows(mask, s.tensor.size(0)));
     const A unit = static_cast<A>(kLog2e / tau);
     const Output<A> output(grad_dtype(student));
     const Weigher<A> weigh(beta);
@@ -99,7 +98,7 @@ Result jsd(
         for (int64_t part = 0; part < whole; part += kPart) {
           V some_l(0), some_g(0);
           for (int64_t j = part; j < std::min(part + kPart, whole); j += kWidth<A>) {
-            const V ours = V::loadu(x + j), theirs = V::loadu(y + j);
+            const V ours = V::load(x + j), theirs = V::load(y + j);
             const V log_q = (ours - of_s) * scale_v - less_s - rest_s;
             const V log_p = (theirs - of_t) * scale_v - less_t - rest_t;
             const V gap = (theirs - ours - apart) * scale_v - less;
@@ -123,7 +122,7 @@ Result jsd(
           const int64_t n = std::min(kBlock, classes - begin);
           A* const q = scratch.s + begin;
           for (int64_t j = 0; j < n; j += kWidth<A>) {
-            ((V::loadu(scratch.t + begin + j) - V::loadu(q + j) * pull) * factors).store(q + j);
+            ((V::load(scratch.t + begin + j) - V::load(q + j) * pull) * factors).store(q + j);
           }
           output.store(q, to + begin * output.item, n);
         }
@@ -136,6 +135,6 @@ Result jsd(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(mekd, CPU, m) { m.impl("jsd", jsd); }
+STABLE_TORCH_LIBRARY_IMPL(mekd, CPU, m) { m.impl("jsd", TORCH_BOX(&jsd)); }
 
 } // namespace mekd

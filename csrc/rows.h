@@ -2,33 +2,52 @@
 // reduction, and errors found while the values are read.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
 #include <atomic>
+#include <numeric>
 #include <optional>
 #include <string_view>
 #include <tuple>
 #include <vector>
 
+#include "torch.h"
 #include "vec.h"
 
 namespace mekd {
 namespace {
 
-using at::Tensor;
 using Result = std::tuple<Tensor, Tensor>;
+
+template <typename A>
+Load<A> loader(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: return load<double, A>;
+    case ScalarType::Float: return load<float, A>;
+    case ScalarType::BFloat16: return load<c10::BFloat16, A>;
+    case ScalarType::Half: return load<c10::Half, A>;
+    default: fail("dtype ", type, " is not supported; use float64, float32, bfloat16 or float16");
+  }
+}
+
+template <typename A>
+Store<A> storer(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: return store<double, A>;
+    case ScalarType::Float: return store<float, A>;
+    case ScalarType::BFloat16: return store<c10::BFloat16, A>;
+    case ScalarType::Half: return store<c10::Half, A>;
+    default: fail("dtype ", type, " is not supported; use float64, float32, bfloat16 or float16");
+  }
+}
 
 // (..., C) as rows with unit stride inside; copied only where the strides do not allow it.
 inline Tensor as_rows(const Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) >= 1, "expected shape (..., C) with at least one class, got ", x.sizes());
-  Tensor rows = x.dim() == 2 ? x : x.reshape({x.numel() / x.size(-1), x.size(-1)});
-  return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
+  MEKD_CHECK(x.dim() >= 1 && x.size(-1) >= 1, "expected shape (..., C) with at least one class, got ", x.sizes());
+  Tensor rows = x.dim() == 2 ? x : torch::stable::reshape(x, {x.numel() / x.size(-1), x.size(-1)});
+  return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : torch::stable::contiguous(rows);
 }
 
 // Rows of a tensor, read as A, n elements at a time and padded to whole vectors with -inf, which softmax ignores.
@@ -46,7 +65,7 @@ struct Rows {
         data(static_cast<const char*>(tensor.const_data_ptr())),
         stride(tensor.stride(0) * tensor.element_size()),
         item(tensor.element_size()),
-        direct(tensor.scalar_type() == c10::CppTypeToScalarType<A>::value),
+        direct(tensor.scalar_type() == kType<A>),
         load(loader<A>(tensor.scalar_type())) {}
 
   const char* at(int64_t row, int64_t begin = 0) const { return data + row * stride + begin * item; }
@@ -90,22 +109,35 @@ struct Probabilities {
   }
 
   void refuse(std::string_view name, std::string_view allowed) const {
-    TORCH_CHECK_VALUE(
+    MEKD_CHECK(
         !negative.found, name, " hold ", negative.value, " in row ", negative.row, "; probabilities are at least 0");
-    TORCH_CHECK_VALUE(!off.found, name, " sum to ", off.value, " in row ", off.row, "; ", allowed);
+    MEKD_CHECK(!off.found, name, " sum to ", off.value, " in row ", off.row, "; ", allowed);
   }
 
   std::string whole(std::string_view most, std::string_view advice) const {
-    return c10::str("a row of probabilities sums to 1", most, ", give or take ", slack, "; ", advice);
+    return words("a row of probabilities sums to 1", most, ", give or take ", slack, "; ", advice);
   }
 };
 
 constexpr std::string_view kSayFloor = "for rounded ones say floor, half their step";
 
 inline double positive(const Tensor& tau) {
-  const double value = tau.item<double>();
-  TORCH_CHECK_VALUE(value > 0 && std::isfinite(value), "tau is ", value, "; it must be above 0 and finite");
+  const double value = number(tau);
+  MEKD_CHECK(value > 0 && std::isfinite(value), "tau is ", value, "; it must be above 0 and finite");
   return value;
+}
+
+// Which rows count, one byte each; without any all do.
+using Kept = std::vector<uint8_t>;
+
+inline Kept kept_rows(const std::optional<Tensor>& mask, int64_t rows) {
+  if (!mask.has_value()) return {};
+  MEKD_CHECK(
+      mask->numel() == rows && mask->scalar_type() == ScalarType::Bool, "mask has shape ", mask->sizes(), " and dtype ",
+      mask->scalar_type(), "; it must be bool with one element for each of ", rows, " rows");
+  const Tensor flat = dense(*mask);
+  const bool* const on = flat.const_data_ptr<bool>();
+  return {on, on + rows};
 }
 
 // What the losses of rows, and their gradients, are multiplied with before they are returned or added up.
@@ -113,11 +145,11 @@ struct Factors {
   double factor = 1; // of every row
   bool none = false; // reduction "none": a loss for each row
   std::vector<double> weights;
-  Tensor mask;
+  Kept kept;
 
   // A row that does not count, or for nothing, may hold anything.
   bool skips(int64_t row) const {
-    return (mask.defined() && !mask.const_data_ptr<bool>()[row]) || (!weights.empty() && weights[row] == 0);
+    return (!kept.empty() && !kept[row]) || (!weights.empty() && weights[row] == 0);
   }
   double of(int64_t row) const { return weights.empty() ? factor : factor * weights[row]; }
 };
@@ -128,45 +160,37 @@ inline double scale_factor(std::string_view scale, double tau) {
 
 // "mean" divides by all elements, "batchmean" by dimension 0, "rowmean" by the rows that count.
 inline Factors factors_of(
-    const Tensor& student, double scale, std::string_view reduction, const std::optional<Tensor>& weights,
-    const std::optional<Tensor>& mask) {
+    const Tensor& student, double scale, std::string_view reduction, const std::optional<Tensor>& weights, Kept kept) {
   const int64_t classes = student.size(-1), rows = student.numel() / classes;
   Factors factors;
   if (weights.has_value()) {
-    TORCH_CHECK_VALUE(weights->numel() == rows, "weights have shape ", weights->sizes(), "; there are ", rows, " rows");
-    const Tensor flat = weights->to(at::kDouble).contiguous();
+    MEKD_CHECK(weights->numel() == rows, "weights have shape ", weights->sizes(), "; there are ", rows, " rows");
+    const Tensor flat = dense(as_dtype(*weights, ScalarType::Double));
     factors.weights.assign(flat.const_data_ptr<double>(), flat.const_data_ptr<double>() + rows);
-  }
-  int64_t kept = rows;
-  if (mask.has_value()) {
-    TORCH_CHECK_VALUE(
-        mask->numel() == rows && mask->scalar_type() == at::kBool, "mask has shape ", mask->sizes(), " and dtype ",
-        mask->scalar_type(), "; it must be bool with one element for each of ", rows, " rows");
-    factors.mask = mask->contiguous();
-    const bool* on = factors.mask.const_data_ptr<bool>();
-    kept = std::count(on, on + rows, true);
   }
   factors.none = reduction == "none";
   const int64_t divisor = reduction == "mean" ? student.numel()
       : reduction == "batchmean"              ? student.size(0)
-      : reduction == "rowmean"                ? kept
-                                              : 1;
+      : reduction != "rowmean"                ? 1
+      : kept.empty()                          ? rows
+                                              : std::count(kept.begin(), kept.end(), 1);
   factors.factor = scale / std::max<int64_t>(divisor, 1);
+  factors.kept = std::move(kept);
   return factors;
 }
 
 // float16 is too narrow for gradients that a GradScaler has not scaled yet: those stay float32 until backward.
-inline at::ScalarType grad_dtype(const Tensor& x) {
-  return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
+inline ScalarType grad_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Half ? ScalarType::Float : x.scalar_type();
 }
 
-inline at::ScalarType loss_dtype(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+inline ScalarType loss_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor scalar(double value, const at::TensorOptions& options) {
-  Tensor result = at::empty({}, options);
-  if (result.scalar_type() == at::kDouble) {
+inline Tensor scalar(double value, ScalarType type) {
+  Tensor result = empty(Sizes(), type);
+  if (result.scalar_type() == ScalarType::Double) {
     *result.mutable_data_ptr<double>() = value;
   } else {
     *result.mutable_data_ptr<float>() = static_cast<float>(value);
@@ -181,8 +205,8 @@ constexpr uintptr_t kHugePage = 2 << 20;
 
 inline const Tensor& in_huge_pages(const Tensor& fresh) {
 #ifdef MADV_HUGEPAGE
-  if (static_cast<int64_t>(fresh.nbytes()) >= kLarge) {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr()), end = at + fresh.nbytes();
+  if (fresh.numel() * int64_t(fresh.element_size()) >= kLarge) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr()), end = at + fresh.numel() * fresh.element_size();
     const uintptr_t first = (at + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
     madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
   }
@@ -191,29 +215,27 @@ inline const Tensor& in_huge_pages(const Tensor& fresh) {
 }
 
 inline Tensor empty_grad(const Tensor& like, bool wanted) {
-  const auto options = like.options().dtype(grad_dtype(like));
-  return wanted ? in_huge_pages(at::empty(like.sizes(), options)) : at::empty({0}, options);
+  const ScalarType type = grad_dtype(like);
+  return wanted ? in_huge_pages(empty(like.sizes(), type)) : empty({0}, type);
 }
 
 // Class labels, one for each row, and which rows count: those that neither the mask nor ignore_index leaves out.
 struct Labels {
   Tensor flat;
-  Tensor kept;
+  Kept kept;
   const int64_t* values;
 
   Labels(const Tensor& labels, int64_t rows, int64_t classes, int64_t ignore_index, const std::optional<Tensor>& mask)
-      : flat(labels.contiguous()), kept(at::empty(labels.sizes(), labels.options().dtype(at::kBool))) {
-    TORCH_CHECK_VALUE(
-        labels.numel() == rows && labels.scalar_type() == at::kLong, "labels have shape ", labels.sizes(), " and dtype ",
-        labels.scalar_type(), "; they must be int64 with one element for each of ", rows, " rows");
-    TORCH_CHECK_VALUE(!mask.has_value() || mask->numel() == rows, "mask has shape ", mask->sizes());
+      : flat(dense(labels)), kept(kept_rows(mask, rows)) {
+    MEKD_CHECK(
+        labels.numel() == rows && labels.scalar_type() == ScalarType::Long, "labels have shape ", labels.sizes(),
+        " and dtype ", labels.scalar_type(), "; they must be int64 with one element for each of ", rows, " rows");
+    kept.resize(rows, 1);
     values = flat.const_data_ptr<int64_t>();
-    const Tensor on = mask.has_value() ? mask->contiguous() : Tensor();
-    bool* const to = kept.mutable_data_ptr<bool>();
     for (int64_t i = 0; i < rows; ++i) {
-      to[i] = values[i] != ignore_index && (!on.defined() || on.const_data_ptr<bool>()[i]);
-      TORCH_CHECK_VALUE(
-          !to[i] || (values[i] >= 0 && values[i] < classes), "labels hold ", values[i], " in row ", i,
+      kept[i] &= values[i] != ignore_index;
+      MEKD_CHECK(
+          !kept[i] || (values[i] >= 0 && values[i] < classes), "labels hold ", values[i], " in row ", i,
           "; classes are 0 to ", classes - 1);
     }
   }
@@ -228,8 +250,8 @@ struct Output {
   bool same;
   Store<A> store;
 
-  explicit Output(at::ScalarType type)
-      : item(c10::elementSize(type)), same(type == c10::CppTypeToScalarType<A>::value), store(storer<A>(type)) {}
+  explicit Output(ScalarType type)
+      : item(item_size(type)), same(type == kType<A>), store(storer<A>(type)) {}
 
   bool direct(int64_t n) const { return same && n % kWidth<A> == 0; }
 };
@@ -256,20 +278,23 @@ template <typename A, typename Body>
 Result for_losses(const Tensor& student, const Factors& factors, bool grad, int64_t step, Body body) {
   const int64_t classes = student.size(-1), rows = student.numel() / classes;
   Tensor gradient = empty_grad(student, grad);
-  const auto options = student.options().dtype(c10::CppTypeToScalarType<A>::value);
-  Tensor losses = at::empty(factors.none ? student.sizes().slice(0, student.dim() - 1) : at::IntArrayRef(rows), options);
-  A* const loss = losses.mutable_data_ptr<A>();
+  std::optional<Tensor> losses;
+  std::vector<A> added;
+  if (factors.none) {
+    losses = empty(student.sizes().slice(0, student.dim() - 1), kType<A>);
+  } else {
+    added.resize(rows);
+  }
+  A* const loss = losses ? losses->mutable_data_ptr<A>() : added.data();
   char* const to = grad ? static_cast<char*>(gradient.mutable_data_ptr()) : nullptr;
   const Output<A> output(grad_dtype(student));
   const int64_t steps = (rows + step - 1) / step;
-  at::parallel_for(0, steps, std::max<int64_t>(1, 32768 / (classes * step)), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, steps, std::max<int64_t>(1, 32768 / (classes * step)), [&](int64_t begin, int64_t end) {
     body(begin * step, std::min(rows, end * step), loss, to, output);
   });
   const auto type = loss_dtype(student);
-  if (factors.none) return {losses.to(type), gradient};
-  double total = 0;
-  for (int64_t i = 0; i < rows; ++i) total += loss[i];
-  return {scalar(total, options.dtype(type)), gradient};
+  if (losses) return {as_dtype(*losses, type), gradient};
+  return {scalar(std::accumulate(added.begin(), added.end(), 0.0), type), gradient};
 }
 
 // Calls row(i, scratch, factor, gradient or nullptr) -> loss before its factor, for every row that counts, and reduces.
@@ -295,7 +320,7 @@ Result for_rows(const Tensor& student, const Factors& factors, bool grad, Row ro
 // Float for what is narrower than double on both sides.
 template <typename Body>
 auto for_dtype(const Tensor& student, const Tensor& target, Body body) {
-  const bool wide = student.scalar_type() == at::kDouble || target.scalar_type() == at::kDouble;
+  const bool wide = student.scalar_type() == ScalarType::Double || target.scalar_type() == ScalarType::Double;
   return wide ? body(double{}) : body(float{});
 }
 

@@ -32,7 +32,7 @@ struct Ahead {
 template <typename A, typename LoadS, typename LoadT>
 Pair<A> read_pair(
     int64_t classes, A unit, Scratch<A>& scratch, const Ahead& ahead, LoadS load_s, LoadT load_t) {
-  using V = Vectorized<A>;
+  using V = Vec<A>;
   A max_s = -kInf<A>, max_t = -kInf<A>, top_s = 0, top_t = 0;
   double zs = 0, zt = 0, weighted = 0;
   for (int64_t begin = 0, block = 0; begin < classes; begin += kBlock, ++block) {
@@ -66,13 +66,13 @@ Pair<A> read_pair(
         V some_s(0), some_t(0), some_w(0);
         for (int64_t j = part; j < std::min(part + kPart, whole); j += kWidth<A>) {
           ahead.fetch(begin + j);
-          const V a = (V::loadu(t + j) - of_t) * by;
-          const V b = (V::loadu(s + j) - of_s) * by;
+          const V a = (V::load(t + j) - of_t) * by;
+          const V b = (V::load(s + j) - of_s) * by;
           const V pj = near ? exp2_near(a) : exp2(a), qj = near ? exp2_near(b) : exp2(b);
           some_t = some_t + pj;
           some_s = some_s + qj;
           // 0 log 0 = 0, also where log q is -inf
-          some_w = some_w + (near ? pj * (a - b) : V::blendv(pj * (a - b), zero, pj == zero));
+          some_w = some_w + (near ? pj * (a - b) : select<A>(pj == zero, zero, pj * (a - b)));
           pj.store(p + j);
           qj.store(q + j);
         }
@@ -96,7 +96,7 @@ template <typename A>
 void write_pair(
     int64_t classes, A unit, const Scratch<A>& scratch, const Pair<A>& pair, double by_s, double by_t, const Output<A>& output,
     char* to) {
-  using V = Vectorized<A>;
+  using V = Vec<A>;
   by_s /= pair.zs;
   by_t /= pair.zt;
   for (int64_t begin = 0, block = 0; begin < classes; begin += kBlock, ++block) {
@@ -107,7 +107,7 @@ void write_pair(
     const V of_s(static_cast<A>(only ? by_s : by_s * std::exp2((double(scratch.top_s[block]) - pair.top_s) * unit)));
     const V of_t(static_cast<A>(only ? by_t : by_t * std::exp2((double(scratch.top_t[block]) - pair.top_t) * unit)));
     A* const grad = output.direct(n) ? reinterpret_cast<A*>(to) + begin : q;
-    for (int64_t j = 0; j < n; j += kWidth<A>) (V::loadu(q + j) * of_s - V::loadu(p + j) * of_t).store(grad + j);
+    for (int64_t j = 0; j < n; j += kWidth<A>) (V::load(q + j) * of_s - V::load(p + j) * of_t).store(grad + j);
     if (grad == q) output.store(q, to + begin * output.item, n);
   }
 }
@@ -122,7 +122,7 @@ struct Single {
 // read_pair without a target: the exponentials are left in scratch.s.
 template <typename A, typename Read>
 Single<A> read_single(int64_t classes, A unit, Scratch<A>& scratch, Read load) {
-  using V = Vectorized<A>;
+  using V = Vec<A>;
   A highest = -kInf<A>, top = 0;
   double z = 0;
   for (int64_t begin = 0, block = 0; begin < classes; begin += kBlock, ++block) {
@@ -136,7 +136,7 @@ Single<A> read_single(int64_t classes, A unit, Scratch<A>& scratch, Read load) {
     top = now;
     V total(0);
     for (int64_t j = 0; j < whole; j += kWidth<A>) {
-      const V qj = exp2((V::loadu(s + j) - V(top)) * V(unit));
+      const V qj = exp2((V::load(s + j) - V(top)) * V(unit));
       total = total + qj;
       qj.store(q + j);
     }
@@ -150,13 +150,13 @@ template <typename A>
 void write_single(
     int64_t classes, A unit, const Scratch<A>& scratch, const Single<A>& single, double by, const Output<A>& output,
     char* to) {
-  using V = Vectorized<A>;
+  using V = Vec<A>;
   for (int64_t begin = 0, block = 0; begin < classes; begin += kBlock, ++block) {
     const int64_t n = std::min(kBlock, classes - begin);
     A* const q = scratch.s + begin;
     const V of(static_cast<A>(by / single.z * std::exp2((double(scratch.top_s[block]) - single.top) * unit)));
     A* const grad = output.direct(n) ? reinterpret_cast<A*>(to) + begin : q;
-    for (int64_t j = 0; j < n; j += kWidth<A>) (V::loadu(q + j) * of).store(grad + j);
+    for (int64_t j = 0; j < n; j += kWidth<A>) (V::load(q + j) * of).store(grad + j);
     if (grad == q) output.store(q, to + begin * output.item, n);
   }
 }

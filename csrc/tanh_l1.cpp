@@ -1,7 +1,5 @@
 // Per-sample L1 distance of tanh(a) and tanh(b), of tanh(a) and a finished image, or of two images, with the gradient
 // of a; the in-place twin writes it over a, since a large fresh tensor costs more in page faults than the computation.
-#include <ATen/ops/empty_like.h>
-
 #include "rows.h"
 
 namespace mekd {
@@ -13,9 +11,9 @@ constexpr int64_t kChunk = 1 << 14; // elements of one sample that one task work
 
 // slope with the sign of d, and 0 at ties, as the sub-gradient of PyTorch's abs.
 template <typename A>
-inline Vectorized<A> with_sign(Vectorized<A> slope, Vectorized<A> d) {
-  using V = Vectorized<A>;
-  return (slope ^ (d & V(-A(0)))) & (d != V(0));
+inline Vec<A> with_sign(Vec<A> slope, Vec<A> d) {
+  using V = Vec<A>;
+  return V::of_bits((slope.bits() ^ (d.bits() & V(-A(0)).bits())) & (d != V(0)));
 }
 
 // e^2x to 1.5 ulp, cut off where tanh(x) has long been 1 (at e^44, so that the product of two stays finite). Here x
@@ -23,14 +21,14 @@ inline Vectorized<A> with_sign(Vectorized<A> slope, Vectorized<A> d) {
 // off to the same side in a and b alike, and sums of thousands show it.
 template <int K>
 inline Several<float, K> exp_twice(Several<float, K> x) {
-  using V = Vectorized<float>;
+  using V = Vec<float>;
   Several<float, K> rounded, r, y;
-  for (int k = 0; k < K; ++k) x[k] = at::vec::clamp(x[k], V(-22.f), V(22.f));
-  for (int k = 0; k < K; ++k) rounded[k] = at::vec::fmadd(x[k], V(static_cast<float>(2 * kLog2e)), V(kMagic));
-  for (int k = 0; k < K; ++k) r[k] = at::vec::fnmadd(rounded[k] - V(kMagic), V(static_cast<float>(kLog2 / 2)), x[k]);
+  for (int k = 0; k < K; ++k) x[k] = lower(higher(x[k], V(-22.f)), V(22.f));
+  for (int k = 0; k < K; ++k) rounded[k] = fma(x[k], V(static_cast<float>(2 * kLog2e)), V(kMagic));
+  for (int k = 0; k < K; ++k) r[k] = fma(V(kMagic) - rounded[k], V(static_cast<float>(kLog2 / 2)), x[k]);
   for (int k = 0; k < K; ++k) y[k] = V(8.859938383e-02f);
   for (const float c : {2.679729760e-01f, 6.666880250e-01f, 1.333314538f, 1.999999762f, 2.f, 1.f}) {
-    for (int k = 0; k < K; ++k) y[k] = at::vec::fmadd(y[k], r[k], V(c));
+    for (int k = 0; k < K; ++k) y[k] = fma(y[k], r[k], V(c));
   }
   for (int k = 0; k < K; ++k) y[k] = times_power(y[k], rounded[k]);
   return y;
@@ -38,8 +36,8 @@ inline Several<float, K> exp_twice(Several<float, K> x) {
 
 template <int K>
 inline Several<double, K> exp_twice(Several<double, K> x) {
-  using V = Vectorized<double>;
-  for (V& v : x) v = (at::vec::clamp(v, V(-22.), V(22.)) * V(2.)).exp();
+  using V = Vec<double>;
+  for (V& v : x) v = exp(lower(higher(v, V(-22.)), V(22.)) * V(2.));
   return x;
 }
 
@@ -48,30 +46,30 @@ inline Several<double, K> exp_twice(Several<double, K> x) {
 // exponentials and one division. tanh is monotonous, so that the sign is that of a - b.
 template <typename A, int K>
 inline Several<A, K> distance(const Several<A, K>& a, const Several<A, K>& b, Several<A, K>& slope) {
-  using V = Vectorized<A>;
+  using V = Vec<A>;
   Several<A, 2 * K> both;
   for (int k = 0; k < K; ++k) both[k] = a[k], both[K + k] = b[k];
   both = exp_twice<2 * K>(both);
   Several<A, K> result;
   for (int k = 0; k < K; ++k) {
-    const V e = both[k], f = both[K + k], v = f + V(1), r = V(1) / at::vec::fmadd(e, v, v), u = v * r;
+    const V e = both[k], f = both[K + k], v = f + V(1), r = V(1) / fma(e, v, v), u = v * r;
     slope[k] = with_sign(e * u * u, a[k] - b[k]);
-    result[k] = ((e - f) * r).abs();
+    result[k] = abs((e - f) * r);
   }
   return result;
 }
 
 template <typename A, int K>
 inline Several<A, K> distance_finished(const Several<A, K>& a, const Several<A, K>& b, Several<A, K>& slope) {
-  using V = Vectorized<A>;
+  using V = Vec<A>;
   const V one(1);
   const Several<A, K> twice = exp_twice<K>(a);
   Several<A, K> result;
   for (int k = 0; k < K; ++k) {
     // (e - 1) / (e + 1) - b over one denominator: near 0, where images lie, 1 - 2 / (e + 1) would lose digits
-    const V e = twice[k], r = one / (e + one), gap = at::vec::fnmadd(b[k], e, e - one - b[k]) * r;
+    const V e = twice[k], r = one / (e + one), gap = fma(-b[k], e, e - one - b[k]) * r;
     slope[k] = with_sign(e * r * r, one - (r + r) - b[k]); // a tie is one of finished pixels
-    result[k] = V(A(0.5)) * gap.abs();
+    result[k] = V(A(0.5)) * abs(gap);
   }
   return result;
 }
@@ -80,8 +78,8 @@ template <typename A, int K>
 inline Several<A, K> distance_images(const Several<A, K>& a, const Several<A, K>& b, Several<A, K>& slope) {
   Several<A, K> result;
   for (int k = 0; k < K; ++k) {
-    slope[k] = with_sign(Vectorized<A>(1), a[k] - b[k]);
-    result[k] = (a[k] - b[k]).abs();
+    slope[k] = with_sign(Vec<A>(1), a[k] - b[k]);
+    result[k] = abs(a[k] - b[k]);
   }
   return result;
 }
@@ -99,7 +97,7 @@ struct Job {
 // The sum over n elements from begin on; the gradient times factor.
 template <typename A>
 double chunk(const Job<A>& job, int64_t begin, int64_t n, A factor) {
-  using V = Vectorized<A>;
+  using V = Vec<A>;
   constexpr int64_t step = kTogether * kWidth<A>;
   A a[kBlock], b[kBlock];
   double total = 0;
@@ -125,8 +123,8 @@ double chunk(const Job<A>& job, int64_t begin, int64_t n, A factor) {
         for (int64_t j = part; j < end; j += kTogether * kWidth<A>) {
           __builtin_prefetch(x + j + kAhead);
           __builtin_prefetch(y + j + kAhead);
-          for (int k = 0; k < kTogether; ++k) p[k] = V::loadu(x + j + k * kWidth<A>);
-          for (int k = 0; k < kTogether; ++k) q[k] = V::loadu(y + j + k * kWidth<A>);
+          for (int k = 0; k < kTogether; ++k) p[k] = V::load(x + j + k * kWidth<A>);
+          for (int k = 0; k < kTogether; ++k) q[k] = V::load(y + j + k * kWidth<A>);
           const auto value = f(p, q, slope);
           for (int k = 0; k < kTogether; ++k) some[k] = some[k] + value[k];
           if constexpr (grad) {
@@ -154,36 +152,36 @@ double chunk(const Job<A>& job, int64_t begin, int64_t n, A factor) {
 // a: dense, samples one after another, in whatever order the pixels of each lie; b laid out alike.
 Tensor distances(
     const Tensor& a, const Tensor& b, const std::optional<Tensor>& weights, bool tanh, bool finished,
-    std::string_view reduction, void* grad, at::ScalarType grad_type) {
+    std::string_view reduction, void* grad, ScalarType grad_type) {
   const int64_t samples = a.size(0), pixels = samples ? a.numel() / samples : 0;
   const int64_t pieces = (pixels + kChunk - 1) / kChunk;
   const int64_t divisor = reduction == "mean" ? a.numel() : reduction == "batchmean" ? samples : 1;
   std::vector<double> by(samples, 1.0 / std::max<int64_t>(divisor, 1));
   if (weights.has_value()) {
-    TORCH_CHECK_VALUE(
+    MEKD_CHECK(
         weights->numel() == samples, "weights have shape ", weights->sizes(), "; there are ", samples, " samples");
-    const Tensor flat = weights->to(at::kDouble).contiguous();
+    const Tensor flat = dense(as_dtype(*weights, ScalarType::Double));
     for (int64_t i = 0; i < samples; ++i) by[i] *= flat.const_data_ptr<double>()[i];
   }
   return for_dtype(a, a, [&](auto kind) {
     using A = decltype(kind);
-    const auto own = c10::CppTypeToScalarType<A>::value;
+    const auto own = kType<A>;
     const Job<A> job{
         static_cast<const char*>(a.const_data_ptr()), static_cast<const char*>(b.const_data_ptr()),
         static_cast<char*>(grad), loader<A>(a.scalar_type()), loader<A>(b.scalar_type()), storer<A>(grad_type),
         static_cast<int64_t>(a.element_size()), static_cast<int64_t>(b.element_size()),
-        static_cast<int64_t>(c10::elementSize(grad_type)), tanh, finished,
+        static_cast<int64_t>(item_size(grad_type)), tanh, finished,
         a.scalar_type() == own && b.scalar_type() == own && grad_type == own};
     std::vector<double> parts(samples * pieces);
     const int64_t grain = std::max<int64_t>(1, 32768 / std::clamp<int64_t>(pixels, 1, kChunk));
-    at::parallel_for(0, samples * pieces, grain, [&](int64_t from, int64_t until) {
+    torch::stable::parallel_for(0, samples * pieces, grain, [&](int64_t from, int64_t until) {
       for (int64_t task = from; task < until; ++task) {
         const int64_t i = task / pieces, first = task % pieces * kChunk;
         parts[task] = chunk<A>(job, i * pixels + first, std::min(kChunk, pixels - first), static_cast<A>(by[i]));
       }
     });
     const bool none = reduction == "none";
-    Tensor loss = at::empty(none ? at::IntArrayRef(samples) : at::IntArrayRef(), a.options().dtype(own));
+    Tensor loss = empty(none ? Sizes(samples) : Sizes(), own);
     double total = 0;
     for (int64_t i = 0; i < samples; ++i) {
       double one = 0;
@@ -197,22 +195,36 @@ Tensor distances(
   });
 }
 
+// Whether the memory holds (m, H, W, ch) without gaps; where a size is 1 its stride says nothing.
+bool channels_last(const Tensor& x) {
+  if (x.dim() != 4) return false;
+  int64_t expected = 1;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    if (x.size(dim) != 1 && x.stride(dim) != expected) return false;
+    expected *= x.size(dim);
+  }
+  return true;
+}
+
 // Samples one after another without gaps: NCHW and channels_last need no copy.
-bool sample_major(const Tensor& x) {
-  return x.is_contiguous() || (x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast));
+bool sample_major(const Tensor& x) { return x.is_contiguous() || channels_last(x); }
+
+Tensor empty_like(const Tensor& x, ScalarType type) {
+  return empty(x.sizes(), type, x.is_contiguous() ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast);
 }
 
 Tensor laid_out_as(const Tensor& b, const Tensor& a) {
-  TORCH_CHECK_VALUE(b.sizes() == a.sizes(), "b has shape ", b.sizes(), "; it must be ", a.sizes());
+  MEKD_CHECK(b.sizes() == a.sizes(), "b has shape ", b.sizes(), "; it must be ", a.sizes());
   if (b.strides() == a.strides()) return b;
-  return at::empty_like(a, a.options().dtype(b.scalar_type())).copy_(b);
+  Tensor copy = empty_like(a, b.scalar_type());
+  return torch::stable::copy_(copy, b);
 }
 
 Result tanh_l1(
     const Tensor& a, const Tensor& b, const std::optional<Tensor>& weights, bool tanh, bool finished,
     std::string_view reduction, bool grad) {
-  const Tensor x = sample_major(a) ? a : a.contiguous();
-  Tensor gradient = grad ? in_huge_pages(at::empty_like(x, x.options().dtype(grad_dtype(a)))) : empty_grad(a, false);
+  const Tensor x = sample_major(a) ? a : dense(a);
+  Tensor gradient = grad ? in_huge_pages(empty_like(x, grad_dtype(a))) : empty_grad(a, false);
   Tensor loss = distances(
       x, laid_out_as(b, x), weights, tanh, finished, reduction, grad ? gradient.mutable_data_ptr() : nullptr,
       gradient.scalar_type());
@@ -222,7 +234,7 @@ Result tanh_l1(
 Tensor tanh_l1_(
     const Tensor& a, const Tensor& b, const std::optional<Tensor>& weights, bool tanh, bool finished,
     std::string_view reduction) {
-  TORCH_CHECK_VALUE(
+  MEKD_CHECK(
       sample_major(a), "student has shape ", a.sizes(), " and strides ", a.strides(),
       "; inplace=True writes over samples that lie one after another, contiguous or channels_last: use inplace=False");
   return distances(a, laid_out_as(b, a), weights, tanh, finished, reduction, a.mutable_data_ptr(), a.scalar_type());
@@ -230,9 +242,9 @@ Tensor tanh_l1_(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(mekd, CPU, m) {
-  m.impl("tanh_l1", tanh_l1);
-  m.impl("tanh_l1_", tanh_l1_);
+STABLE_TORCH_LIBRARY_IMPL(mekd, CPU, m) {
+  m.impl("tanh_l1", TORCH_BOX(&tanh_l1));
+  m.impl("tanh_l1_", TORCH_BOX(&tanh_l1_));
 }
 
 } // namespace mekd

@@ -7,16 +7,16 @@ namespace {
 // Probabilities as logits, in the buffer: softmax(log p / tau) is p^(1/tau), normalised. Adds them to total.
 template <typename A>
 const A* to_logits(const A* p, A* buffer, int64_t n, int64_t row, Probabilities& seen, double& total) {
-  using V = Vectorized<A>;
+  using V = Vec<A>;
   V least(0), all(0);
   for (int64_t j = 0; j < padded<A>(n); j += kWidth<A>) {
-    V x = V::loadu(p + j);
-    if (j + kWidth<A> > n) x = V::set(V(0), x, n - j); // the padding is no probability
-    least = at::vec::clamp_max(x, least);
+    V x = V::load(p + j);
+    if (j + kWidth<A> > n) x = V::load(p + j, n - j); // the padding is no probability
+    least = lower(x, least);
     all = all + x;
-    x.log().store(buffer + j);
+    log(x).store(buffer + j);
   }
-  const A lowest = at::vec::vec_reduce_all<A>([](V& a, V& b) { return at::vec::clamp_max(a, b); }, least);
+  const A lowest = lowest_of(least);
   seen.look_at(row, lowest);
   total += sum(all);
   return buffer;
@@ -25,14 +25,14 @@ const A* to_logits(const A* p, A* buffer, int64_t n, int64_t row, Probabilities&
 Result tempered_kl(
     const Tensor& student, const Tensor& target, const Tensor& tau_tensor, const std::optional<Tensor>& weights,
     const std::optional<Tensor>& mask, bool probs, double slack, std::string_view scale, std::string_view reduction, bool grad) {
-  TORCH_CHECK_VALUE(
+  MEKD_CHECK(
       target.sizes() == student.sizes(), "target has shape ", target.sizes(), "; it must be ", student.sizes());
   const double tau = positive(tau_tensor);
   return for_dtype(student, target, [&](auto kind) {
     using A = decltype(kind);
     const Rows<A> s(student), t(target);
     const int64_t classes = student.size(-1);
-    const Factors factors = factors_of(student, scale_factor(scale, tau), reduction, weights, mask);
+    const Factors factors = factors_of(student, scale_factor(scale, tau), reduction, weights, kept_rows(mask, s.tensor.size(0)));
     const A unit = static_cast<A>(kLog2e / tau);
     const Output<A> output(grad_dtype(student));
     Probabilities seen{slack};
@@ -67,6 +67,6 @@ Result tempered_kl(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(mekd, CPU, m) { m.impl("tempered_kl", tempered_kl); }
+STABLE_TORCH_LIBRARY_IMPL(mekd, CPU, m) { m.impl("tempered_kl", TORCH_BOX(&tempered_kl)); }
 
 } // namespace mekd

@@ -37,6 +37,6 @@ Result tempered_kl_labels(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(mekd, CPU, m) { m.impl("tempered_kl_labels", tempered_kl_labels); }
+STABLE_TORCH_LIBRARY_IMPL(mekd, CPU, m) { m.impl("tempered_kl_labels", TORCH_BOX(&tempered_kl_labels)); }
 
 } // namespace mekd

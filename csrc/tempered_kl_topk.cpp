@@ -1,7 +1,5 @@
 // tempered_kl against the k best probabilities of a row: what is missing to 1 is spread over the others, dropped, or a
 // bucket of its own, which is held against all that the student gives to the others.
-#include <ATen/ops/ones.h>
-
 #include "softmax.h"
 
 namespace mekd {
@@ -13,14 +11,14 @@ struct Answers {
   Fault outside, repeated, nothing;
 
   void refuse(int64_t classes) const {
-    TORCH_CHECK_VALUE(
+    MEKD_CHECK(
         !outside.found, "topk indices hold ", int64_t(outside.value), " in row ", outside.row, "; classes are 0 to ",
         classes - 1, ", and -1 is an absent entry");
-    TORCH_CHECK_VALUE(
+    MEKD_CHECK(
         !repeated.found, "topk indices hold ", int64_t(repeated.value), " twice in row ", repeated.row,
         "; a row names a class once");
     seen.refuse("topk values", seen.whole(" at most", kSayFloor));
-    TORCH_CHECK_VALUE(
+    MEKD_CHECK(
         !nothing.found, "topk values sum to ", nothing.value, " in row ", nothing.row,
         "; where nothing is spread one of them must be above 0");
   }
@@ -42,11 +40,11 @@ template <typename A>
 double run_buckets(
     const Rows<A>& s, int64_t row, const int64_t* index, int64_t k, int64_t classes, double tau, int64_t unnamed,
     double share, Scratch<A>& scratch, double by, const Output<A>& output, char* to) {
-  using V = Vectorized<A>;
+  using V = Vec<A>;
   const A unit = static_cast<A>(kLog2e / tau);
   const Single<A> others = read_single<A>(classes, unit, scratch, [&](int64_t begin, int64_t n, A* buffer) {
     const A* const x = s(row, begin, n, buffer);
-    for (int64_t j = 0; j < n; j += kWidth<A>) (V::loadu(x + j) + V::loadu(scratch.t + begin + j)).store(buffer + j);
+    for (int64_t j = 0; j < n; j += kWidth<A>) (V::load(x + j) + V::load(scratch.t + begin + j)).store(buffer + j);
     return buffer;
   });
   const bool empty = others.z == 0; // all are named, or all the others are masked
@@ -86,22 +84,14 @@ double run_buckets(
 }
 
 // Which rows count: those that neither the mask leaves out nor, where nothing is spread, name no class at all.
-inline std::optional<Tensor> answered(const Tensor& named, const Tensor& student, const std::optional<Tensor>& mask) {
-  const int64_t* const index = named.const_data_ptr<int64_t>();
-  const int64_t rows = named.size(0), k = named.size(1);
-  if (mask.has_value() && mask->numel() != rows) return mask; // which is refused
-  Tensor kept;
+inline Kept answered(const int64_t* index, int64_t rows, int64_t k, Kept kept) {
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t* const row = index + i * k;
     if (std::any_of(row, row + k, [](int64_t at) { return at != -1; })) continue;
-    if (!kept.defined()) {
-      const auto lead = student.sizes().slice(0, student.dim() - 1);
-      kept = mask.has_value() ? mask->to(at::kBool).clone(at::MemoryFormat::Contiguous)
-                              : at::ones(lead, student.options().dtype(at::kBool));
-    }
-    kept.mutable_data_ptr<bool>()[i] = false;
+    kept.resize(rows, 1);
+    kept[i] = 0;
   }
-  return kept.defined() ? std::optional<Tensor>(kept) : mask;
+  return kept;
 }
 
 // The KL with a bucket for what a row of values does not name, for every row.
@@ -146,7 +136,7 @@ Result tempered_kl_topk(
     const Tensor& student, const Tensor& values, const Tensor& indices, const Tensor& tau_tensor,
     const std::optional<Tensor>& weights, const std::optional<Tensor>& mask, std::string_view rest, double slack,
     std::string_view scale, std::string_view reduction, bool grad) {
-  TORCH_CHECK_VALUE(
+  MEKD_CHECK(
       values.sizes() == indices.sizes() && values.dim() == student.dim() && values.size(-1) <= student.size(-1) &&
           values.sizes().slice(0, values.dim() - 1) == student.sizes().slice(0, student.dim() - 1),
       "topk values have shape ", values.sizes(), " and indices ", indices.sizes(), "; student has ", student.sizes());
@@ -155,11 +145,12 @@ Result tempered_kl_topk(
   return for_dtype(student, values, [&](auto kind) {
     using A = decltype(kind);
     const Rows<A> s(student), v(values);
-    const Tensor named = indices.reshape({v.tensor.size(0), v.tensor.size(1)}).contiguous();
+    const Tensor named = dense(torch::stable::reshape(indices, {v.tensor.size(0), v.tensor.size(1)}));
     const int64_t* const index = named.const_data_ptr<int64_t>();
     const int64_t classes = student.size(-1), k = v.tensor.size(1);
-    const auto kept = spread ? mask : answered(named, student, mask);
-    const Factors factors = factors_of(student, scale_factor(scale, tau), reduction, weights, kept);
+    Kept kept = kept_rows(mask, s.tensor.size(0));
+    if (!spread) kept = answered(index, s.tensor.size(0), k, std::move(kept));
+    const Factors factors = factors_of(student, scale_factor(scale, tau), reduction, weights, std::move(kept));
     const A unit = static_cast<A>(kLog2e / tau);
     const Output<A> output(grad_dtype(student));
     Answers answers{{slack}};
@@ -219,6 +210,6 @@ Result tempered_kl_topk(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(mekd, CPU, m) { m.impl("tempered_kl_topk", tempered_kl_topk); }
+STABLE_TORCH_LIBRARY_IMPL(mekd, CPU, m) { m.impl("tempered_kl_topk", TORCH_BOX(&tempered_kl_topk)); }
 
 } // namespace mekd

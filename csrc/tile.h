@@ -28,32 +28,32 @@ void from_lane(const A* tile, A* row, int64_t lane, int64_t classes) {
 
 // The KL of each lane; the tile keeps by * (q - p), by a vector of what each lane is multiplied with.
 template <typename A>
-Vectorized<A> run_tile(Tile<A>& tile, int64_t classes, A unit, Vectorized<A> by) {
-  using V = Vectorized<A>;
+Vec<A> run_tile(Tile<A>& tile, int64_t classes, A unit, Vec<A> by) {
+  using V = Vec<A>;
   constexpr int64_t w = kWidth<A>;
   V top_s(-kInf<A>), top_t(-kInf<A>), zs(0), zt(0), weighted(0);
   for (int64_t c = 0; c < classes; ++c) {
-    top_s = at::vec::clamp_min(top_s, V::loadu(tile.s + c * w));
-    top_t = at::vec::clamp_min(top_t, V::loadu(tile.t + c * w));
+    top_s = higher(top_s, V::load(tile.s + c * w));
+    top_t = higher(top_t, V::load(tile.t + c * w));
   }
   const V zero(0), of(unit);
-  top_s = V::blendv(top_s, zero, top_s == V(-kInf<A>)); // a row of masks alone divides 0 by 0 below
-  top_t = V::blendv(top_t, zero, top_t == V(-kInf<A>));
+  top_s = select<A>(top_s == V(-kInf<A>), zero, top_s); // a row of masks alone divides 0 by 0 below
+  top_t = select<A>(top_t == V(-kInf<A>), zero, top_t);
   for (int64_t c = 0; c < classes; ++c) {
-    const V a = (V::loadu(tile.t + c * w) - top_t) * of, b = (V::loadu(tile.s + c * w) - top_s) * of;
+    const V a = (V::load(tile.t + c * w) - top_t) * of, b = (V::load(tile.s + c * w) - top_s) * of;
     const V p = exp2(a), q = exp2(b);
     zt = zt + p;
     zs = zs + q;
-    weighted = weighted + V::blendv(p * (a - b), zero, p == zero); // 0 log 0 = 0, also where log q is -inf
+    weighted = weighted + select<A>(p == zero, zero, p * (a - b)); // 0 log 0 = 0, also where log q is -inf
     p.store(tile.t + c * w);
     q.store(tile.s + c * w);
   }
   const V by_s = by / zs, by_t = by / zt;
   for (int64_t c = 0; c < classes; ++c) {
-    (V::loadu(tile.s + c * w) * by_s - V::loadu(tile.t + c * w) * by_t).store(tile.s + c * w);
+    (V::load(tile.s + c * w) * by_s - V::load(tile.t + c * w) * by_t).store(tile.s + c * w);
   }
-  const V kl = V(static_cast<A>(kLog2)) * weighted / zt + (zs / zt).log();
-  return V::blendv(kl, zero, kl < zero); // below 0 by rounding alone
+  const V kl = V(static_cast<A>(kLog2)) * weighted / zt + log(zs / zt);
+  return select<A>(kl < zero, zero, kl); // below 0 by rounding alone
 }
 
 // for_rows for tempered_kl on tiles: read_s and read_t (row, buffer) fill a row of logits.
@@ -76,8 +76,8 @@ Result for_tiles(
         to_lane(counts ? read_s(i, row) : row, tile.s, lane, classes);
         to_lane(counts ? read_t(i, row) : row, tile.t, lane, classes);
       }
-      const auto by = Vectorized<A>::loadu(of);
-      (run_tile<A>(tile, classes, unit, by * Vectorized<A>(static_cast<A>(inverse_tau))) * by).store(losses);
+      const auto by = Vec<A>::load(of);
+      (run_tile<A>(tile, classes, unit, by * Vec<A>(static_cast<A>(inverse_tau))) * by).store(losses);
       for (int64_t lane = 0; lane < lanes; ++lane) {
         loss[first + lane] = losses[lane];
         if (!to) continue;

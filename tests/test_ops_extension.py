@@ -1,4 +1,4 @@
-"""The C++ kernels come and go: the build for any processor, one for another torch, a broken one, and none."""
+"""The C++ kernels come and go: a build for each instruction set, a broken one, an old torch, and none."""
 
 import os
 import shutil
@@ -15,7 +15,6 @@ from op_grid import KERNELS, check, make
 
 HERE = Path(__file__).parent
 PACKAGE = Path(mekd.__file__).parent
-PORTABLE = next(iter(PACKAGE.glob(extension.name("DEFAULT") + ".*")), None)
 
 
 @pytest.mark.gpu
@@ -39,12 +38,13 @@ def python(code: str, *arguments: str, path: Path = PACKAGE.parent, **environmen
     return done.stdout + done.stderr
 
 
-PORTABLE_BUILD = """
+ONE_BUILD = """
+import sys
 import torch
 from mekd import extension
 from op_grid import KINDS, ROW_KINDS, check, make
 
-assert extension.LOADED == "DEFAULT", (extension.LOADED, extension.WHY_NOT)
+assert extension.LOADED == sys.argv[1], (extension.LOADED, extension.WHY_NOT)
 for kind in KINDS:
     for classes in (1, 7, 10, 33, 1100):
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -57,17 +57,23 @@ print("as the truth")
 
 
 @pytest.mark.skipif(extension.LOADED is None, reason=extension.WHY_NOT)
-@pytest.mark.skipif(PORTABLE is None, reason="the portable build is not there")
-def test_the_build_for_any_processor_computes_the_same() -> None:
-    assert "as the truth" in python(PORTABLE_BUILD, ATEN_CPU_CAPABILITY="default")
+@pytest.mark.parametrize("build", extension.CAPABILITIES)
+def test_every_build_computes_the_same(build: str) -> None:
+    if build not in possible():
+        pytest.skip(f"this processor cannot run the build for {build}")
+    assert "as the truth" in python(ONE_BUILD, build, MEKD_CPU=build.lower())
+
+
+def possible() -> tuple[str, ...]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    known = extension.CAPABILITIES
+    return known[known.index(capability) if capability in known else -1 :]
 
 
 @pytest.mark.skipif(extension.LOADED is None, reason=extension.WHY_NOT)
 def test_the_best_build_for_this_processor_runs() -> None:
-    known = extension.CAPABILITIES
-    allowed = known[known.index(torch.backends.cpu.get_cpu_capability()) :]
-    built = [build for build in allowed if list(PACKAGE.glob(extension.name(build) + ".*"))]
-    assert built[0] == extension.LOADED
+    built = [build for build in possible() if list(PACKAGE.glob(extension.name(build) + ".*"))]
+    assert os.environ.get("MEKD_CPU", built[0]).upper() == extension.LOADED
     assert extension.WHY_NOT == ""
     # And each op of the schema has its kernel: nothing runs on the reference in silence.
     for op in ("tempered_kl", "tempered_kl_labels", "tempered_kl_topk", "dkd", "jsd", "tanh_l1", "tanh_l1_",
@@ -117,20 +123,16 @@ with warnings.catch_warnings(record=True) as caught:
 
 
 @pytest.mark.parametrize(
-    ("library", "reason"),
+    ("build", "reason"),
     [
         # Never built: MEKD_NO_EXT=1, or no compiler.
-        (None, "not built"),
-        # Built, and then torch was upgraded: its ABI is not ours any more, so it is not even opened.
-        ("_cpu_avx2_torch_2_0_9.so", "built for torch 2.0.9, and this is torch"),
+        ("", "not built"),
+        # No processor has it.
+        ("avx10", "MEKD_CPU in the environment is 'avx10'; this processor can run "),
     ],
 )
-def test_without_kernels_the_reference_runs_and_says_so_once(
-    without_kernels: Path, library: str | None, reason: str
-) -> None:
-    if library:
-        (without_kernels / "mekd" / library).write_text("no library")
-    out = python(WITHOUT, str(without_kernels), path=without_kernels, ATEN_CPU_CAPABILITY="default")
+def test_without_kernels_the_reference_runs_and_says_so_once(without_kernels: Path, build: str, reason: str) -> None:
+    out = python(WITHOUT, str(without_kernels), path=without_kernels, MEKD_CPU=build)
     warned, *refused = [line for line in out.splitlines() if line.startswith(("warned:", "refused:"))]
     assert reason in warned
     assert len(refused) == 3
@@ -144,7 +146,26 @@ def test_a_library_that_does_not_load_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(extension, "__file__", str(tmp_path / "extension.py"))
     loaded, reason = extension._load()
     assert loaded is None
-    assert "does not load" in reason and extension.name("DEFAULT").removeprefix("_cpu_default") in reason
+    assert "does not load" in reason and extension.name(possible()[0]) in reason
+
+
+def test_a_torch_without_the_stable_abi_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    assert extension._load() == (None, "its C++ kernels take torch 2.10 or newer, and this is torch 2.9.1+cpu")
+
+
+@pytest.mark.skipif(extension.LOADED is None, reason=extension.WHY_NOT)
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+def test_the_builds_take_nothing_of_torch_but_its_stable_abi() -> None:
+    found = sorted(PACKAGE.glob("_cpu_*"))
+    assert found
+    for path in found:
+        command = ["nm", "-DC", "--undefined-only", str(path)]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        names = [line.split(maxsplit=1)[1] for line in listed]
+        ours = [name for name in names if not any(word in name for word in ("@GLIBC", "@GCC", "@CXXABI"))]
+        strange = [name for name in ours if not name.startswith(("aoti_torch_", "torch_", "_ITM_", "__gmon_start__"))]
+        assert any(name.startswith("aoti_torch_") for name in ours) and not strange
 
 
 def test_a_backend_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,8 +176,3 @@ def test_a_backend_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(RuntimeError, match=r"impl='cpp' is not available: its C\+\+ kernels are on holiday"):
             students = [(x.requires_grad_() * 1) for x in problem.students]
             problem.loss(*students, reduction="mean", impl="cpp")
-
-
-def test_the_version_that_counts_is_the_release() -> None:
-    assert extension.version("2.14.1+cu130") == extension.version("2.14.1+cpu") == extension.version("2.14.1")
-    assert extension.name("AVX2").startswith("_cpu_avx2_torch_")

@@ -1,4 +1,4 @@
-"""setup.py: the C++ kernels are built for the torch that is installed, or the installation ends and says how."""
+"""setup.py: the C++ kernels are built with the headers of a torch, or the installation ends and says how."""
 
 import importlib.util
 import os
@@ -9,7 +9,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 from mekd import extension
 
@@ -34,7 +33,8 @@ spec = importlib.util.spec_from_file_location("mekd_setup", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 assert importlib.util.find_spec("torch") is None
-print(module.find_torch(sys.argv[2]), importlib.util.find_spec("torch") is not None)
+module.find_torch(sys.argv[2])
+print(importlib.util.find_spec("torch") is not None)
 """
 
 
@@ -42,7 +42,7 @@ def test_an_isolated_build_finds_the_torch_that_is_installed() -> None:
     command = [sys.executable, "-S", "-c", ISOLATED, str(ROOT / "setup.py"), sysconfig.get_path("purelib")]
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, env=kept)
-    assert done.stdout.split() == [extension.version(), "True"], done.stderr
+    assert done.stdout.split() == ["True"], done.stderr
 
 
 def test_without_torch_it_says_what_to_install_first(
@@ -53,14 +53,16 @@ def test_without_torch_it_says_what_to_install_first(
         setup.find_torch(str(tmp_path))
 
 
-def test_another_torch_than_the_installed_one_is_refused(setup: ModuleType, tmp_path: Path) -> None:
-    info = tmp_path / "torch-2.0.9.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.0.9+cpu\n")
-    with pytest.raises(SystemExit, match=rf"has torch {torch.__version__.split('+')[0]}, and torch 2\.0\.9\+cpu is"):
-        setup.find_torch(str(tmp_path))
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {extension.version()}+elsewhere\n")
-    assert setup.find_torch(str(tmp_path)) == extension.version()
+def test_a_torch_without_the_stable_abi_is_refused(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup.importlib.metadata, "version", lambda name: "2.9.1+cpu")
+    with pytest.raises(
+        SystemExit, match=r"torch is 2\.9\.1\+cpu, and its C\+\+ kernels take 2\.10 or newer.*MEKD_NO_EXT=1"
+    ):
+        setup.find_torch("")
+
+
+def test_setup_and_the_package_agree_on_the_oldest_torch(setup: ModuleType) -> None:
+    assert setup.OLDEST == extension.OLDEST and set(setup.FLAGS) == set(extension.CAPABILITIES)
 
 
 def test_an_old_setuptools_is_named(setup: ModuleType) -> None:
