@@ -1,5 +1,7 @@
 """The losses as functions. Arguments are checked here, formulas are in mekd.reference, and mekd.ops runs them.
 
+Of logits that never exist as a whole, the losses are in mekd.linear.
+
 Common to all: losses come as float32 (float64 for float64 inputs) whatever the inputs' dtype; a teacher that requires
 grad is refused, and so are second derivatives. weights (...) multiplies each row's loss, mask (...) is True for the
 rows that count; a row that does not, or has a weight of 0, may hold anything. reduction: "none" gives (...), "sum" adds
@@ -13,6 +15,7 @@ derivatives of every order; within torch.func values are not checked.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +40,9 @@ from mekd.checks import (
     tau_tensor,
 )
 from mekd.reference import accumulation_dtype
+
+#: An op's name, and what it takes up to reduction.
+Arguments = tuple[str, tuple[Any, ...]]
 
 
 def kd_loss(
@@ -67,6 +73,18 @@ def kd_loss(
     A row of probs sums to 1, and one of values to 1 at most, give or take 1e-2 and floor a class: half the step of
     values that were rounded (0.005 for two decimals). scale: "tau2", "tau" or "one". For the rest see mekd.functional.
     """
+    name, arguments = kd_arguments(
+        student, logits, probs, labels, topk, tau, scale, rest, floor, ignore_index, weights, mask, dim, reduction
+    )
+    return ops.run(name, *arguments, reduction=reduction, impl=impl)
+
+
+def kd_arguments(
+    student: Tensor, logits: Tensor | None, probs: Tensor | None, labels: Tensor | None,
+    topk: tuple[Tensor, Tensor] | None, tau: float | Tensor, scale: str, rest: str, floor: float, ignore_index: int,
+    weights: Tensor | None, mask: Tensor | None, dim: int, reduction: str,
+) -> Arguments:  # fmt: skip
+    """What kd_loss runs, checked."""
     if (logits is not None) + (probs is not None) + (labels is not None) + (topk is not None) != 1:
         given = {"logits": logits, "probs": probs, "labels": labels, "topk": topk}
         names = [name for name, value in given.items() if value is not None]
@@ -83,10 +101,7 @@ def kd_loss(
 
     if labels is not None:
         check_labels("labels", labels, rows, student)
-        return ops.run(
-            "tempered_kl_labels", student, labels, tau, weights, mask, ignore_index, scale,
-            reduction=reduction, impl=impl,
-        )  # fmt: skip
+        return "tempered_kl_labels", (student, labels, tau, weights, mask, ignore_index, scale)
     if topk is not None:
         values, indices = (_classes_last(x, dim) for x in topk)
         check_choice("rest", rest, TOPK_RESTS)
@@ -98,18 +113,13 @@ def kd_loss(
             )
         check_teacher("topk values", values, values)
         check_device("topk values", values, student)
-        return ops.run(
-            "tempered_kl_topk", student, values, indices, tau, weights, mask, rest, slack_of(values, floor), scale,
-            reduction=reduction, impl=impl,
-        )  # fmt: skip
+        slack = slack_of(values, floor)
+        return "tempered_kl_topk", (student, values, indices, tau, weights, mask, rest, slack, scale)
     target = logits if logits is not None else probs
     assert target is not None
     target = _classes_last(target, dim)
     check_teacher("probs" if logits is None else "logits", target, student)
-    return ops.run(
-        "tempered_kl", student, target, tau, weights, mask, logits is None, slack_of(target, floor), scale,
-        reduction=reduction, impl=impl,
-    )  # fmt: skip
+    return "tempered_kl", (student, target, tau, weights, mask, logits is None, slack_of(target, floor), scale)
 
 
 def logit_standardized_kd_loss(
@@ -160,6 +170,17 @@ def dkd_loss(
 
     student, teacher: logits (..., C); labels (...) int64, the target classes. For the rest see mekd.functional.
     """
+    name, arguments = dkd_arguments(
+        student, teacher, labels, alpha, beta, tau, scale, ignore_index, weights, mask, dim, reduction
+    )
+    return ops.run(name, *arguments, reduction=reduction, impl=impl)
+
+
+def dkd_arguments(
+    student: Tensor, teacher: Tensor, labels: Tensor, alpha: float, beta: float, tau: float | Tensor, scale: str,
+    ignore_index: int, weights: Tensor | None, mask: Tensor | None, dim: int, reduction: str,
+) -> Arguments:  # fmt: skip
+    """What dkd_loss runs, checked."""
     check_choice("scale", scale, SCALES)
     check_choice("reduction", reduction, REDUCTIONS)
     check_weight("alpha", alpha)
@@ -169,10 +190,8 @@ def dkd_loss(
     check_teacher("teacher", teacher, student)
     check_labels("labels", labels, student.shape[:-1], student)
     check_rows(weights, mask, student.shape[:-1], student)
-    return ops.run(
-        "dkd", student, teacher, labels, tau_tensor(tau, student.device), weights, mask, float(alpha), float(beta),
-        ignore_index, scale, reduction=reduction, impl=impl,
-    )  # fmt: skip
+    tau = tau_tensor(tau, student.device)
+    return "dkd", (student, teacher, labels, tau, weights, mask, float(alpha), float(beta), ignore_index, scale)
 
 
 def jsd_loss(
@@ -194,6 +213,15 @@ def jsd_loss(
     student (q), teacher (p): logits (..., C); with log_probs=True log-probabilities, taken as they are. beta in
     [0, 1]: 0 is KL(p || q) and 1 is KL(q || p) (Agarwal et al., 2024). For the rest see mekd.functional.
     """
+    name, arguments = jsd_arguments(student, teacher, beta, log_probs, tau, scale, weights, mask, dim, reduction)
+    return ops.run(name, *arguments, reduction=reduction, impl=impl)
+
+
+def jsd_arguments(
+    student: Tensor, teacher: Tensor, beta: float, log_probs: bool, tau: float | Tensor, scale: str,
+    weights: Tensor | None, mask: Tensor | None, dim: int, reduction: str,
+) -> Arguments:  # fmt: skip
+    """What jsd_loss runs, checked."""
     check_choice("scale", scale, SCALES)
     check_choice("reduction", reduction, REDUCTIONS)
     if not 0 <= beta <= 1:
@@ -202,10 +230,8 @@ def jsd_loss(
     check_student("student", student)
     check_teacher("teacher", teacher, student)
     check_rows(weights, mask, student.shape[:-1], student)
-    return ops.run(
-        "jsd", student, teacher, tau_tensor(tau, student.device), weights, mask, float(beta), log_probs, scale,
-        reduction=reduction, impl=impl,
-    )  # fmt: skip
+    tau = tau_tensor(tau, student.device)
+    return "jsd", (student, teacher, tau, weights, mask, float(beta), log_probs, scale)
 
 
 def image_l1_loss(

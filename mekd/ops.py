@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from mekd import extension, reference
 
 IMPLS = ("reference", "cpp", "triton")
-_LIBRARY = torch.library.Library("mekd", "DEF")
+LIBRARY = torch.library.Library("mekd", "DEF")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # known now: torch.compile cannot look for it
 
 
@@ -44,7 +44,7 @@ def run(name: str, *arguments: Any, reduction: str, impl: str | None = None) -> 
         return _formula(op, impl)(*arguments, reduction)
     inputs = arguments[: op.differentiable]
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    call = op.dispatch if impl is None else _backend(op, impl, inputs[0])
+    call = kernel_of(name, impl, inputs[0])
     if torch.compiler.is_compiling():
         return call(*arguments, reduction, wanted)[0]
     if not wanted:
@@ -52,6 +52,11 @@ def run(name: str, *arguments: Any, reduction: str, impl: str | None = None) -> 
             return call(*arguments, reduction, False)[0]
     # The same as the autograd that is registered below, at half the cost of a call.
     return _Loss.apply(call, arguments, reduction, *inputs)
+
+
+def kernel_of(name: str, impl: str | None, on: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    """What computes an op for tensors like on, its losses and gradients: the dispatcher's choice, or the one named."""
+    return OPS[name].dispatch if impl is None else _backend(OPS[name], impl, on)
 
 
 def transformed() -> bool:
@@ -107,10 +112,10 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, None, *_scaled(ctx, upstream, looks=True))
+        return (None, None, None, *scaled(ctx, upstream, looks=True))
 
 
-def _scaled(ctx: Any, upstream: Tensor, looks: bool) -> list[Tensor]:
+def scaled(ctx: Any, upstream: Tensor, looks: bool) -> list[Tensor]:
     """The stored gradients times what comes from above; looks: whether they are ours, to spare a product with 1."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
@@ -162,7 +167,7 @@ def _define(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], dif
     results = ", ".join(["Tensor"] * (1 + differentiable))
     # The gradient is laid out as its input: a compiler must not choose other strides after the fake kernel has spoken.
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-    _LIBRARY.define(f"{name}({schema}, str reduction, bool grad) -> ({results})", tags=tags)
+    LIBRARY.define(f"{name}({schema}, str reduction, bool grad) -> ({results})", tags=tags)
     count = schema.count(",") + 3
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -170,13 +175,11 @@ def _define(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], dif
         ctx.dtypes = [x.dtype for x in inputs[:differentiable]]
 
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return (*_scaled(ctx, upstream, looks=False), *[None] * (count - differentiable))
+        return (*scaled(ctx, upstream, looks=False), *[None] * (count - differentiable))
 
     op = getattr(torch.ops.mekd, name).default
-    # What torch.library.register_autograd registers, but that loses tangents without a word.
-    derive = autograd.make_autograd_impl(op, autograd.Info(backward, setup_context))
-    _LIBRARY.impl(name, functools.partial(_without_tangents, name, derive), "Autograd", with_keyset=True)
-    torch.library.register_fake(f"mekd::{name}", fake, lib=_LIBRARY)
+    _derive(name, setup_context, backward)
+    torch.library.register_fake(f"mekd::{name}", fake, lib=LIBRARY)
     formula = getattr(reference, f"{name}_loss")
     plain = functools.partial(_by_autograd, formula, differentiable)
 
@@ -185,8 +188,26 @@ def _define(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], dif
             _warn_once()
         return plain(*arguments)
 
-    _LIBRARY.impl(name, composite, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, composite, "CompositeExplicitAutograd")
     OPS[name] = Op(differentiable, op, plain, formula)
+
+
+def define_alone(
+    name: str, schema: str, results: int, call: Callable[..., Any], fake: Callable[..., Any],
+    setup_context: Callable[..., None], backward: Callable[..., Any],
+) -> None:  # fmt: skip
+    """Register an op that is made of others: one function for every device, with its gradient."""
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+    LIBRARY.define(f"{name}({schema}) -> ({', '.join(['Tensor'] * results)})", tags=tags)
+    _derive(name, setup_context, backward)
+    torch.library.register_fake(f"mekd::{name}", fake, lib=LIBRARY)
+    LIBRARY.impl(name, call, "CompositeExplicitAutograd")
+
+
+def _derive(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """What torch.library.register_autograd registers, but that loses tangents without a word."""
+    derive = autograd.make_autograd_impl(getattr(torch.ops.mekd, name).default, autograd.Info(backward, setup_context))
+    LIBRARY.impl(name, functools.partial(_without_tangents, name, derive), "Autograd", with_keyset=True)
 
 
 def _without_tangents(name: str, call: Callable[..., Any], keyset: Any, *arguments: Any) -> Any:
@@ -277,7 +298,7 @@ _define(
     _fake_elements,
 )
 _define("gan_discriminator", "Tensor d_real, Tensor d_fake", _fake_discriminator, differentiable=2)
-_LIBRARY.define("tanh_l1_(Tensor(a!) a, Tensor b, Tensor? weights, bool tanh, bool finished, str reduction) -> Tensor")
+LIBRARY.define("tanh_l1_(Tensor(a!) a, Tensor b, Tensor? weights, bool tanh, bool finished, str reduction) -> Tensor")
 
 
 def _tanh_l1_reference(a: Tensor, *arguments: Any) -> Tensor:
@@ -291,11 +312,11 @@ def _tanh_l1_below_autograd(keyset: Any, *arguments: Any) -> Tensor:
         return torch.ops.mekd.tanh_l1_.default(*arguments)
 
 
-_LIBRARY.impl("tanh_l1_", _tanh_l1_reference, "CompositeExplicitAutograd")
-_LIBRARY.impl(
+LIBRARY.impl("tanh_l1_", _tanh_l1_reference, "CompositeExplicitAutograd")
+LIBRARY.impl(
     "tanh_l1_", functools.partial(_without_tangents, "tanh_l1_", _tanh_l1_below_autograd), "Autograd", with_keyset=True
 )
-torch.library.register_fake("mekd::tanh_l1_", lambda a, *rest: _fake_samples(a, *rest, True)[0], lib=_LIBRARY)
+torch.library.register_fake("mekd::tanh_l1_", lambda a, *rest: _fake_samples(a, *rest, True)[0], lib=LIBRARY)
 
 
 class _InPlace(torch.autograd.Function):
@@ -350,7 +371,7 @@ def _register_triton(name: str, otherwise: Callable[..., Any]) -> None:
         return _kernel(name)(*arguments) if _HAS_TRITON else otherwise(*arguments)
 
     for key in ("CUDA", "CPU") if extension.INTERPRETED else ("CUDA",):
-        _LIBRARY.impl(name, call, key)
+        LIBRARY.impl(name, call, key)
 
 
 for _name, _op in OPS.items():

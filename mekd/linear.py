@@ -1,0 +1,275 @@
+"""Losses of logits that never exist as a whole: the student's last linear layer and the loss on it, in one.
+
+A few rows at a time become logits, a loss and its gradient, and the gradients of hidden, weight and bias are taken at
+once, in the forward. What is needed beside them is the logits and the gradient of one part of the rows. Each loss is
+the one of the same name in mekd.functional, on F.linear(hidden, weight, bias).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mekd import ops
+from mekd.checks import check_choice, checks_values, rows_with_answer, rows_with_label
+from mekd.functional import dkd_arguments, jsd_arguments, kd_arguments
+from mekd.reference import accumulation_dtype
+
+#: Into how many parts the rows are cut: logits and gradient of one are a sixth of all.
+PARTS = 6
+#: What a loss for each row would need the logits again for is left out.
+REDUCTIONS = ("rowmean", "mean", "batchmean", "sum")
+#: A teacher as its own last layer: hidden (..., H'), weight (C, H') and bias (C,) or None.
+Head = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
+
+
+def linear_kd_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    teacher: Head | None = None,
+    logits: Tensor | None = None,
+    probs: Tensor | None = None,
+    labels: Tensor | None = None,
+    topk: tuple[Tensor, Tensor] | None = None,
+    tau: float | Tensor = 1.0,
+    scale: str = "tau2",
+    rest: str = "spread",
+    floor: float = 0.0,
+    ignore_index: int = -100,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "rowmean",
+    impl: str | None = None,
+) -> Tensor:
+    """kd_loss of F.linear(hidden, weight, bias), whose logits never exist as a whole.
+
+    hidden: (..., H), weight (C, H), bias (C,): float32, float64 or bfloat16, all alike (under autocast they are cast to
+    its dtype, as F.linear does). Exactly one target: teacher, whose logits are made of its own hidden, weight and bias,
+    or one of kd_loss's. reduction "none" is refused. Raises ValueError or TypeError naming the argument.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    hidden, weight, bias = _in_one_dtype(hidden, weight, bias)
+    student = _stand_in("hidden", hidden, weight, bias)
+    if teacher is not None:
+        if (logits, probs, labels, topk) != (None, None, None, None):
+            raise ValueError("teacher and another target are given; give one of teacher, logits, probs, labels, topk")
+        logits = _stand_in("teacher's hidden", *teacher)
+    name, (_, *arguments) = kd_arguments(
+        student, logits, probs, labels, topk, tau, scale, rest, floor, ignore_index, weights, mask, -1, reduction
+    )
+    return _run(name, hidden, weight, bias, teacher, arguments, reduction, impl)
+
+
+def linear_dkd_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    teacher: Head | Tensor,
+    labels: Tensor,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    tau: float | Tensor = 4.0,
+    scale: str = "tau2",
+    ignore_index: int = -100,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "rowmean",
+    impl: str | None = None,
+) -> Tensor:
+    """dkd_loss of F.linear(hidden, weight, bias); teacher: logits (..., C), or hidden, weight and bias of its own.
+
+    Arguments as in linear_kd_loss and dkd_loss.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    hidden, weight, bias = _in_one_dtype(hidden, weight, bias)
+    head = None if isinstance(teacher, Tensor) else teacher
+    target = teacher if isinstance(teacher, Tensor) else _stand_in("teacher's hidden", *teacher)
+    name, (_, *arguments) = dkd_arguments(
+        _stand_in("hidden", hidden, weight, bias), target, labels, alpha, beta, tau, scale, ignore_index, weights, mask,
+        -1, reduction,
+    )  # fmt: skip
+    return _run(name, hidden, weight, bias, head, arguments, reduction, impl)
+
+
+def linear_jsd_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    teacher: Head | Tensor,
+    beta: float = 0.5,
+    tau: float | Tensor = 1.0,
+    scale: str = "one",
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "rowmean",
+    impl: str | None = None,
+) -> Tensor:
+    """jsd_loss of F.linear(hidden, weight, bias); teacher: logits (..., C), or hidden, weight and bias of its own.
+
+    Arguments as in linear_kd_loss and jsd_loss.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    hidden, weight, bias = _in_one_dtype(hidden, weight, bias)
+    head = None if isinstance(teacher, Tensor) else teacher
+    target = teacher if isinstance(teacher, Tensor) else _stand_in("teacher's hidden", *teacher)
+    name, (_, *arguments) = jsd_arguments(
+        _stand_in("hidden", hidden, weight, bias), target, beta, False, tau, scale, weights, mask, -1, reduction
+    )
+    return _run(name, hidden, weight, bias, head, arguments, reduction, impl)
+
+
+def _in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The layer in one dtype: autocast's where that is on, as F.linear has it, else its own."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return hidden, weight, bias
+
+
+def _stand_in(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A tensor of the logits' shape, dtype and device without their memory: what checks of arguments look at."""
+    if not hidden.is_floating_point() or hidden.dtype == torch.float16:
+        raise TypeError(
+            f"{name} has dtype {hidden.dtype}; it must be float32, float64 or bfloat16 (in float16 gradients would be "
+            "lost before a GradScaler scales them)"
+        )
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{name} has shape {tuple(hidden.shape)}, its weight {tuple(weight.shape)}; they must be (..., H), (C, H)"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"the bias of {name} has shape {tuple(bias.shape)}; it must be {tuple(weight.shape[:1])}")
+    for what, x in (("weight", weight), ("bias", bias)):
+        if x is not None and (x.dtype, x.device) != (hidden.dtype, hidden.device):
+            raise ValueError(
+                f"the {what} of {name} is {x.dtype} on {x.device}; it must be {hidden.dtype} on {hidden.device}, as it"
+            )
+    return hidden.new_zeros(()).expand(*hidden.shape[:-1], weight.shape[0])
+
+
+def _run(
+    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Head | None, arguments: list[Any],
+    reduction: str, impl: str | None,
+) -> Tensor:  # fmt: skip
+    """The op over rows; arguments: what it takes behind its student, up to reduction."""
+    at = next(i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.dim() == 0)
+    targets, (tau, weights, mask, *options) = arguments[:at], arguments[at:]
+    if teacher is not None and any(x is not None and x.requires_grad for x in teacher):
+        raise ValueError("teacher requires grad; a teacher gets no gradient: detach its hidden, weight and bias")
+    if ops.transformed():  # the formula, on all logits
+        made = [F.linear(*teacher), *targets[1:]] if teacher is not None else targets
+        logits = F.linear(hidden, weight, bias)
+        return ops.run(name, logits, *made, tau, weights, mask, *options, reduction=reduction, impl=impl)
+    kept = _rows_that_count(name, targets, mask, options, weight.shape[0])
+    weights = _shares(hidden, weight.shape[0], weights, kept, reduction)
+    rows = [x.reshape(-1, *x.shape[hidden.dim() - 1 :]) for x in targets]
+    head: list[Tensor] = []
+    if teacher is not None:
+        head, rows = (
+            [teacher[0].reshape(-1, teacher[0].shape[-1]), *(x for x in teacher[1:] if x is not None)],
+            rows[1:],
+        )
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    loss: Tensor = torch.ops.mekd.linear_loss(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, rows, head, tau, weights,
+        None if kept is None else kept.reshape(-1), name, [str(x) for x in options], impl, wanted,
+    )[0]  # fmt: skip
+    return loss
+
+
+def _rows_that_count(
+    name: str, targets: list[Tensor], mask: Tensor | None, options: list[Any], classes: int
+) -> Tensor | None:
+    if name == "tempered_kl_labels":
+        return rows_with_label(targets[0], mask, options[0], classes)
+    if name == "dkd":
+        return rows_with_label(targets[1], mask, options[2], classes)
+    if name == "tempered_kl_topk":
+        return rows_with_answer(targets[1], mask, options[0])
+    return mask
+
+
+def _shares(hidden: Tensor, classes: int, weights: Tensor | None, kept: Tensor | None, reduction: str) -> Tensor | None:
+    """The rows' weights (N,) over what the reduction divides by, so that the parts' sums need only be added."""
+    if reduction == "sum":
+        return None if weights is None else weights.reshape(-1)
+    rows = math.prod(hidden.shape[:-1])
+    if reduction == "rowmean":
+        count = torch.full((), rows, device=hidden.device) if kept is None else kept.sum()
+    else:
+        first = hidden.shape[0] if hidden.dim() > 1 else classes
+        count = torch.full((), rows * classes if reduction == "mean" else first, device=hidden.device)
+    share = 1 / count.clamp_min(1).to(torch.float64)
+    return share.expand(rows) if weights is None else weights.reshape(-1) * share
+
+
+def _linear_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: list[Tensor], teacher: list[Tensor], tau: Tensor,
+    weights: Tensor | None, mask: Tensor | None, name: str, options: list[str], impl: str | None, wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The sum of the op's losses over rows (N, H), and the gradients of hidden, weight and bias where wanted."""
+    call, rows = ops.kernel_of(name, impl, hidden), hidden.shape[0]
+    part, others = max(1, -(-rows // PARTS)), _read(name, options)
+    loss = hidden.new_zeros((), dtype=accumulation_dtype(hidden))
+    grads = [torch.zeros_like(x) if wanted and x is not None else hidden.new_empty(0) for x in (hidden, weight, bias)]
+    of_hidden, of_weight, of_bias = grads
+    for begin in range(0, rows, part):
+        mine = slice(begin, begin + part)
+        logits = F.linear(hidden[mine], weight, bias)
+        made = [F.linear(teacher[0][mine], *teacher[1:])] if teacher else []
+        some = [None if x is None else x[mine] for x in (weights, mask)]
+        found, grad = call(logits, *made, *(x[mine] for x in targets), tau, *some, *others, "sum", wanted)
+        del logits, made
+        loss += found
+        if wanted:
+            torch.mm(grad, weight, out=of_hidden[mine])
+            of_weight.addmm_(grad.t(), _without_strays(hidden[mine], *some))
+            if bias is not None:
+                of_bias += grad.sum(0)
+    return loss, of_hidden, of_weight, of_bias
+
+
+def _read(name: str, options: list[str]) -> list[Any]:
+    """The op's last arguments but reduction and grad, from how they are written, by the types of its schema."""
+    kinds = [str(x.type) for x in ops.OPS[name].dispatch._schema.arguments[-2 - len(options) : -2]]
+    read: dict[str, Callable[[str], Any]] = {"bool": lambda x: x == "True", "int": int, "float": float, "str": str}
+    return [read[kind](x) for kind, x in zip(kinds, options, strict=True)]
+
+
+def _without_strays(hidden: Tensor, weights: Tensor | None, mask: Tensor | None) -> Tensor:
+    """hidden with 0 in rows that count for nothing, which may hold anything: a gradient of 0 times NaN is NaN."""
+    for off in (None if weights is None else weights == 0, None if mask is None else ~mask):
+        hidden = hidden if off is None else hidden.masked_fill(off.unsqueeze(-1), 0.0)
+    return hidden
+
+
+def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
+    shapes = [x.shape if others[-1] and x is not None else (0,) for x in (hidden, weight, bias)]
+    return hidden.new_empty((), dtype=accumulation_dtype(hidden)), *(hidden.new_empty(shape) for shape in shapes)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1 : 3 + (inputs[2] is not None)])
+    ctx.dtypes = [x.dtype for x in inputs[:3] if x is not None]
+    ctx.targets, ctx.teacher = len(inputs[3]), len(inputs[4])
+
+
+def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    grads = [*ops.scaled(ctx, upstream, looks=checks_values(upstream)), None][:3]
+    return (*grads, [None] * ctx.targets, [None] * ctx.teacher, *[None] * 7)
+
+
+ops.define_alone(
+    "linear_loss",
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor[] targets, Tensor[] teacher, Tensor tau, Tensor? weights, "
+    "Tensor? mask, str name, str[] options, str? impl, bool wanted",
+    4, _linear_loss, _fake, _keep, _backward,
+)  # fmt: skip
