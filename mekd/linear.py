@@ -18,8 +18,9 @@ from mekd.checks import check_choice, checks_values, rows_with_answer, rows_with
 from mekd.functional import dkd_arguments, jsd_arguments, kd_arguments
 from mekd.reference import accumulation_dtype
 
-#: Into how many parts the rows are cut: logits and gradient of one are a sixth of all.
-PARTS = 6
+#: Into how many parts the rows are cut, by the bytes of a number: logits and gradient of one take less than a quarter of
+#: what all of them do in float32, and the weight's gradient, which is read and written for each, is so but a few times.
+PARTS = {8: 10, 4: 5, 2: 3}
 #: What a loss for each row would need the logits again for is left out.
 REDUCTIONS = ("rowmean", "mean", "batchmean", "sum")
 #: A teacher as its own last layer: hidden (..., H'), weight (C, H') and bias (C,) or None.
@@ -217,7 +218,7 @@ def _linear_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The sum of the op's losses over rows (N, H), and the gradients of hidden, weight and bias where wanted."""
     call, rows = ops.kernel_of(name, impl, hidden), hidden.shape[0]
-    part, others = max(1, -(-rows // PARTS)), _read(name, options)
+    part, others = max(1, -(-rows // PARTS[hidden.element_size()])), _read(name, options)
     loss = hidden.new_zeros((), dtype=accumulation_dtype(hidden))
     grads = [torch.zeros_like(x) if wanted and x is not None else hidden.new_empty(0) for x in (hidden, weight, bias)]
     of_hidden, of_weight, of_bias = grads
@@ -234,6 +235,7 @@ def _linear_loss(
             of_weight.addmm_(grad.t(), _without_strays(hidden[mine], *some))
             if bias is not None:
                 of_bias += grad.sum(0)
+        del grad  # before the next part's
     return loss, of_hidden, of_weight, of_bias
 
 
@@ -259,11 +261,13 @@ def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1 : 3 + (inputs[2] is not None)])
     ctx.dtypes = [x.dtype for x in inputs[:3] if x is not None]
+    ctx.set_materialize_grads(False)  # zeros as large as the gradients
     ctx.targets, ctx.teacher = len(inputs[3]), len(inputs[4])
 
 
-def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-    grads = [*ops.scaled(ctx, upstream, looks=checks_values(upstream)), None][:3]
+def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    scaled = [] if upstream is None else ops.scaled(ctx, upstream, looks=checks_values(upstream))
+    grads = [*scaled, None, None, None][:3]
     return (*grads, [None] * ctx.targets, [None] * ctx.teacher, *[None] * 7)
 
 

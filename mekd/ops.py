@@ -172,9 +172,12 @@ def _define(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], dif
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*output[1:])
+        ctx.set_materialize_grads(False)  # zeros as large as the gradients, which nobody reads
         ctx.dtypes = [x.dtype for x in inputs[:differentiable]]
 
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * count
         return (*scaled(ctx, upstream, looks=False), *[None] * (count - differentiable))
 
     op = getattr(torch.ops.mekd, name).default

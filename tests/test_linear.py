@@ -80,7 +80,7 @@ def test_a_teacher_as_its_own_layer(kind: str) -> None:
             torch.testing.assert_close(mine, plain)
 
 
-@pytest.mark.parametrize("rows", [(0,), (1,), (PARTS - 1,), (PARTS + 1,), (2, 5, 3), ()])
+@pytest.mark.parametrize("rows", [(0,), (1,), (9,), (11,), (2, 5, 3), ()])
 def test_any_leading_shape(rows: tuple[int, ...]) -> None:
     parts, target = layer(torch.float64, rows=rows), numbers(*rows, C, seed=4)
     for reduction in linear.REDUCTIONS:
@@ -226,7 +226,7 @@ def test_what_it_needs_is_a_part_of_the_logits() -> None:
             "reference", True,
         )  # fmt: skip
     assert found[2].shape == weight.shape
-    parts = torch.nn.functional.linear(hidden[: -(-rows // PARTS)], weight).numel()
+    parts = torch.nn.functional.linear(hidden[: -(-rows // PARTS[4])], weight).numel()
     assert not made or max(made) <= parts
 
 
