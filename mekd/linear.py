@@ -18,8 +18,8 @@ from mekd.checks import check_choice, checks_values, rows_with_answer, rows_with
 from mekd.functional import dkd_arguments, jsd_arguments, kd_arguments
 from mekd.reference import accumulation_dtype
 
-#: Into how many parts the rows are cut, by the bytes of a number: logits and gradient of one take less than a quarter of
-#: what all of them do in float32, and the weight's gradient, which is read and written for each, is so but a few times.
+#: Into how many parts the rows are cut, by the bytes of a number: logits and gradient of one take less than a quarter
+#: of what all do in float32, and the weight's gradient is read and written, once a part, but a few times.
 PARTS = {8: 10, 4: 5, 2: 3}
 #: What a loss for each row would need the logits again for is left out.
 REDUCTIONS = ("rowmean", "mean", "batchmean", "sum")
