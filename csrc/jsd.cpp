@@ -1,5 +1,5 @@
-// The generalised Jensen-Shannon divergence beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, of two
-// softmaxes or of log-probabilities taken as they are; beta = 0 is KL(p || q) and beta = 1 is KL(q || p).
+// Divergences through a mixture, left KL(p || m) + right KL(q || m), m = beta p + (1 - beta) q, of two softmaxes or of
+// log-probabilities taken as they are; beta = 0 is left KL(p || q) and beta = 1 is right KL(q || p).
 #include "softmax.h"
 
 namespace mekd {
@@ -11,12 +11,15 @@ struct Weigher {
   using V = Vec<A>;
   // Below this gap = log p - log q, the series: the formula is a difference of numbers 1 / gap times as large.
   static constexpr A kClose = std::is_same_v<A, float> ? 0.25 : 0.0078125;
-  double beta;
-  A b, c, bc; // beta, 1 - beta (which float may round to 1 or 0), and their product
+  double beta, left, right;
+  A b, c; // beta, 1 - beta (which float may round to 1 or 0)
+  A k;    // beta right - (1 - beta) left, 0 in the Jensen-Shannon divergence
   std::array<A, 6> mixture; // of log(m / q) = beta gap + gap^2 (mixture[5] + mixture[4] gap + ...)
 
-  explicit Weigher(double weight)
-      : beta(weight), b(static_cast<A>(weight)), c(static_cast<A>(1 - weight)), bc(static_cast<A>(weight * (1 - weight))) {
+  Weigher(double weight, double of_p, double of_q)
+      : beta(weight), left(of_p), right(of_q), b(static_cast<A>(weight)), c(static_cast<A>(1 - weight)),
+        k(static_cast<A>(weight * of_q - (1 - weight) * of_p)) {
+    if (std::abs(k) < 4 * std::numeric_limits<A>::epsilon()) k = 0;
     // The cumulants of a coin that shows 1 with probability beta.
     const double v = weight * (1 - weight), skew = 1 - 2 * weight;
     mixture = {
@@ -36,27 +39,36 @@ struct Weigher {
   }
 
   V operator()(V p, V q, V log_p, V log_q, V gap, V& slope) const {
-    if (beta == 0) return slope = V(0) - p, product(p, gap);
+    const V l(static_cast<A>(left)), r(static_cast<A>(right));
+    if (beta == 0) return slope = -(l * p), l * product(p, gap);
     if (beta == 1) {
-      slope = select<A>(q == V(0), V(0), q * (V(1) - gap));
-      return product(q, V(0) - gap);
+      slope = r * select<A>(q == V(0), V(0), q * (V(1) - gap));
+      return r * product(q, -gap);
     }
-    const V log_m = log(V(b) * p + V(c) * q);
-    const V over = product(q, log_q - log_m);
-    // p / q - 1, and log(m / q) but for its first term.
-    const V more = gap + gap * gap * polynomial<6>(gap, {A(1. / 5040), A(1. / 720), A(1. / 120), A(1. / 24), A(1. / 6), A(.5)});
+    const V m = V(b) * p + V(c) * q, log_m = log(m);
+    const V over = r * product(q, log_q - log_m);
+    // p / q - 1, and log(m / q), both but for their first terms.
+    const V extra = gap * gap * polynomial<6>(gap, {A(1. / 5040), A(1. / 720), A(1. / 120), A(1. / 24), A(1. / 6), A(.5)});
     const V second = gap * gap * polynomial<6>(gap, mixture);
+    const V more = gap + extra;
     const auto close = abs(gap) < V(kClose); // not so for NaN, the gap between two masked classes
-    // The derivatives of log m cancel against those of m.
-    slope = select<A>(close, V(0) - V(c) * q * (V(b) * gap + second), V(c) * over);
-    return select<A>(close, q * (V(bc) * gap * more - second * (V(1) + V(b) * more)), V(b) * product(p, log_p - log_m) + V(c) * over);
+    // The derivatives of log m cancel against those of m, but for k; and k (p - q) is 0 over all classes, as is what a
+    // slope of a constant times q is through a softmax: without them what is left is small where p and q are close.
+    slope = select<A>(close, V(0) - r * q * (V(b) * gap + second), over);
+    V near = q * (l * V(c) * gap * more - second * (l * (V(1) + more) + r)), far = l * product(p, log_p - log_m) + over;
+    if (k != 0) {
+      slope = slope + V(k * c) * product(q, select<A>(close, more / (V(1) + V(b) * more), (p - q) / m));
+      near = near + V(k) * q * extra;
+      far = far + V(k) * (p - q);
+    }
+    return select<A>(close, near, far);
   }
 };
 
 Result jsd(
     const Tensor& student, const Tensor& teacher, const Tensor& tau_tensor, const std::optional<Tensor>& weights,
-    const std::optional<Tensor>& mask, double beta, bool log_probs, std::string_view scale, std::string_view reduction,
-    bool grad) {
+    const std::optional<Tensor>& mask, double beta, double left, double right, bool log_probs, std::string_view scale,
+    std::string_view reduction, bool grad) {
   MEKD_CHECK(
       teacher.sizes() == student.sizes(), "teacher has shape ", teacher.sizes(), "; it must be ", student.sizes());
   const double tau = positive(tau_tensor);
@@ -68,7 +80,7 @@ Result jsd(
     const Factors factors = factors_of(student, scale_factor(scale, tau), reduction, weights, kept_rows(mask, s.tensor.size(0)));
     const A unit = static_cast<A>(kLog2e / tau);
     const Output<A> output(grad_dtype(student));
-    const Weigher<A> weigh(beta);
+    const Weigher<A> weigh(beta, left, right);
     return for_rows<A>(student, factors, grad, [&](int64_t i, Scratch<A>& scratch, double factor, char* to) {
       const auto read_s = [&](int64_t begin, int64_t n, A* buffer) { return s(i, begin, n, buffer); };
       const auto read_t = [&](int64_t begin, int64_t n, A* buffer) { return t(i, begin, n, buffer); };

@@ -1,5 +1,5 @@
-"""The generalised Jensen-Shannon divergence beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, of two
-softmaxes or of log-probabilities taken as they are; beta = 0 is KL(p || q) and beta = 1 is KL(q || p)."""
+"""Divergences through a mixture, left KL(p || m) + right KL(q || m), m = beta p + (1 - beta) q, of two softmaxes or of
+log-probabilities taken as they are; beta = 0 is left KL(p || q) and beta = 1 is right KL(q || p)."""
 
 import triton
 import triton.language as tl
@@ -11,19 +11,24 @@ from mekd.kernels.softmax import absorb, exponents, product, refer
 
 
 @triton.jit
-def _parts(q, p, gap, beta, other, LIMIT: tl.constexpr, LOGS: tl.constexpr):
+def _parts(q, p, gap, beta, other, left, right, LIMIT: tl.constexpr, LOGS: tl.constexpr):
     """What each class adds to the loss, and its derivative in log q. gap: log p - log q; other: 1 - beta."""
+    beta = number(beta, gap.dtype)
+    other = number(other, gap.dtype)
+    left = number(left, gap.dtype)
+    right = number(right, gap.dtype)
     if LIMIT == 0:
-        return product(p, gap), -p
+        return left * product(p, gap), -left * p
     if LIMIT == 1:
         # Through a log softmax the 1 would cancel.
-        return product(q, -gap), product(q, 1 - gap) if LOGS else product(q, -gap)
+        return right * product(q, -gap), right * (product(q, 1 - gap) if LOGS else product(q, -gap))
     # Below this gap the series, as in csrc/jsd.cpp: the formula is a difference of numbers 1 / gap times as large.
     close = tl.abs(gap) < (0.0078125 if gap.dtype == tl.float64 else 0.25)
     v = beta * other
     skew = other - beta
     more = 1 / 24 + gap * (1 / 120 + gap * (1 / 720 + gap / 5040))
-    more = gap + gap * gap * (0.5 + gap * (1 / 6 + gap * more))
+    extra = gap * gap * (0.5 + gap * (1 / 6 + gap * more))
+    more = gap + extra
     second = v * (1 - 30 * v + 120 * v * v) / 720 + gap * (v * skew * (1 - 60 * v + 360 * v * v) / 5040)
     second = v * (1 - 6 * v) / 24 + gap * (v * skew * (1 - 12 * v) / 120 + gap * second)
     second = gap * gap * (v / 2 + gap * (v * skew / 6 + gap * second))
@@ -33,11 +38,15 @@ def _parts(q, p, gap, beta, other, LIMIT: tl.constexpr, LOGS: tl.constexpr):
     most_q = -tl.log(other)
     over_p = tl.log(p / m)
     over_q = tl.log(q / m)
-    # The derivatives of log m cancel against those of m.
-    slope = other * product(q, tl.where(over_q > most_q, most_q, over_q))
-    part = beta * product(p, tl.where(over_p > most_p, most_p, over_p)) + slope
-    part = tl.where(close, q * (v * gap * more - second * (1 + beta * more)), part)
-    return part, tl.where(close, -other * q * (beta * gap + second), slope)
+    # As in csrc/jsd.cpp: the derivatives of log m cancel against those of m, but for k.
+    k = beta * right - other * left
+    k = tl.where(tl.abs(k) < (1e-15 if gap.dtype == tl.float64 else 5e-7), 0.0, k).to(gap.dtype)
+    slope = right * product(q, tl.where(over_q > most_q, most_q, over_q))
+    part = left * product(p, tl.where(over_p > most_p, most_p, over_p)) + slope + k * (p - q)
+    near = q * (left * other * gap * more - second * (left * (1 + more) + right) + k * extra)
+    slope = tl.where(close, -right * q * (beta * gap + second), slope)
+    slope += k * other * product(q, tl.where(close, more / (1 + beta * more), (p - q) / m))
+    return tl.where(close, near, part), slope
 
 
 @triton.jit
@@ -50,7 +59,7 @@ def _total(parts, LIMIT: tl.constexpr, LOGS: tl.constexpr):
 @triton.jit
 def _tile(
     student, tau, weights, mask, count, losses, gradient, rows, by: tl.float64, teacher,
-    beta: tl.float64, other: tl.float64,
+    beta: tl.float64, other: tl.float64, left: tl.float64, right: tl.float64,
     CLASSES: tl.constexpr, STEP: tl.constexpr, POWER: tl.constexpr, A: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TEACHER_STEP: tl.constexpr, LIMIT: tl.constexpr, LOGS: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +82,7 @@ def _tile(
         q /= z_s[:, None]
         p /= z_t[:, None]
         gap = a - b + tl.log(z_s / z_t)[:, None]
-    part, slope = _parts(q, p, gap, number(beta, A), number(other, A), LIMIT, LOGS)
+    part, slope = _parts(q, p, gap, beta, other, left, right, LIMIT, LOGS)
     store_losses(losses, _total(part, LIMIT, LOGS), factors, row, there, on)
     if gradient is not None:
         if LOGS:
@@ -94,7 +103,7 @@ def _load_exponents(
 @triton.jit
 def _online(
     student, tau, weights, mask, count, losses, gradient, rows, by: tl.float64, teacher,
-    beta: tl.float64, other: tl.float64,
+    beta: tl.float64, other: tl.float64, left: tl.float64, right: tl.float64,
     CLASSES: tl.constexpr, STEP: tl.constexpr, POWER: tl.constexpr, A: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TEACHER_STEP: tl.constexpr, LIMIT: tl.constexpr, LOGS: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +136,7 @@ def _online(
         a = _load_exponents(teacher, row, start + lanes, on, top_t, inverse, TEACHER_STEP, CLASSES, A, LOGS)
         q = tl.exp(b) / z_s[:, None]
         p = tl.exp(a) / z_t[:, None]
-        part, slope = _parts(q, p, a - b + log_z, number(beta, A), number(other, A), LIMIT, LOGS)
+        part, slope = _parts(q, p, a - b + log_z, beta, other, left, right, LIMIT, LOGS)
         parts += part
         slopes += slope
     store_losses(losses, _total(parts, LIMIT, LOGS), factors, row, there, on)
@@ -139,14 +148,14 @@ def _online(
             a = _load_exponents(teacher, row, start + lanes, on, top_t, inverse, TEACHER_STEP, CLASSES, A, LOGS)
             q = tl.exp(b) / z_s[:, None]
             p = tl.exp(a) / z_t[:, None]
-            _, slope = _parts(q, p, a - b + log_z, number(beta, A), number(other, A), LIMIT, LOGS)
+            _, slope = _parts(q, p, a - b + log_z, beta, other, left, right, LIMIT, LOGS)
             grad = (slope if LOGS else slope - q * pull) * rate
             store(gradient, grad, row, start + lanes, there, on, CLASSES)
 
 
 def jsd(
     student: Tensor, teacher: Tensor, tau: Tensor, weights: Tensor | None, mask: Tensor | None,
-    beta: float, log_probs: bool, scale: str, reduction: str, grad: bool,
+    beta: float, left: float, right: float, log_probs: bool, scale: str, reduction: str, grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss and gradient of logits, or log-probabilities, (..., C) against the same (Agarwal et al., 2024).
 
@@ -157,5 +166,6 @@ def jsd(
     theirs = as_rows(teacher)
     return run(
         "jsd", (_tile, _online), student, (theirs,), tau, weights, mask, scale, reduction, grad, beta, 1 - beta,
+        left, right,
         TEACHER_STEP=theirs.stride(0), LIMIT=int(beta) if beta in (0, 1) else None, LOGS=log_probs,
     )  # fmt: skip

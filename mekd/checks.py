@@ -11,6 +11,7 @@ SCALES = ("tau2", "tau", "one")
 REDUCTIONS = ("rowmean", "none", "mean", "batchmean", "sum")
 #: Of losses that have no rows of classes: every sample counts.
 SAMPLE_REDUCTIONS = ("none", "mean", "batchmean", "sum")
+DIRECTIONS = ("forward", "reverse", "symmetric")
 TOPK_RESTS = ("spread", "drop", "tail")
 
 

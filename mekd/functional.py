@@ -20,22 +20,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mekd import ops
+from mekd import ops, reference
 from mekd.checks import (
+    DIRECTIONS,
     REDUCTIONS,
     SAMPLE_REDUCTIONS,
     SCALES,
     SLACK,
     TOPK_RESTS,
+    check_best,
     check_choice,
     check_device,
     check_floating,
     check_floor,
     check_labels,
+    check_named_classes,
+    check_probabilities,
     check_rows,
     check_student,
     check_teacher,
     check_weight,
+    rows_with_answer,
     slack_of,
     tau_tensor,
 )
@@ -54,6 +59,8 @@ def kd_loss(
     topk: tuple[Tensor, Tensor] | None = None,
     tau: float | Tensor = 1.0,
     scale: str = "tau2",
+    direction: str = "forward",
+    skew: float = 0.0,
     rest: str = "spread",
     floor: float = 0.0,
     ignore_index: int = -100,
@@ -71,18 +78,27 @@ def kd_loss(
     against what the student gives to all of them together (rest="tail"; no Triton kernel yet). An index of -1 is an
     absent entry, whose value may be anything; a row of such is uniform when spread, and else does not count.
     A row of probs sums to 1, and one of values to 1 at most, give or take 1e-2 and floor a class: half the step of
-    values that were rounded (0.005 for two decimals). scale: "tau2", "tau" or "one". For the rest see mekd.functional.
+    values that were rounded (0.005 for two decimals). scale: "tau2", "tau" or "one".
+
+    direction: "forward" is KL(p || q), "reverse" KL(q || p), q the student's, "symmetric" their mean. skew in [0, 1):
+    what the second is mixed with of the first, KL(p || (1 - skew) q + skew p), and so in reverse (Lee, 2001).
+    Directions other than forward, and a skew, take no labels, nor rest="drop". For the rest see mekd.functional.
     """
-    name, arguments = kd_arguments(
-        student, logits, probs, labels, topk, tau, scale, rest, floor, ignore_index, weights, mask, dim, reduction
-    )
-    return ops.run(name, *arguments, reduction=reduction, impl=impl)
+    check_choice("direction", direction, DIRECTIONS)
+    losses = []
+    for way in ("forward", "reverse") if direction == "symmetric" else (direction,):
+        name, arguments = kd_arguments(
+            student, logits, probs, labels, topk, tau, scale, way, skew, rest, floor, ignore_index, weights, mask, dim,
+            reduction,
+        )  # fmt: skip
+        losses.append(ops.run(name, *arguments, reduction=reduction, impl=impl))
+    return losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2
 
 
 def kd_arguments(
     student: Tensor, logits: Tensor | None, probs: Tensor | None, labels: Tensor | None,
-    topk: tuple[Tensor, Tensor] | None, tau: float | Tensor, scale: str, rest: str, floor: float, ignore_index: int,
-    weights: Tensor | None, mask: Tensor | None, dim: int, reduction: str,
+    topk: tuple[Tensor, Tensor] | None, tau: float | Tensor, scale: str, direction: str, skew: float, rest: str,
+    floor: float, ignore_index: int, weights: Tensor | None, mask: Tensor | None, dim: int, reduction: str,
 ) -> Arguments:  # fmt: skip
     """What kd_loss runs, checked."""
     if (logits is not None) + (probs is not None) + (labels is not None) + (topk is not None) != 1:
@@ -92,6 +108,15 @@ def kd_arguments(
     check_choice("scale", scale, SCALES)
     check_choice("reduction", reduction, REDUCTIONS)
     check_floor(floor)
+    mixed = direction != "forward" or skew != 0
+    if not 0 <= skew < 1:
+        raise ValueError(f"skew is {skew}; it must be at least 0 and below 1")
+    if mixed and (labels is not None or (topk is not None and rest == "drop")):
+        what = "labels" if labels is not None else "topk with rest='drop'"
+        raise ValueError(
+            f"direction is {direction!r} and skew {skew:g} with {what}, whose probabilities of 0 make the divergence "
+            "infinite or say nothing: use direction='forward' and skew=0, or another target, or another rest"
+        )
     student = _classes_last(student, dim)
     tau = tau_tensor(tau, student.device)
     check_student("student", student)
@@ -114,12 +139,36 @@ def kd_arguments(
         check_teacher("topk values", values, values)
         check_device("topk values", values, student)
         slack = slack_of(values, floor)
+        if mixed:
+            check_best(values, indices, mask, slack, rest, student.shape[-1])
+            check_named_classes(indices, student.shape[-1], mask)
+            mask = rows_with_answer(indices, mask, rest)
+            if rest == "tail":
+                log_p, log_q = reference.buckets(student, values, indices, tau)
+                return _through_mixture(log_q, log_p, direction, skew, tau, weights, mask, True, scale)
+            filled = reference.fill_topk(values, indices, student.shape[-1])
+            return _through_mixture(student, filled.log(), direction, skew, tau, weights, mask, False, scale)
         return "tempered_kl_topk", (student, values, indices, tau, weights, mask, rest, slack, scale)
     target = logits if logits is not None else probs
     assert target is not None
     target = _classes_last(target, dim)
     check_teacher("probs" if logits is None else "logits", target, student)
-    return "tempered_kl", (student, target, tau, weights, mask, logits is None, slack_of(target, floor), scale)
+    slack = slack_of(target, floor)
+    if mixed:
+        if logits is None:
+            check_probabilities(target, mask, slack)
+            target = target.to(accumulation_dtype(target)).clamp_min(0).log()
+        return _through_mixture(student, target, direction, skew, tau, weights, mask, False, scale)
+    return "tempered_kl", (student, target, tau, weights, mask, logits is None, slack, scale)
+
+
+def _through_mixture(
+    student: Tensor, teacher: Tensor, direction: str, skew: float, tau: Tensor, weights: Tensor | None,
+    mask: Tensor | None, log_probs: bool, scale: str,
+) -> Arguments:  # fmt: skip
+    """KL of one side against a mixture of both, as the op jsd has it."""
+    beta, left, right = (skew, 1.0, 0.0) if direction == "forward" else (1.0 - skew, 0.0, 1.0)
+    return "jsd", (student, teacher, tau, weights, mask, beta, left, right, log_probs, scale)
 
 
 def logit_standardized_kd_loss(
@@ -231,7 +280,8 @@ def jsd_arguments(
     check_teacher("teacher", teacher, student)
     check_rows(weights, mask, student.shape[:-1], student)
     tau = tau_tensor(tau, student.device)
-    return "jsd", (student, teacher, tau, weights, mask, float(beta), log_probs, scale)
+    left, right = float(beta or 1), float(1 - beta or 1)  # of the limits, what is not 0
+    return "jsd", (student, teacher, tau, weights, mask, float(beta), left, right, log_probs, scale)
 
 
 def image_l1_loss(

@@ -39,6 +39,8 @@ def linear_kd_loss(
     topk: tuple[Tensor, Tensor] | None = None,
     tau: float | Tensor = 1.0,
     scale: str = "tau2",
+    direction: str = "forward",
+    skew: float = 0.0,
     rest: str = "spread",
     floor: float = 0.0,
     ignore_index: int = -100,
@@ -51,18 +53,23 @@ def linear_kd_loss(
 
     hidden: (..., H), weight (C, H), bias (C,): float32, float64 or bfloat16, all alike (under autocast they are cast to
     its dtype, as F.linear does). Exactly one target: teacher, whose logits are made of its own hidden, weight and bias,
-    or one of kd_loss's. reduction "none" is refused. Raises ValueError or TypeError naming the argument.
+    or one of kd_loss's. reduction "none" is refused, and direction "symmetric" is two calls. Raises ValueError
+    or TypeError naming the argument.
     """
     check_choice("reduction", reduction, REDUCTIONS)
     hidden, weight, bias = _in_one_dtype(hidden, weight, bias)
     student = _stand_in("hidden", hidden, weight, bias)
+    check_choice("direction", direction, ("forward", "reverse"))
+    if topk is not None and rest == "tail" and (direction != "forward" or skew):
+        raise ValueError("rest='tail' with another direction than forward, or a skew, takes all logits: use kd_loss")
     if teacher is not None:
         if (logits, probs, labels, topk) != (None, None, None, None):
             raise ValueError("teacher and another target are given; give one of teacher, logits, probs, labels, topk")
         logits = _stand_in("teacher's hidden", *teacher)
     name, (_, *arguments) = kd_arguments(
-        student, logits, probs, labels, topk, tau, scale, rest, floor, ignore_index, weights, mask, -1, reduction
-    )
+        student, logits, probs, labels, topk, tau, scale, direction, skew, rest, floor, ignore_index, weights, mask, -1,
+        reduction,
+    )  # fmt: skip
     return _run(name, hidden, weight, bias, teacher, arguments, reduction, impl)
 
 

@@ -293,7 +293,11 @@ _define(
     f"Tensor student, Tensor teacher, Tensor labels, {_ROWS}, float alpha, float beta, int ignore_index, str scale",
     _fake_rows,
 )
-_define("jsd", f"Tensor student, Tensor teacher, {_ROWS}, float beta, bool log_probs, str scale", _fake_rows)
+_define(
+    "jsd",
+    f"Tensor student, Tensor teacher, {_ROWS}, float beta, float left, float right, bool log_probs, str scale",
+    _fake_rows,
+)
 _define("tanh_l1", "Tensor a, Tensor b, Tensor? weights, bool tanh, bool finished", _fake_samples)
 _define(
     "gan_generator",

@@ -85,7 +85,8 @@ def tempered_kl_topk(
     when spread does a row without any entry say something: else its loss is 0.
     """
     if rest == "tail":
-        return _kl_of_buckets(student, values, indices, tau)
+        log_p, log_q = buckets(student, values, indices, tau)
+        return _at_least_0(_kl_term(log_p, log_q).sum(-1))
     target = fill_topk(values, indices, student.shape[-1], rest)
     if rest == "spread":
         return tempered_kl(student, target, tau, probs=True)
@@ -93,8 +94,11 @@ def tempered_kl_topk(
     return tempered_kl(student.masked_fill(silent.unsqueeze(-1), 0.0), target, tau, probs=True).masked_fill(silent, 0.0)
 
 
-def _kl_of_buckets(student: Tensor, values: Tensor, indices: Tensor, tau: Tensor | float) -> Tensor:
-    """KL over the named classes (N, K) and one bucket for the n others, in which the teacher has n equal parts."""
+def buckets(student: Tensor, values: Tensor, indices: Tensor, tau: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities log p, log q (N, K + 1) of the named classes, and of one bucket for the n others.
+
+    In the bucket the teacher has n equal parts; of an absent entry both are -inf.
+    """
     named, dtype = indices >= 0, accumulation_dtype(student)
     values = values.to(accumulation_dtype(values)).masked_fill(~named, 0.0)
     unnamed = student.shape[-1] - named.sum(-1, keepdim=True).to(values.dtype)
@@ -108,8 +112,8 @@ def _kl_of_buckets(student: Tensor, values: Tensor, indices: Tensor, tau: Tensor
     others = scaled.masked_fill(among, -math.inf)
     empty = (others == -math.inf).all(-1, keepdim=True)
     together = others.masked_fill(empty, 0.0).logsumexp(-1, keepdim=True).masked_fill(empty, -math.inf)
-    log_q = torch.cat([scaled.gather(-1, indices.clamp_min(0)), together], -1) - scaled.logsumexp(-1, keepdim=True)
-    return _at_least_0(_kl_term(log_p, log_q).sum(-1))
+    mine = scaled.gather(-1, indices.clamp_min(0)).masked_fill(~named, -math.inf)
+    return log_p, torch.cat([mine, together], -1) - scaled.logsumexp(-1, keepdim=True)
 
 
 def tanh_l1(a: Tensor, b: Tensor, tanh: bool = True, finished: bool = False) -> Tensor:
@@ -159,23 +163,27 @@ def _kl_term(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).masked_fill(p == 0, 0.0)
 
 
-def jsd(student: Tensor, teacher: Tensor, tau: Tensor | float, beta: float, log_probs: bool = False) -> Tensor:
-    """Generalised Jensen-Shannon divergence beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
+def jsd(
+    student: Tensor, teacher: Tensor, tau: Tensor | float, beta: float, left: float, right: float,
+    log_probs: bool = False,
+) -> Tensor:  # fmt: skip
+    """Divergences through a mixture m = beta p + (1 - beta) q: left KL(p || m) + right KL(q || m).
 
-    student, teacher: logits (N, C), or log-probabilities that are taken as they are (tau is then not used). beta = 0
-    means KL(p || q) and beta = 1 means KL(q || p), the limits of the formula divided by beta and by 1 - beta.
+    student, teacher: logits (N, C), or log-probabilities that are taken as they are (tau is then not used). left = beta
+    and right = 1 - beta are the generalised Jensen-Shannon divergence; with left = 1 and right = 0 it is the skewed KL
+    of Lee (2001), and at beta = 0 KL(p || q); with left = 0 and right = 1 the same of q, and at beta = 1 KL(q || p).
     """
     log_q = student.to(accumulation_dtype(student)) if log_probs else log_softmax(student, tau)
     log_p = teacher.to(log_q.dtype) if log_probs else log_softmax(teacher, tau).to(log_q.dtype)
     if beta in (0, 1):
-        losses = (_kl_term(log_p, log_q) if beta == 0 else _kl_term(log_q, log_p)).sum(-1)
+        losses = (left * _kl_term(log_p, log_q) if beta == 0 else right * _kl_term(log_q, log_p)).sum(-1)
         # Log-probabilities that do not add up to 1 may have a KL below 0.
         return losses if log_probs else _at_least_0(losses)
     masked = (log_p == -math.inf) & (log_q == -math.inf)  # 0 log 0 = 0, and a gradient of 0
     log_p, log_q = log_p.masked_fill(masked, -1e30), log_q.masked_fill(masked, -1e30)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     log_m = log_m + torch.where(log_p == log_q, log_p - log_m, 0.0).detach()  # equal sides have no distance, to the bit
-    return _at_least_0((beta * _kl_term(log_p, log_m) + (1 - beta) * _kl_term(log_q, log_m)).sum(-1))
+    return _at_least_0((_times(left, _kl_term(log_p, log_m)) + _times(right, _kl_term(log_q, log_m))).sum(-1))
 
 
 def _at_least_0(losses: Tensor) -> Tensor:
@@ -264,13 +272,13 @@ def dkd_loss(
 
 def jsd_loss(
     student: Tensor, teacher: Tensor, tau: Tensor, weights: Tensor | None, mask: Tensor | None,
-    beta: float, log_probs: bool, scale: str, reduction: str,
+    beta: float, left: float, right: float, log_probs: bool, scale: str, reduction: str,
 ) -> Tensor:  # fmt: skip
     """jsd of (..., C), weighted, masked, scaled and reduced."""
     check_tau(tau)
     kept = _weighing(weights, mask)
     student, teacher = _hide(student, kept, 0.0), _hide(teacher, kept, 0.0)
-    losses = jsd(student, teacher, tau, beta, log_probs)
+    losses = jsd(student, teacher, tau, beta, left, right, log_probs)
     return _rows(losses, student, tau, weights, mask, scale, reduction)
 
 

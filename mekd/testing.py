@@ -37,6 +37,9 @@ ROW_KINDS = [
     "jsd-forward",
     # ... its limit KL(q || p) ...
     "jsd-reverse",
+    # ... the skewed divergences, KL(p || m) and KL(q || m) alone ...
+    "jsd-skew",
+    "jsd-skew-reverse",
     # ... and log-probabilities that are taken as they are.
     "jsd-log",
 ]
@@ -75,6 +78,9 @@ TOPK_KINDS = ("spread", "drop", "tail")
 NOT_IN_TRITON = ("tail",)
 IGNORED = -100
 BETAS = {"jsd": 0.3, "jsd-forward": 0.0, "jsd-reverse": 1.0, "jsd-log": 0.6}
+#: kd_loss by its direction, skewed: the mixture's share of the teacher, and what is compared with it.
+SKEWED = {"jsd-skew": "forward", "jsd-skew-reverse": "reverse"}
+SKEW = 0.2
 
 
 @dataclass
@@ -97,7 +103,7 @@ class Problem:
             return generator_loss
         if self.kind == "dkd":
             return dkd_loss
-        return jsd_loss if self.kind.startswith("jsd") else kd_loss
+        return jsd_loss if self.kind in BETAS else kd_loss
 
     def loss(self, *students: Tensor, **others: Any) -> Tensor:
         """The loss of these students, or of its own."""
@@ -169,6 +175,10 @@ def make(
             student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
         return Problem(
             kind, [to(student)], {"teacher": to(teacher)}, {"beta": BETAS[kind], "log_probs": as_log, **options}
+        )
+    if kind in SKEWED:
+        return Problem(
+            kind, [to(student)], {"logits": to(teacher)}, {"direction": SKEWED[kind], "skew": SKEW, **options}
         )
     target = {"logits": to(teacher), "probs": to(teacher.softmax(-1)), "labels": labels}[kind]
     return Problem(kind, [to(student)], {kind: target}, options)
@@ -260,13 +270,23 @@ def _row_losses(kind: str, x: Tensor, target: dict[str, Any], options: dict[str,
         assert labels is not None
         losses = reference.dkd(rows, of(target["teacher"]), labels, tau, options.get("alpha", 1.0), options["beta"])
     else:
-        losses = reference.jsd(rows, of(target["teacher"]), tau, options["beta"], options["log_probs"])
+        weighing = weights_of(kind, options)
+        teacher = of(target["logits" if kind in SKEWED else "teacher"])
+        losses = reference.jsd(rows, teacher, tau, *weighing, options.get("log_probs", False))
     scale = options.get("scale", "one" if kind in BETAS else "tau2")
     losses = losses * (tau * tau if scale == "tau2" else tau if scale == "tau" else 1.0)
     if options.get("weights") is not None:
         losses = losses * options["weights"].reshape(-1)[kept]
     everywhere = torch.zeros(len(kept), dtype=losses.dtype).index_put((kept.nonzero().squeeze(1),), losses)
     return everywhere.reshape(lead), int(kept.sum())
+
+
+def weights_of(kind: str, options: dict[str, Any]) -> tuple[float, float, float]:
+    """The jsd op's beta, left and right in a problem of this kind."""
+    if kind in SKEWED:
+        return (SKEW, 1.0, 0.0) if SKEWED[kind] == "forward" else (1 - SKEW, 0.0, 1.0)
+    beta = options["beta"]
+    return beta, beta or 1 - beta, 1 - beta or beta
 
 
 #: One rounding to the dtype that a gradient is stored in: half a unit in the last place, and half the least number.

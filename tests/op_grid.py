@@ -15,19 +15,21 @@ from mekd.testing import (
     NOT_IN_TRITON,
     ROW_KINDS,
     SHAPES,
+    SKEWED,
     TOPK_KINDS,
     Problem,
     check,
     make,
     result,
     truth,
+    weights_of,
     within,
 )
 
 __all__ = [
     "BETAS", "DEVICES", "DTYPES", "FUSED", "GAN_KINDS", "IGNORED", "IMAGE_KINDS", "IMPLS", "KERNELS", "KINDS",
-    "NOT_IN_TRITON", "OF_EACH_OP", "ROW_KINDS", "RUNS_HERE", "SHAPES", "TOPK_KINDS", "TRITON_RUNS", "Problem", "check",
-    "compiled_only", "make", "result", "truth", "within",
+    "NOT_IN_TRITON", "OF_EACH_OP", "ROW_KINDS", "RUNS_HERE", "SHAPES", "SKEWED", "TOPK_KINDS", "TRITON_RUNS", "Problem",
+    "check", "compiled_only", "make", "result", "truth", "weights_of", "within",
 ]  # fmt: skip
 #: Every backend by name, and where its tensors live. One more backend is one more entry in each.
 DEVICES = {"cpp": "cpu", "reference": "cpu", "triton": "cpu" if extension.INTERPRETED else "cuda"}

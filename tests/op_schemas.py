@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from mekd.checks import SLACK
-from op_grid import BETAS, IMAGE_KINDS, TOPK_KINDS, Problem
+from op_grid import BETAS, IMAGE_KINDS, SKEWED, TOPK_KINDS, Problem, weights_of
 
 
 def direct(problem: Problem, reduction: str, grad: bool) -> tuple[Any, list[Any]]:
@@ -40,6 +40,8 @@ def direct(problem: Problem, reduction: str, grad: bool) -> tuple[Any, list[Any]
         ]  # fmt: skip
     if kind in BETAS:
         return ops.jsd.default, [
-            *students, target["teacher"], *rows, options["beta"], options["log_probs"], "one", *rest,
+            *students, target["teacher"], *rows, *weights_of(kind, options), options["log_probs"], "one", *rest,
         ]  # fmt: skip
+    if kind in SKEWED:
+        return ops.jsd.default, [*students, target["logits"], *rows, *weights_of(kind, options), False, "tau2", *rest]
     return ops.tempered_kl.default, [*students, target[kind], *rows, kind == "probs", SLACK, "tau2", *rest]
