@@ -11,17 +11,17 @@ from mekd.kernels.softmax import absorb, exponents, product, refer
 
 
 @triton.jit
-def _parts(q, p, gap, beta, other, left, right, LIMIT: tl.constexpr, LOGS: tl.constexpr):
+def _parts(q, p, gap, beta, other, left, right, LIMIT: tl.constexpr, LOGS: tl.constexpr, SKEWED: tl.constexpr):
     """What each class adds to the loss, and its derivative in log q. gap: log p - log q; other: 1 - beta."""
-    beta = number(beta, gap.dtype)
-    other = number(other, gap.dtype)
-    left = number(left, gap.dtype)
-    right = number(right, gap.dtype)
     if LIMIT == 0:
-        return left * product(p, gap), -left * p
+        part, slope = product(p, gap), -p
+        return (number(left, gap.dtype) * part, number(left, gap.dtype) * slope) if SKEWED else (part, slope)
     if LIMIT == 1:
         # Through a log softmax the 1 would cancel.
-        return right * product(q, -gap), right * (product(q, 1 - gap) if LOGS else product(q, -gap))
+        part, slope = product(q, -gap), product(q, 1 - gap) if LOGS else product(q, -gap)
+        return (number(right, gap.dtype) * part, number(right, gap.dtype) * slope) if SKEWED else (part, slope)
+    beta = number(beta, gap.dtype)
+    other = number(other, gap.dtype)
     # Below this gap the series, as in csrc/jsd.cpp: the formula is a difference of numbers 1 / gap times as large.
     close = tl.abs(gap) < (0.0078125 if gap.dtype == tl.float64 else 0.25)
     v = beta * other
@@ -38,15 +38,21 @@ def _parts(q, p, gap, beta, other, left, right, LIMIT: tl.constexpr, LOGS: tl.co
     most_q = -tl.log(other)
     over_p = tl.log(p / m)
     over_q = tl.log(q / m)
-    # As in csrc/jsd.cpp: the derivatives of log m cancel against those of m, but for k.
-    k = beta * right - other * left
-    k = tl.where(tl.abs(k) < (1e-15 if gap.dtype == tl.float64 else 5e-7), 0.0, k).to(gap.dtype)
-    slope = right * product(q, tl.where(over_q > most_q, most_q, over_q))
-    part = left * product(p, tl.where(over_p > most_p, most_p, over_p)) + slope + k * (p - q)
-    near = q * (left * other * gap * more - second * (left * (1 + more) + right) + k * extra)
-    slope = tl.where(close, -right * q * (beta * gap + second), slope)
-    slope += k * other * product(q, tl.where(close, more / (1 + beta * more), (p - q) / m))
-    return tl.where(close, near, part), slope
+    if SKEWED:  # as in csrc/jsd.cpp
+        left = number(left, gap.dtype)
+        right = number(right, gap.dtype)
+        k = beta * right - other * left
+        slope = right * product(q, tl.where(over_q > most_q, most_q, over_q))
+        part = left * product(p, tl.where(over_p > most_p, most_p, over_p)) + slope + k * (p - q)
+        near = left * other * gap * more - second * (left * (1 + more) + right) + k * extra
+        slope = tl.where(close, -right * q * (beta * gap + second), slope)
+        slope += k * other * product(q, tl.where(close, more / (1 + beta * more), (p - q) / m))
+        return tl.where(close, q * near, part), slope
+    # The derivatives of log m cancel against those of m.
+    slope = other * product(q, tl.where(over_q > most_q, most_q, over_q))
+    part = beta * product(p, tl.where(over_p > most_p, most_p, over_p)) + slope
+    part = tl.where(close, q * (v * gap * more - second * (1 + beta * more)), part)
+    return part, tl.where(close, -other * q * (beta * gap + second), slope)
 
 
 @triton.jit
@@ -62,6 +68,7 @@ def _tile(
     beta: tl.float64, other: tl.float64, left: tl.float64, right: tl.float64,
     CLASSES: tl.constexpr, STEP: tl.constexpr, POWER: tl.constexpr, A: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TEACHER_STEP: tl.constexpr, LIMIT: tl.constexpr, LOGS: tl.constexpr,
+    SKEWED: tl.constexpr,
 ):  # fmt: skip
     row, there, on = rows_here(rows, mask, weights, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
@@ -82,7 +89,7 @@ def _tile(
         q /= z_s[:, None]
         p /= z_t[:, None]
         gap = a - b + tl.log(z_s / z_t)[:, None]
-    part, slope = _parts(q, p, gap, beta, other, left, right, LIMIT, LOGS)
+    part, slope = _parts(q, p, gap, beta, other, left, right, LIMIT, LOGS, SKEWED)
     store_losses(losses, _total(part, LIMIT, LOGS), factors, row, there, on)
     if gradient is not None:
         if LOGS:
@@ -106,6 +113,7 @@ def _online(
     beta: tl.float64, other: tl.float64, left: tl.float64, right: tl.float64,
     CLASSES: tl.constexpr, STEP: tl.constexpr, POWER: tl.constexpr, A: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TEACHER_STEP: tl.constexpr, LIMIT: tl.constexpr, LOGS: tl.constexpr,
+    SKEWED: tl.constexpr,
 ):  # fmt: skip
     """Normalisers, then the loss, then the gradient, which needs the sum of all slopes: each reads the row."""
     row, there, on = rows_here(rows, mask, weights, ROWS)
@@ -136,7 +144,7 @@ def _online(
         a = _load_exponents(teacher, row, start + lanes, on, top_t, inverse, TEACHER_STEP, CLASSES, A, LOGS)
         q = tl.exp(b) / z_s[:, None]
         p = tl.exp(a) / z_t[:, None]
-        part, slope = _parts(q, p, a - b + log_z, beta, other, left, right, LIMIT, LOGS)
+        part, slope = _parts(q, p, a - b + log_z, beta, other, left, right, LIMIT, LOGS, SKEWED)
         parts += part
         slopes += slope
     store_losses(losses, _total(parts, LIMIT, LOGS), factors, row, there, on)
@@ -148,7 +156,7 @@ def _online(
             a = _load_exponents(teacher, row, start + lanes, on, top_t, inverse, TEACHER_STEP, CLASSES, A, LOGS)
             q = tl.exp(b) / z_s[:, None]
             p = tl.exp(a) / z_t[:, None]
-            _, slope = _parts(q, p, a - b + log_z, beta, other, left, right, LIMIT, LOGS)
+            _, slope = _parts(q, p, a - b + log_z, beta, other, left, right, LIMIT, LOGS, SKEWED)
             grad = (slope if LOGS else slope - q * pull) * rate
             store(gradient, grad, row, start + lanes, there, on, CLASSES)
 
@@ -164,8 +172,9 @@ def jsd(
     check_shape("teacher", teacher, student.shape)
     check_tau(tau)
     theirs = as_rows(teacher)
+    weighed = (left, right) != ((1, right) if beta == 0 else (left, 1) if beta == 1 else (beta, 1 - beta))
     return run(
-        "jsd", (_tile, _online), student, (theirs,), tau, weights, mask, scale, reduction, grad, beta, 1 - beta,
-        left, right,
-        TEACHER_STEP=theirs.stride(0), LIMIT=int(beta) if beta in (0, 1) else None, LOGS=log_probs,
+        "jsd_skewed" if weighed else "jsd", (_tile, _online), student, (theirs,), tau, weights, mask, scale, reduction,
+        grad, beta, 1 - beta, left, right, TEACHER_STEP=theirs.stride(0), LIMIT=int(beta) if beta in (0, 1) else None,
+        LOGS=log_probs, SKEWED=weighed,
     )  # fmt: skip

@@ -88,10 +88,11 @@ def _rows(dtype: torch.dtype, classes: int) -> Iterator[Variant]:
     yield of("tempered_kl_topk", "spread", (best, places), "spread", SLACK)
     yield of("tempered_kl_topk", "drop", (best, places), "drop", SLACK)
     yield of("dkd", "logits", (y, labels), 1.0, 8.0, -100)
-    yield of("jsd", "mixture", (y,), 0.5, False)
-    yield of("jsd", "forward", (y,), 0.0, False)
-    yield of("jsd", "reverse", (y,), 1.0, False)
-    yield of("jsd", "log_probs", (y,), 0.5, True)
+    yield of("jsd", "mixture", (y,), 0.5, 0.5, 0.5, False)
+    yield of("jsd", "forward", (y,), 0.0, 1.0, 1.0, False)
+    yield of("jsd", "reverse", (y,), 1.0, 1.0, 1.0, False)
+    yield of("jsd", "skewed", (y,), 0.1, 1.0, 0.0, False)
+    yield of("jsd", "log_probs", (y,), 0.5, 0.5, 0.5, True)
 
 
 def _answers(dtype: torch.dtype, classes: int) -> Iterator[Variant]:

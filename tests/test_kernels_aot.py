@@ -25,6 +25,8 @@ from mekd.kernels.aot import ARCHS, Launch, Resources, access_widths, compiling,
 from mekd.kernels.variants import CLASSES, ROWS, TOPK, Variant, variants
 
 ONE_PASS = 8192
+#: The variant of jsd in which more of each class is alive at once: half as long rows, and half the occupancy.
+SKEWED = "skewed"
 COMPILED: dict[str, list[tuple[torch.dtype, tuple[int, ...]]]] = {
     # One architecture with every regime: tiles of rows, one row in registers, the loop ...
     "sm_90": [(torch.bfloat16, CLASSES), (torch.float32, (1000, CLASSES[3])), (torch.float16, (1000,))],
@@ -98,7 +100,7 @@ def test_what_fits_is_read_and_written_once(arch: str) -> None:
         if variant.kernel.startswith("tanh_l1"):
             # A sum for each piece of 2048 pixels, where the least is one for each image.
             assert 0 <= more <= 1e-3 * variant.bytes_least, f"{more} bytes more: {code}"
-        elif variant.classes <= ONE_PASS or variant.kernel == "gan_generator":
+        elif variant.classes <= ONE_PASS // (2 if variant.name == SKEWED else 1) or variant.kernel == "gan_generator":
             # A byte says whether a row with a label counts, and a number how many do.
             named = AGAIN.get(variant.kernel, 0)
             again = ROWS * (named * variant.dtype.itemsize + 1) + 8 if named else 0
@@ -111,6 +113,8 @@ def test_occupancy(arch: str) -> None:
     for code in compiled(arch):
         image = code.variant.kernel.startswith("tanh_l1")
         least = 0.5 if image or code.variant.classes <= 1000 else 0.25 if code.variant.classes <= ONE_PASS else 0.0
+        if code.variant.name == SKEWED:
+            least = min(least, 0.25)
         if code.taken.occupancy < least:
             low.append(str(code))
     assert not low
