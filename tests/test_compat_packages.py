@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mekd.compat import liger, timm, torchdistill
+from mekd.compat import liger, modelopt, timm, torchdistill, torchtune, trl
 from test_compat import DENSE, GAPS, hooked, pair, torchdistill_loss
 from test_compat import SHAPES as LOGITS
 from test_compat_liger import BETAS, log_pair
@@ -164,3 +164,36 @@ def test_liger_signatures(device: str) -> None:
     assert arguments_of(liger.LigerKLDIVLoss.forward) == arguments_of(kl.forward)
     assert arguments_of(liger.LigerJSD) == arguments_of(jsd)
     assert arguments_of(liger.LigerJSD.forward) == arguments_of(jsd.forward)
+
+
+LANGUAGE = [(6, 7), (3, 4, 11)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", LANGUAGE)
+@pytest.mark.parametrize("name", ["ForwardKLLoss", "ReverseKLLoss", "SymmetricKLLoss"])
+def test_torchtune(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    theirs = getattr(installed("torchtune.modules.loss", "torchtune"), name)()
+    ours, labels = getattr(torchtune, name)(), torch.zeros(shape[:-1], dtype=torch.int64)
+    labels.view(-1)[1] = -100
+    student, teacher = (x.to(dtype) for x in pair(shape))
+    for normalize in (True, False):
+        got, wanted = (loss(student, teacher, labels, normalize) for loss in (ours, theirs))
+        torch.testing.assert_close(got, wanted, rtol=1e-5 if dtype == torch.float32 else 0.05, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean", "none"])
+@pytest.mark.parametrize("shape", LANGUAGE)
+def test_modelopt_and_trl(shape: tuple[int, ...], reduction: str, dtype: torch.dtype) -> None:
+    student, teacher = (x.to(dtype) for x in pair(shape))
+    close = {"rtol": 1e-5 if dtype == torch.float32 else 0.05, "atol": 1e-6 if dtype == torch.float32 else 0.05}
+    distill = installed("modelopt.torch.distill.losses", "nvidia-modelopt")
+    found = [x.LogitsDistillationLoss(3.0, reduction)(student, teacher) for x in (modelopt, distill)]
+    torch.testing.assert_close(*found, **close)
+    trainer = installed("trl.experimental.gkd.gkd_trainer", "trl").GKDTrainer
+    for beta in (0, 0.3, 1):
+        arguments = student, teacher, None, beta, 2.0, reduction
+        torch.testing.assert_close(
+            trl.generalized_jsd_loss(*arguments), trainer.generalized_jsd_loss(*arguments), **close
+        )

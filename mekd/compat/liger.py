@@ -1,13 +1,15 @@
-"""LigerKLDIVLoss and LigerJSD as in Liger Kernel, on the CPU too.
+"""Distillation losses as in Liger Kernel, modules and functions, on the CPU too.
 
-Both take the student's log-probabilities as an input of their own: the gradient is the one with respect to these,
-and a log_softmax in front of the loss takes it on to the logits. The teacher's side gets no gradient, as there.
+Without a layer they take the student's log-probabilities as an input of their own: the gradient is the one with respect
+to these, and a log_softmax in front of the loss takes it on to the logits. The teacher's side gets no gradient.
 """
 
+import torch
 from torch import Tensor, nn
 
 from mekd import functional
 from mekd.checks import SAMPLE_REDUCTIONS, check_choice, check_student, check_teacher
+from mekd.linear import linear_jsd_loss
 from mekd.reference import accumulation_dtype
 
 
@@ -67,7 +69,50 @@ class LigerJSD(nn.Module):
         if shift_labels is not None and shift_labels.shape != log_q.shape[:1]:
             raise ValueError(f"shift_labels have shape {tuple(shift_labels.shape)}; it must be ({len(log_q)},)")
         mask = None if shift_labels is None else shift_labels != self.ignore_index
-        return functional.jsd_loss(log_q, log_p.detach(), beta=self.beta, log_probs=True, mask=mask)
+        loss = functional.jsd_loss(log_q, log_p.detach(), beta=self.beta, log_probs=True, mask=mask)
+        return loss.to(log_q.dtype)
+
+
+def liger_jsd(
+    input: Tensor, target: Tensor, shift_labels: Tensor | None = None, beta: float = 0.5, ignore_index: int = -100
+) -> Tensor:
+    """LigerJSD as a function of log-probabilities input and target (N, C)."""
+    return LigerJSD(beta, ignore_index)(input, target, shift_labels)
+
+
+def liger_kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool = True,
+    reduce: bool = True,
+    reduction: str = "mean",
+    log_target: bool = False,
+    eps: float = 1e-10,
+) -> Tensor:
+    """LigerKLDIVLoss as a function; size_average and reduce are there and without effect, as in the original."""
+    return LigerKLDIVLoss(eps, reduction=reduction, log_target=log_target)(input, target)
+
+
+def liger_fused_linear_jsd(
+    student_input: Tensor,
+    student_weight: Tensor,
+    teacher_input: Tensor,
+    teacher_weight: Tensor,
+    shift_labels: Tensor | None = None,
+    jsd_beta: float = 0.5,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    accum_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """LigerJSD of two linear layers' logits, which never exist as a whole: inputs (N, H), weights (C, H).
+
+    accum_dtype: without effect; the weight's gradient is rounded to its dtype after each of a few parts of the rows.
+    """
+    if shift_labels is not None and shift_labels.shape != student_input.shape[:1]:
+        raise ValueError(f"shift_labels have shape {tuple(shift_labels.shape)}; it must be ({len(student_input)},)")
+    mask = None if shift_labels is None else shift_labels != ignore_index
+    teacher = teacher_input.detach(), teacher_weight.detach()
+    return linear_jsd_loss(student_input, student_weight, teacher=teacher, beta=jsd_beta, tau=temperature, mask=mask)
 
 
 def _check_matrix(name: str, x: Tensor) -> None:

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from mekd import functional
+from mekd.compat.dtype import as_given
 
 
 def kd_loss(
@@ -15,12 +16,14 @@ def kd_loss(
     of more dimensions the original standardises the last one, which is not the classes.
     """
     if not logit_stand:
-        return functional.kd_loss(logits_student, logits_teacher, tau=temperature, dim=1)
+        loss = functional.kd_loss(logits_student, logits_teacher, tau=temperature, dim=1)
+        return as_given(loss, logits_student)
     if logits_student.dim() != 2:
         raise ValueError(
             f"logits_student has shape {tuple(logits_student.shape)}; with logit_stand=True it must be (B, C)"
         )
-    return functional.logit_standardized_kd_loss(logits_student, logits_teacher, tau=temperature)
+    loss = functional.logit_standardized_kd_loss(logits_student, logits_teacher, tau=temperature)
+    return as_given(loss, logits_student)
 
 
 def dkd_loss(
@@ -37,6 +40,7 @@ def dkd_loss(
     where the original subtracts 1000 from its logit, and both parts are formed from logarithms: gaps at which the
     original gives inf or NaN give their value here. With two classes the second part is 0.
     """
-    return functional.dkd_loss(
+    loss = functional.dkd_loss(
         logits_student, logits_teacher, target.reshape(-1), alpha=alpha, beta=beta, tau=temperature
     )
+    return as_given(loss, logits_student)

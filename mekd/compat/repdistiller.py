@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from mekd import functional
+from mekd.compat.dtype import as_given
 
 
 class DistillKL(nn.Module):
@@ -18,4 +19,4 @@ class DistillKL(nn.Module):
 
     def forward(self, y_s: Tensor, y_t: Tensor) -> Tensor:
         """The loss of y_s (B, C, ...) against y_t."""
-        return functional.kd_loss(y_s, y_t, tau=self.T, dim=1, reduction="batchmean")
+        return as_given(functional.kd_loss(y_s, y_t, tau=self.T, dim=1, reduction="batchmean"), y_s)

@@ -7,6 +7,7 @@ the name under which the task's output holds the value, and temperature is the t
 from torch import Tensor
 
 from mekd import functional
+from mekd.compat.dtype import as_given
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
@@ -16,4 +17,5 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
     A task's loss is task_loss_weight * cross-entropy + distill_loss_weight * this, both weights 1 by default; of a task
     that is given task_loss_weight alone, distill_loss_weight is 1 - task_loss_weight.
     """
-    return functional.kd_loss(student_logits, teacher_logits, tau=temperature, reduction="batchmean")
+    loss = functional.kd_loss(student_logits, teacher_logits, tau=temperature, reduction="batchmean")
+    return as_given(loss, student_logits)
