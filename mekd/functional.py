@@ -15,39 +15,26 @@ derivatives of every order; within torch.func values are not checked.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mekd import ops, reference
+from mekd import ops
+from mekd.arguments import classes_last, dkd_arguments, jsd_arguments, kd_arguments
 from mekd.checks import (
     DIRECTIONS,
-    REDUCTIONS,
     SAMPLE_REDUCTIONS,
-    SCALES,
     SLACK,
-    TOPK_RESTS,
-    check_best,
     check_choice,
     check_device,
     check_floating,
-    check_floor,
-    check_labels,
-    check_named_classes,
-    check_probabilities,
     check_rows,
     check_student,
     check_teacher,
     check_weight,
-    rows_with_answer,
     slack_of,
-    tau_tensor,
 )
 from mekd.reference import accumulation_dtype
-
-#: An op's name, and what it takes up to reduction.
-Arguments = tuple[str, tuple[Any, ...]]
 
 
 def kd_loss(
@@ -58,6 +45,7 @@ def kd_loss(
     labels: Tensor | None = None,
     topk: tuple[Tensor, Tensor] | None = None,
     tau: float | Tensor = 1.0,
+    tau_teacher: float | Tensor | None = None,
     scale: str = "tau2",
     direction: str = "forward",
     skew: float = 0.0,
@@ -78,7 +66,8 @@ def kd_loss(
     against what the student gives to all of them together (rest="tail"; no Triton kernel yet). An index of -1 is an
     absent entry, whose value may be anything; a row of such is uniform when spread, and else does not count.
     A row of probs sums to 1, and one of values to 1 at most, give or take 1e-2 and floor a class: half the step of
-    values that were rounded (0.005 for two decimals). scale: "tau2", "tau" or "one".
+    values that were rounded (0.005 for two decimals). scale: "tau2", "tau" or "one", of tau. tau_teacher: a temperature
+    of the teacher's own, with logits and probs; they are copied then, in float32.
 
     direction: "forward" is KL(p || q), "reverse" KL(q || p), q the student's, "symmetric" their mean. skew in [0, 1):
     what the second is mixed with of the first, KL(p || (1 - skew) q + skew p), and so in reverse (Lee, 2001).
@@ -88,87 +77,11 @@ def kd_loss(
     losses = []
     for way in ("forward", "reverse") if direction == "symmetric" else (direction,):
         name, arguments = kd_arguments(
-            student, logits, probs, labels, topk, tau, scale, way, skew, rest, floor, ignore_index, weights, mask, dim,
-            reduction,
+            student, logits, probs, labels, topk, tau, tau_teacher, scale, way, skew, rest, floor, ignore_index,
+            weights, mask, dim, reduction,
         )  # fmt: skip
         losses.append(ops.run(name, *arguments, reduction=reduction, impl=impl))
     return losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2
-
-
-def kd_arguments(
-    student: Tensor, logits: Tensor | None, probs: Tensor | None, labels: Tensor | None,
-    topk: tuple[Tensor, Tensor] | None, tau: float | Tensor, scale: str, direction: str, skew: float, rest: str,
-    floor: float, ignore_index: int, weights: Tensor | None, mask: Tensor | None, dim: int, reduction: str,
-) -> Arguments:  # fmt: skip
-    """What kd_loss runs, checked."""
-    if (logits is not None) + (probs is not None) + (labels is not None) + (topk is not None) != 1:
-        given = {"logits": logits, "probs": probs, "labels": labels, "topk": topk}
-        names = [name for name, value in given.items() if value is not None]
-        raise ValueError(f"targets given: {', '.join(names) or 'none'}; give exactly one of {', '.join(given)}")
-    check_choice("scale", scale, SCALES)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_floor(floor)
-    mixed = direction != "forward" or skew != 0
-    if not 0 <= skew < 1:
-        raise ValueError(f"skew is {skew}; it must be at least 0 and below 1")
-    if mixed and (labels is not None or (topk is not None and rest == "drop")):
-        what = "labels" if labels is not None else "topk with rest='drop'"
-        raise ValueError(
-            f"direction is {direction!r} and skew {skew:g} with {what}, whose probabilities of 0 make the divergence "
-            "infinite or say nothing: use direction='forward' and skew=0, or another target, or another rest"
-        )
-    student = _classes_last(student, dim)
-    tau = tau_tensor(tau, student.device)
-    check_student("student", student)
-    rows = student.shape[:-1]
-    if weights is not None or mask is not None:
-        check_rows(weights, mask, rows, student)
-
-    if labels is not None:
-        check_labels("labels", labels, rows, student)
-        return "tempered_kl_labels", (student, labels, tau, weights, mask, ignore_index, scale)
-    if topk is not None:
-        values, indices = (_classes_last(x, dim) for x in topk)
-        check_choice("rest", rest, TOPK_RESTS)
-        check_labels("topk indices", indices, values.shape, student)
-        if values.shape[:-1] != rows or not 1 <= values.shape[-1] <= student.shape[-1]:
-            raise ValueError(
-                f"topk values have shape {tuple(values.shape)}; they must be {(*rows, 'K')}, "
-                f"K from 1 to {student.shape[-1]}"
-            )
-        check_teacher("topk values", values, values)
-        check_device("topk values", values, student)
-        slack = slack_of(values, floor)
-        if mixed:
-            check_best(values, indices, mask, slack, rest, student.shape[-1])
-            check_named_classes(indices, student.shape[-1], mask)
-            mask = rows_with_answer(indices, mask, rest)
-            if rest == "tail":
-                log_p, log_q = reference.buckets(student, values, indices, tau)
-                return _through_mixture(log_q, log_p, direction, skew, tau, weights, mask, True, scale)
-            filled = reference.fill_topk(values, indices, student.shape[-1])
-            return _through_mixture(student, filled.log(), direction, skew, tau, weights, mask, False, scale)
-        return "tempered_kl_topk", (student, values, indices, tau, weights, mask, rest, slack, scale)
-    target = logits if logits is not None else probs
-    assert target is not None
-    target = _classes_last(target, dim)
-    check_teacher("probs" if logits is None else "logits", target, student)
-    slack = slack_of(target, floor)
-    if mixed:
-        if logits is None:
-            check_probabilities(target, mask, slack)
-            target = target.to(accumulation_dtype(target)).clamp_min(0).log()
-        return _through_mixture(student, target, direction, skew, tau, weights, mask, False, scale)
-    return "tempered_kl", (student, target, tau, weights, mask, logits is None, slack, scale)
-
-
-def _through_mixture(
-    student: Tensor, teacher: Tensor, direction: str, skew: float, tau: Tensor, weights: Tensor | None,
-    mask: Tensor | None, log_probs: bool, scale: str,
-) -> Arguments:  # fmt: skip
-    """KL of one side against a mixture of both, as the op jsd has it."""
-    beta, left, right = (skew, 1.0, 0.0) if direction == "forward" else (1.0 - skew, 0.0, 1.0)
-    return "jsd", (student, teacher, tau, weights, mask, beta, left, right, log_probs, scale)
 
 
 def logit_standardized_kd_loss(
@@ -179,7 +92,7 @@ def logit_standardized_kd_loss(
     student, logits: (..., C) with C at least 2; a class of logit -inf is left out of its row's mean and deviation.
     Others as in kd_loss.
     """
-    student, logits = _classes_last(student, dim), _classes_last(logits, dim)
+    student, logits = classes_last(student, dim), classes_last(logits, dim)
     check_student("student", student)
     check_teacher("logits", logits, student)
     if student.shape[-1] < 2:
@@ -225,24 +138,6 @@ def dkd_loss(
     return ops.run(name, *arguments, reduction=reduction, impl=impl)
 
 
-def dkd_arguments(
-    student: Tensor, teacher: Tensor, labels: Tensor, alpha: float, beta: float, tau: float | Tensor, scale: str,
-    ignore_index: int, weights: Tensor | None, mask: Tensor | None, dim: int, reduction: str,
-) -> Arguments:  # fmt: skip
-    """What dkd_loss runs, checked."""
-    check_choice("scale", scale, SCALES)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_weight("alpha", alpha)
-    check_weight("beta", beta)
-    student, teacher = _classes_last(student, dim), _classes_last(teacher, dim)
-    check_student("student", student)
-    check_teacher("teacher", teacher, student)
-    check_labels("labels", labels, student.shape[:-1], student)
-    check_rows(weights, mask, student.shape[:-1], student)
-    tau = tau_tensor(tau, student.device)
-    return "dkd", (student, teacher, labels, tau, weights, mask, float(alpha), float(beta), ignore_index, scale)
-
-
 def jsd_loss(
     student: Tensor,
     teacher: Tensor,
@@ -264,24 +159,6 @@ def jsd_loss(
     """
     name, arguments = jsd_arguments(student, teacher, beta, log_probs, tau, scale, weights, mask, dim, reduction)
     return ops.run(name, *arguments, reduction=reduction, impl=impl)
-
-
-def jsd_arguments(
-    student: Tensor, teacher: Tensor, beta: float, log_probs: bool, tau: float | Tensor, scale: str,
-    weights: Tensor | None, mask: Tensor | None, dim: int, reduction: str,
-) -> Arguments:  # fmt: skip
-    """What jsd_loss runs, checked."""
-    check_choice("scale", scale, SCALES)
-    check_choice("reduction", reduction, REDUCTIONS)
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta is {beta}; it must lie between 0 and 1")
-    student, teacher = _classes_last(student, dim), _classes_last(teacher, dim)
-    check_student("student", student)
-    check_teacher("teacher", teacher, student)
-    check_rows(weights, mask, student.shape[:-1], student)
-    tau = tau_tensor(tau, student.device)
-    left, right = float(beta or 1), float(1 - beta or 1)  # of the limits, what is not 0
-    return "jsd", (student, teacher, tau, weights, mask, float(beta), left, right, log_probs, scale)
 
 
 def image_l1_loss(
@@ -393,7 +270,3 @@ def discriminator_loss(d_real: Tensor, d_fake: Tensor, *, reduction: str = "mean
     check_floating("d_fake", d_fake)
     check_device("d_fake", d_fake, d_real)
     return ops.run("gan_discriminator", d_real, d_fake, reduction=reduction, impl=impl)
-
-
-def _classes_last(x: Tensor, dim: int) -> Tensor:
-    return x if dim in (-1, x.dim() - 1) else x.movedim(dim, -1)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mekd import ops
-from mekd.checks import check_choice, checks_values, rows_with_answer, rows_with_label
-from mekd.functional import dkd_arguments, jsd_arguments, kd_arguments
+from mekd.arguments import dkd_arguments, jsd_arguments, kd_arguments
+from mekd.checks import check_choice, check_positive, checks_values, rows_with_answer, rows_with_label
 from mekd.reference import accumulation_dtype
 
 #: Into how many parts the rows are cut, by the bytes of a number: logits and gradient of one take less than a quarter
@@ -38,6 +38,7 @@ def linear_kd_loss(
     labels: Tensor | None = None,
     topk: tuple[Tensor, Tensor] | None = None,
     tau: float | Tensor = 1.0,
+    tau_teacher: float | Tensor | None = None,
     scale: str = "tau2",
     direction: str = "forward",
     skew: float = 0.0,
@@ -65,10 +66,15 @@ def linear_kd_loss(
     if teacher is not None:
         if (logits, probs, labels, topk) != (None, None, None, None):
             raise ValueError("teacher and another target are given; give one of teacher, logits, probs, labels, topk")
+        if tau_teacher is not None:
+            check_positive("tau_teacher", tau_teacher)
+            warmer, tau_teacher = tau / tau_teacher, None
+            bias_of = teacher[2] if len(teacher) == 3 else None
+            teacher = teacher[0] * warmer, teacher[1], None if bias_of is None else bias_of * warmer
         logits = _stand_in("teacher's hidden", *teacher)
     name, (_, *arguments) = kd_arguments(
-        student, logits, probs, labels, topk, tau, scale, direction, skew, rest, floor, ignore_index, weights, mask, -1,
-        reduction,
+        student, logits, probs, labels, topk, tau, tau_teacher, scale, direction, skew, rest, floor, ignore_index,
+        weights, mask, -1, reduction,
     )  # fmt: skip
     return _run(name, hidden, weight, bias, teacher, arguments, reduction, impl)
 

@@ -119,10 +119,32 @@ def test_of_a_layer_whose_logits_are_not_there(target: str, direction: str) -> N
     torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (ours, plain)))
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse", "symmetric"])
+@pytest.mark.parametrize("tau", [TAU, torch.tensor(TAU)])
+def test_a_temperature_of_the_teacher_s_own(tau: float | Tensor, direction: str) -> None:
+    how: dict[str, Any] = {"tau": tau, "direction": direction}
+    warmer = TEACHER * TAU / 5.0
+    expected = kd_loss(STUDENT, warmer, **how)
+    torch.testing.assert_close(kd_loss(STUDENT, TEACHER, tau_teacher=5.0, **how), expected)
+    torch.testing.assert_close(kd_loss(STUDENT, probs=PROBS, tau_teacher=5.0, **how), expected)
+    if direction != "symmetric":
+        hidden, weight, bias = logits(7)[:, :5], torch.randn(C, 5, dtype=torch.float64), logits(8)[0]
+        head = logits(9)[:, :4], torch.randn(C, 4, dtype=torch.float64), logits(6)[0]
+        ours = linear_kd_loss(hidden, weight, bias, teacher=head, tau_teacher=5.0, **how)
+        theirs = kd_loss(F.linear(hidden, weight, bias), F.linear(*head), tau_teacher=5.0, **how)
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ({"direction": "backward"}, "direction is 'backward'; it must be one of 'forward', 'reverse', 'symmetric'"),
+        ({"tau_teacher": 0.0}, "tau_teacher is 0.0; it must be above 0"),
+        (
+            {"logits": None, "topk": (VALUES, INDICES), "tau_teacher": 2.0},
+            "tau_teacher is given without logits or probs",
+        ),
+        ({"tau": torch.tensor(2.0, requires_grad=True)}, "tau requires grad, which the losses do not give"),
         ({"skew": 1.0}, "skew is 1.0; it must be at least 0 and below 1"),
         ({"skew": -0.1}, "skew is -0.1"),
         ({"logits": None, "labels": torch.zeros(N, dtype=torch.long), "direction": "reverse"}, "'reverse' .* labels"),
