@@ -10,16 +10,25 @@ from mekd.kernels.softmax import absorb_pair, divergence, pair, refer
 
 
 @triton.jit
-def _share(values, row, on, STEP: tl.constexpr, A: tl.constexpr, K: tl.constexpr, OTHERS: tl.constexpr):
-    """What each class that is not named gets, 0 where OTHERS, the count of those that share, is 0; the most of all."""
-    missing = tl.full(row.shape, 1, A)
+def named_share(
+    values, indices, row, on, CLASSES: tl.constexpr, STEP: tl.constexpr, A: tl.constexpr, K: tl.constexpr,
+    SPREAD: tl.constexpr,
+):  # fmt: skip
+    """What each class that is not named gets, where what is missing is spread; the most of all; how many there are."""
+    # float64: a rounding of 1 would be a share, and a large one once it is tempered.
+    missing = tl.full(row.shape, 1, tl.float64)
     most = tl.zeros(row.shape, A)
-    for k in range(K):
-        value = tl.load(values + row * STEP + k, mask=on, other=0).to(A)
-        missing -= value
-        most = tl.maximum(most, value)
-    share = tl.where(missing < 0, 0, missing) / OTHERS if OTHERS > 0 else tl.zeros(row.shape, A)
-    return share, tl.maximum(most, share)
+    others = tl.full(row.shape, CLASSES, A)
+    if K > 0:
+        for k in range(K):
+            named = on & (tl.load(indices + row * K + k, mask=on, other=-1) >= 0)
+            value = tl.load(values + row * STEP + k, mask=named, other=0).to(A)
+            missing -= value.to(tl.float64)
+            most = tl.maximum(most, value)
+            others -= tl.where(named, 1, 0)
+    missing = tl.where((missing < 0) | (others == 0), 0, missing)
+    share = missing.to(A) / tl.maximum(others, 1) if SPREAD else tl.zeros(row.shape, A)
+    return share, tl.maximum(most, share), others
 
 
 @triton.jit
@@ -35,7 +44,7 @@ def _load_target(
         p = tl.where((col < CLASSES)[None, :], share[:, None], 0)
         for k in range(K):
             index = tl.load(indices + row * K + k, mask=on, other=-1).to(tl.int32)
-            value = tl.load(target + row * STEP + k, mask=on, other=0).to(A)
+            value = tl.load(target + row * STEP + k, mask=on & (index >= 0), other=0).to(A)
             p = tl.where(col[None, :] == index[:, None], value[:, None], p)
         t = tl.log(tl.where(p < 0, 0, p) / most[:, None])
     return t
@@ -46,14 +55,14 @@ def tile(
     student, tau, weights, mask, count, losses, gradient, rows, by: tl.float64, target, indices,
     CLASSES: tl.constexpr, STEP: tl.constexpr, POWER: tl.constexpr, A: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TARGET_STEP: tl.constexpr,
-    K: tl.constexpr, OTHERS: tl.constexpr, PROBS: tl.constexpr,
+    K: tl.constexpr, SPREAD: tl.constexpr, PROBS: tl.constexpr,
 ):  # fmt: skip
     """target: logits or probabilities of all classes where K is 0, else K values, of the classes in indices."""
     row, there, on = rows_here(rows, mask, weights, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
     col = tl.arange(0, BLOCK)
     s = load(student, row, col, on, STEP, CLASSES, A)
-    share, most = _share(target, row, on, TARGET_STEP, A, K, OTHERS)
+    share, most, _ = named_share(target, indices, row, on, CLASSES, TARGET_STEP, A, K, SPREAD)
     t = _load_target(target, indices, share, most, row, col, on, TARGET_STEP, CLASSES, A, K, PROBS)
     kl, q, p, z_s, z_t = pair(s, t, inverse)
     store_losses(losses, kl, factors, row, there, on)
@@ -68,11 +77,11 @@ def online(
     student, tau, weights, mask, count, losses, gradient, rows, by: tl.float64, target, indices,
     CLASSES: tl.constexpr, STEP: tl.constexpr, POWER: tl.constexpr, A: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TARGET_STEP: tl.constexpr,
-    K: tl.constexpr, OTHERS: tl.constexpr, PROBS: tl.constexpr,
+    K: tl.constexpr, SPREAD: tl.constexpr, PROBS: tl.constexpr,
 ):  # fmt: skip
     row, there, on = rows_here(rows, mask, weights, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
-    share, most = _share(target, row, on, TARGET_STEP, A, K, OTHERS)
+    share, most, _ = named_share(target, indices, row, on, CLASSES, TARGET_STEP, A, K, SPREAD)
     lanes = tl.arange(0, BLOCK)
     top_s = tl.full((ROWS,), MINUS_INF, A)
     top_t = top_s
@@ -112,5 +121,5 @@ def tempered_kl(
     theirs = as_rows(target)
     return run(
         "tempered_kl", (tile, online), student, (theirs,), tau, weights, mask, scale, reduction, grad, None,
-        TARGET_STEP=theirs.stride(0), K=0, OTHERS=0, PROBS=probs,
+        TARGET_STEP=theirs.stride(0), K=0, SPREAD=False, PROBS=probs,
     )  # fmt: skip

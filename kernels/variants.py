@@ -87,6 +87,7 @@ def _rows(dtype: torch.dtype, classes: int) -> Iterator[Variant]:
     yield of("tempered_kl_labels", "labels", (labels,), -100)
     yield of("tempered_kl_topk", "spread", (best, places), "spread", SLACK)
     yield of("tempered_kl_topk", "drop", (best, places), "drop", SLACK)
+    yield of("tempered_kl_topk", "tail", (best, places), "tail", SLACK)
     yield of("dkd", "logits", (y, labels), 1.0, 8.0, -100)
     yield of("jsd", "mixture", (y,), 0.5, 0.5, 0.5, False)
     yield of("jsd", "forward", (y,), 0.0, 1.0, 1.0, False)

@@ -63,7 +63,7 @@ def kd_loss(
     student: logits (..., C). Exactly one target: logits (..., C); probs (..., C), re-tempered as p^(1/tau);
     labels (...) int64, one-hot and not softened, ignore_index for rows that do not count; topk=(values, indices),
     both (..., K), whose missing mass is spread over the other classes (rest="spread"), dropped (rest="drop") or held
-    against what the student gives to all of them together (rest="tail"; no Triton kernel yet). An index of -1 is an
+    against what the student gives to all of them together (rest="tail"). An index of -1 is an
     absent entry, whose value may be anything; a row of such is uniform when spread, and else does not count.
     A row of probs sums to 1, and one of values to 1 at most, give or take 1e-2 and floor a class: half the step of
     values that were rounded (0.005 for two decimals). scale: "tau2", "tau" or "one", of tau. tau_teacher: a temperature

@@ -21,7 +21,7 @@ import torch
 from mekd import __version__, extension
 from mekd.errors import UsageError
 from mekd.ops import IMPLS
-from mekd.testing import IMAGE_KINDS, NOT_IN_TRITON, Problem, compare, make, result
+from mekd.testing import IMAGE_KINDS, Problem, compare, make, result
 
 #: The kinds of problems that exercise each op; the first one is timed.
 OPS = {
@@ -146,8 +146,6 @@ def values(op: str, dtype: torch.dtype, device: torch.device, impl: str, interpr
     """The worst error as a share of what is allowed, over kinds, shapes, values and reductions."""
     worst, cases = 0.0, 0
     for kind in OPS[op]:
-        if impl == "triton" and kind in NOT_IN_TRITON:
-            continue
         shapes = IMAGES if kind in IMAGE_KINDS else ROWS[:2] if interpreted else ROWS
         for shape in shapes:
             for numbers in ("plain", "near", "gap"):

@@ -74,8 +74,6 @@ SHAPES: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(GAN_KINDS, (6, 7)),
 }
 TOPK_KINDS = ("spread", "drop", "tail")
-#: What the Triton kernels do not know yet.
-NOT_IN_TRITON = ("tail",)
 IGNORED = -100
 BETAS = {"jsd": 0.3, "jsd-forward": 0.0, "jsd-reverse": 1.0, "jsd-log": 0.6}
 #: kd_loss by its direction, skewed: the mixture's share of the teacher, and what is compared with it.

@@ -8,19 +8,13 @@ import pytest
 import torch
 
 from forked import processes as processes
-from mekd.extension import INTERPRETED
 from mekd.nets import build
 from mekd.oracle.export import Classifier, export
-from mekd.testing import NOT_IN_TRITON
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch finds none")
-    point = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    on_triton = INTERPRETED or point.get("impl") == "triton" or item.get_closest_marker("gpu")
-    if on_triton and point.get("kind") in NOT_IN_TRITON:
-        pytest.skip(f"{point['kind']} has no Triton kernel yet")
 
 
 @pytest.fixture(autouse=True)

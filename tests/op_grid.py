@@ -12,7 +12,6 @@ from mekd.testing import (
     IGNORED,
     IMAGE_KINDS,
     KINDS,
-    NOT_IN_TRITON,
     ROW_KINDS,
     SHAPES,
     SKEWED,
@@ -28,7 +27,7 @@ from mekd.testing import (
 
 __all__ = [
     "BETAS", "DEVICES", "DTYPES", "FUSED", "GAN_KINDS", "IGNORED", "IMAGE_KINDS", "IMPLS", "KERNELS", "KINDS",
-    "NOT_IN_TRITON", "OF_EACH_OP", "ROW_KINDS", "RUNS_HERE", "SHAPES", "SKEWED", "TOPK_KINDS", "TRITON_RUNS", "Problem",
+    "OF_EACH_OP", "ROW_KINDS", "SHAPES", "SKEWED", "TOPK_KINDS", "TRITON_RUNS", "Problem",
     "check", "compiled_only", "make", "result", "truth", "weights_of", "within",
 ]  # fmt: skip
 #: Every backend by name, and where its tensors live. One more backend is one more entry in each.
@@ -48,8 +47,6 @@ KERNELS = [
 ]
 #: And what runs where nothing was built: the definition, which knows nothing of the layout of memory.
 IMPLS = [*KERNELS, "reference"]
-#: The kinds that the dispatcher finds a kernel for where it chooses on the CPU.
-RUNS_HERE = [kind for kind in KINDS if not (extension.INTERPRETED and kind in NOT_IN_TRITON)]
 #: One kind for each way in which an op reads its arguments.
 OF_EACH_OP = [
     "logits", "probs", "labels", "spread", "dkd", "jsd", "tanh", "finished", "confidence", "gan-logits", "gan-probs",

@@ -14,13 +14,9 @@ from kl_formula import kl_rows, log_softmax, retemper
 from mekd import extension
 from mekd.functional import kd_loss
 from mekd.reference import fill_topk
-from op_grid import DEVICES, DTYPES, KERNELS, Problem, check, make, result
+from op_grid import DEVICES, DTYPES, IMPLS, Problem, check
 
-#: What takes absent entries, and knows the bucket: no Triton kernel yet.
-HERE = [point for point in (*KERNELS, "reference") if point != "reference" or not extension.INTERPRETED]
-HERE = [point for point in HERE if "triton" not in getattr(point, "values", (point,))]
-if not HERE:  # interpreted, Triton's kernels take the others' place
-    HERE = [pytest.param("triton", marks=pytest.mark.skip(reason="tail has no Triton kernel yet"))]
+HERE = [point for point in IMPLS if point != "reference" or not extension.INTERPRETED]
 FEW = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 RESTS = ["spread", "drop", "tail"]
 NAN, INF = float("nan"), float("inf")
@@ -297,19 +293,3 @@ def test_a_student_that_gives_the_same_shares_has_nothing_to_learn(
     filled = fill_topk(*drawn[1], drawn[0].shape[-1]).clamp_min(1e-30)
     losses, grad = both(filled.log(), drawn[1], "tail", impl, tau=tau)
     assert losses.abs().max() < 1e-6 and grad.abs().max() < 1e-5
-
-
-@pytest.mark.skipif(not extension.INTERPRETED, reason="asks for interpreted Triton kernels: TRITON_INTERPRET=1")
-def test_triton_says_what_it_cannot() -> None:
-    problem = make("spread")
-    values, indices = problem.target["topk"]
-    with pytest.raises(RuntimeError, match=r"rest='tail' has no Triton kernel yet; .*'drop'.*impl='reference'"):
-        kd_loss(problem.students[0], topk=(values, indices), rest="tail", impl="triton")
-    masked = indices.clone()
-    masked[2] = -1
-    for rest in ("spread", "drop"):
-        with pytest.raises(RuntimeError, match=r"-1, an absent entry.*impl='reference'"):
-            kd_loss(problem.students[0], topk=(values, masked), rest=rest, impl="triton")
-    mask = torch.tensor([True, True, False, True, True, True])
-    problem.target["topk"], problem.options["mask"] = (values, masked), mask
-    assert not result(problem, "triton")[1][2].any()
