@@ -226,6 +226,18 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def kept(path: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier run that was stopped, of each case that has all of its implementations."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = [
+            {k: v if k in COLUMNS[:5] else float(v) if v else None for k, v in r.items()} for r in csv.DictReader(file)
+        ]
+    whole = {(r["op"], r["case"], r["dtype"], r["direction"]) for r in rows if r["impl"] == "limit_alloc"}  # the last
+    return [r for r in rows if (r["op"], r["case"], r["dtype"], r["direction"]) in whole]
+
+
 def main(arguments: Sequence[str]) -> int:
     """Measure, print the table as it grows, and write CSV, PNG and, with --json, JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench losses", description=__doc__)
@@ -237,17 +249,21 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for losses.csv and losses.png")
+    parser.add_argument("--resume", action="store_true", help="keep what losses.csv holds, measure what is missing")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    begun, rows = time.perf_counter(), []
+    begun, rows = time.perf_counter(), kept(options.out / "losses.csv") if options.resume else []
+    done = {(r["op"], r["case"], r["dtype"], r["direction"]) for r in rows}
     print(", ".join(f"{key} {value}" for key, value in machine().items()), f", kernels {extension.LOADED}", sep="")
     exp_s = exponential_seconds(options.repeats)
     print(f"one exponential: {1e9 * exp_s:.3f} ns, all threads")
     print(f"{'op':<19}{'case':<14}{'dtype':<10}{'direction':<17}{'ours ms':>9} {'(20-80 %)':<16}"
           f"{'eager':>7}{'compile':>9}{'limit':>7}{'alloc':>7}{'MB':>8}{'GB/s':>7}")  # fmt: skip
     with (options.out / "losses.csv").open("w", newline="") as file:
-        csv.DictWriter(file, COLUMNS).writeheader()
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
     for dtype in (torch.float32,) if options.quick else (torch.float32, torch.bfloat16):
         for case in cases(dtype):
             if options.only and case.op not in options.only:
@@ -255,6 +271,9 @@ def main(arguments: Sequence[str]) -> int:
             if options.quick and case.name not in QUICK.get(case.op, ()):
                 continue
             for backward in (True,) if options.quick or case.op == "tanh_l1_" else (False, True):
+                direction = "forward+backward" if backward else "forward"
+                if (case.op, case.name, str(dtype).removeprefix("torch."), direction) in done:
+                    continue
                 new = measure(case, backward, options.repeats, not options.no_compile, exp_s)
                 rows += new
                 with (options.out / "losses.csv").open("a", newline="") as file:
