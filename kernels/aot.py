@@ -37,6 +37,8 @@ ARCHS = {
     "sm_100": Limits(64, 32, 228 << 10),
     "sm_120": Limits(48, 24, 100 << 10),
 }
+#: AMD's, of which no sheet is read off: that the kernels compile for it is what is known.
+COMPILED_ALONE = ("gfx942",)
 REGISTERS = 65536  # of a multiprocessor; a warp takes them by 256
 RESERVED_SHARED = 1024  # bytes of each block that the system keeps
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -75,6 +77,8 @@ class _Driver:
         return 0
 
     def get_current_target(self) -> GPUTarget:
+        if self.arch.startswith("gfx"):
+            return GPUTarget("hip", self.arch, 64)
         return GPUTarget("cuda", int(self.arch.removeprefix("sm_")), 32)
 
 
@@ -84,8 +88,9 @@ def compiling(arch: str) -> Iterator[list[Launch]]:
 
     ValueError for an unknown arch; RuntimeError where Triton only interprets.
     """
-    if arch not in ARCHS:
-        raise ValueError(f"arch is {arch!r}; it must be one of {', '.join(map(repr, ARCHS))}")
+    if arch not in (*ARCHS, *COMPILED_ALONE):
+        known = ", ".join(map(repr, (*ARCHS, *COMPILED_ALONE)))
+        raise ValueError(f"arch is {arch!r}; it must be one of {known}")
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET=1 is set, so that nothing can be compiled; unset it and start anew")
     launches: list[Launch] = []

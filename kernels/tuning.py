@@ -23,12 +23,15 @@ FILE = Path(__file__).with_name("tuning.json")
 #: The longest row that one program holds in registers; a class more, and it loops.
 LONGEST = 8192
 SMALLEST = 16
+NEAREST = 90
 
 
 def tile(kernel: str, dtype: torch.dtype, classes: int) -> Tile:
     """The entry for this kernel, dtype and class count on the current device's architecture."""
     size = 1 << max(classes - 1, SMALLEST - 1).bit_length()
-    return tile_of(kernel, str(dtype).removeprefix("torch."), str(size) if classes <= LONGEST else "more", _arch())
+    arch, most = _arch()
+    found = tile_of(kernel, str(dtype).removeprefix("torch."), str(size) if classes <= LONGEST else "more", arch)
+    return found if found.warps <= most else found._replace(warps=most)
 
 
 @functools.cache
@@ -61,10 +64,14 @@ def dumps(content: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(kernels) + "\n}\n"
 
 
-def _arch() -> int:
-    """90 for sm_90, of the device that Triton compiles for; interpreted, any will do."""
+def _arch() -> tuple[int, int]:
+    """90 for sm_90, of the device that Triton compiles for, and the most warps of a block there.
+
+    Interpreted, any will do; of an architecture that has no number, as AMD's, nothing was tried, and it gets sm_90's.
+    """
     if INTERPRETED:
-        return 90
+        return NEAREST, 32
     from triton.runtime import driver
 
-    return driver.active.get_current_target().arch
+    target = driver.active.get_current_target()
+    return target.arch if isinstance(target.arch, int) else NEAREST, 1024 // target.warp_size

@@ -20,7 +20,7 @@ if extension.INTERPRETED:
 
 from bench import kernels as bench
 from bench.traffic import moved
-from mekd.kernels import tempered_kl
+from mekd.kernels import tempered_kl, tuning
 from mekd.kernels.aot import ARCHS, Launch, Resources, access_widths, compiling, occupancy, resources, widths
 from mekd.kernels.variants import CLASSES, ROWS, TOPK, Variant, variants
 
@@ -219,3 +219,32 @@ def test_the_sheet_has_the_fields_that_were_agreed() -> None:
     # Its backward rounds the float32 gradient to float16.
     assert row["backward_bytes"] == [6, 6]
     assert row["bound_us"] == pytest.approx({"H100": total / 3.35e6, "H200": total / 4.8e6})
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "classes"),
+    [
+        # Tiles of rows, one row, and the loop.
+        pytest.param([torch.bfloat16], (10, 1000, CLASSES[4]), id="bfloat16"),
+        pytest.param(
+            [torch.float64, torch.float32, torch.float16], (10, 1000, ONE_PASS), id="all", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_every_kernel_compiles_for_amd(dtypes: list[torch.dtype], classes: tuple[int, ...]) -> None:
+    for variant in variants(dtypes, classes):
+        with compiling("gfx942") as launches:
+            variant.call()
+        (launch,) = launches
+        made = launch.compiled
+        assert made.metadata.target.backend == "hip" and len(made.asm["hsaco"]) > 0
+        # A warp has 64 threads there, and a block 1024 at most.
+        assert made.metadata.num_warps <= 16
+
+
+def test_an_architecture_that_is_not_in_the_table_gets_the_nearest() -> None:
+    with compiling("sm_90"):
+        known = tuning.tile("jsd", torch.float32, 1000)
+    with compiling("gfx942"):
+        assert tuning.tile("jsd", torch.float32, 1000) == known
+        assert tuning.tile("jsd", torch.float32, 8192).warps == 16 < tuning.tile_of("jsd", "float32", "8192", 90).warps
