@@ -29,7 +29,7 @@ OPS = {
     "tempered_kl_labels": ("labels",),
     "tempered_kl_topk": ("spread", "drop", "tail"),
     "dkd": ("dkd",),
-    "jsd": ("jsd", "jsd-forward", "jsd-reverse", "jsd-log"),
+    "jsd": ("jsd", "jsd-forward", "jsd-reverse", "jsd-skew", "jsd-skew-reverse", "jsd-log"),
     "tanh_l1": ("tanh", "finished", "images"),
     "tanh_l1_": ("in-place",),
     "gan_generator": ("gan-logits", "gan-probs", "gan-label", "minimax", "confidence"),
