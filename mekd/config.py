@@ -155,7 +155,7 @@ class DistillConfig:
         beta: weight of the KL
         scale: the KL's factor: tau2, tau or one
         reduction: of the image distance: mean or batchmean
-        image: weight of the image distance
+        image: weight of the image distance; of label answers null is 4 in the default preset
         code: auto, logits, log_probs, onehot or standardized
         rest: what top-k answers leave out is, in the KL, spread, dropped (drop) or one class more (tail); in the code
             it is spread

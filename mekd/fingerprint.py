@@ -74,6 +74,9 @@ def fingerprint(config: Config, stage: str) -> dict[str, Any]:
     return found
 
 
+#: The image distance's weight where the teacher answers labels, whose codes are far from the student's for longer:
+#: at the preset's the student is worse than by KL alone (docs/results.md).
+LABELS_IMAGE = 4.0
 #: The stages that take bfloat16 where it is faster: they lost less than three seeds differ by (docs/results.md).
 BFLOAT16 = ("teacher", "deprivatize", "distill")
 
@@ -109,6 +112,10 @@ def resolve(config: Config, kept: Mapping[str, Any], faster: Callable[[str], boo
         if section.augment is None:  # an earlier version's run goes on as it began
             augment = kept.get(key, LATER[key]) if kept else True
             config = dataclasses.replace(config, **{stage: dataclasses.replace(section, augment=augment)})
+    step2 = config.distill
+    if step2.image is None and step2.preset == "default" and config.oracle.response == "label":
+        weight = kept.get("distill.image") if kept else LABELS_IMAGE
+        config = dataclasses.replace(config, distill=dataclasses.replace(step2, image=weight))
     return _asked_as_it_is_reached(config, kept)
 
 

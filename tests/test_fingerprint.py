@@ -1,5 +1,6 @@
 """The fingerprint: what changes the result of a stage, and nothing else."""
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import mekd
 from flat_settings import replaced, settings
 from mekd.config import Config
-from mekd.fingerprint import FREE, fingerprint
+from mekd.fingerprint import FREE, LABELS_IMAGE, fingerprint, resolve
 
 STAGES = ["teacher", "deprivatize", "holdout", "replay", "distill", "baseline"]
 #: May change when an interrupted run goes on: where things are, what they cost, what computes the teacher, how long it
@@ -119,3 +120,20 @@ def test_every_setting_that_a_message_advises_is_accepted_on_resume() -> None:
     refused = {key for stage in STAGES for key in fingerprint(Config(), stage)}
     assert {"data.on_error", "oracle.batch", "oracle.provider"} <= advised and refused.isdisjoint(FREE)
     assert advised & refused - BEFORE == set(), "advised, but a resumed run refuses them"
+
+
+def test_labels_have_an_image_weight_of_their_own() -> None:
+    def weight(config: Config, kept: dict[str, Any]) -> float | None:
+        return resolve(config, kept, lambda device: False).distill.image
+
+    labels = replaced("oracle.response", "label")
+    assert weight(labels, {}) == LABELS_IMAGE
+    assert weight(Config(), {}) is None  # the preset's
+    paper = dataclasses.replace(labels.distill, preset="paper")
+    assert weight(dataclasses.replace(labels, distill=paper), {}) is None
+    own = dataclasses.replace(labels.distill, image=7.0)
+    assert weight(dataclasses.replace(labels, distill=own), {}) == 7.0
+    # A run that began before goes on as it began.
+    assert weight(labels, {"seed": 0}) is None
+    assert weight(labels, {"distill.image": None}) is None
+    assert weight(labels, {"distill.image": LABELS_IMAGE}) == LABELS_IMAGE
