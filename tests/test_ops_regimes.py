@@ -108,5 +108,7 @@ def test_every_kernel_has_tiles_for_every_size() -> None:
                 sizes = dtypes[str(dtype).removeprefix("torch.")]
                 assert list(sizes) == [*(str(2**i) for i in range(4, 14)), "more"], (kernel, arch, dtype)
                 for size, (_, block, warps, _) in sizes.items():
-                    assert size == "more" or block == int(size)
+                    # Of the longest rows a skewed divergence would spill, and loops.
+                    loops = (kernel, size) == ("jsd_skewed", "8192")
+                    assert size == "more" or (block < int(size) if loops else block == int(size))
                     assert 1 <= warps <= 32
