@@ -65,6 +65,7 @@ ROWS = {
     "narrow-d": "--deprivatize.d_width 1",
     "candidates": "--distill.candidates 4",
     "pseudo-labels": "--distill.pseudo_labels 0.5",
+    "image-20": "--distill.image 20",
     "second": "",  # mekd's student is asked, which costs nothing: a second one, of its probabilities
     "plain": "",  # every private image is sent once
     "ceiling": "--data.local_fraction 1",  # every training image is sent once

@@ -1,4 +1,4 @@
-// One translation unit for each instruction set: the headers of ATen are most of what a compiler has to do.
+// One translation unit for each instruction set.
 #include "dkd.cpp"
 #include "gan_generator.cpp"
 #include "jsd.cpp"
