@@ -38,30 +38,36 @@ struct Weigher {
     return y;
   }
 
-  V operator()(V p, V q, V log_p, V log_q, V gap, V& slope) const {
+  // spare: what is 0 over all classes of a row, and only rounding where all are close: what to add then, and infinite
+  // where a class is not.
+  V operator()(V p, V q, V gap, V& slope, V& spare) const {
+    spare = V(0);
     const V l(static_cast<A>(left)), r(static_cast<A>(right));
     if (beta == 0) return slope = -(l * p), l * product(p, gap);
     if (beta == 1) {
       slope = r * select<A>(q == V(0), V(0), q * (V(1) - gap));
       return r * product(q, -gap);
     }
-    const V m = V(b) * p + V(c) * q, log_m = log(m);
-    const V over = r * product(q, log_q - log_m);
-    // p / q - 1, and log(m / q), both but for their first terms.
-    const V extra = gap * gap * polynomial<6>(gap, {A(1. / 5040), A(1. / 720), A(1. / 120), A(1. / 24), A(1. / 6), A(.5)});
+    // log(m / p) and log(m / q), which differ by the gap: of the smaller one, from an exponential that is at most 1.
+    const V least = exp2(V(0) - abs(gap) * V(static_cast<A>(kLog2e)));
+    const auto above = V(0) < gap; // not so for NaN
+    const V less = log(select<A>(above, V(b) + V(c) * least, V(c) + V(b) * least));
+    const V over_p = select<A>(above, less, less - gap), over_q = select<A>(above, less + gap, less);
+    const V over = V(0) - r * product(q, over_q);
+    // p / q - 1, and log(m / q) but for its first term.
+    const V more = gap + gap * gap * polynomial<6>(gap, {A(1. / 5040), A(1. / 720), A(1. / 120), A(1. / 24), A(1. / 6), A(.5)});
     const V second = gap * gap * polynomial<6>(gap, mixture);
-    const V more = gap + extra;
     const auto close = abs(gap) < V(kClose); // not so for NaN, the gap between two masked classes
-    // The derivatives of log m cancel against those of m, but for k; and k (p - q) is 0 over all classes, as is what a
-    // slope of a constant times q is through a softmax: without them what is left is small where p and q are close.
+    // The derivatives of log m cancel against those of m, but for k. A constant times q is left out of the slope: it is 0
+    // through a softmax, and what is left is small where p and q are close.
     slope = select<A>(close, V(0) - r * q * (V(b) * gap + second), over);
-    V near = q * (l * V(c) * gap * more - second * (l * (V(1) + more) + r)), far = l * product(p, log_p - log_m) + over;
+    V near = q * (l * V(c) * gap * more - second * (l * (V(1) + more) + r));
     if (k != 0) {
-      slope = slope + V(k * c) * product(q, select<A>(close, more / (V(1) + V(b) * more), (p - q) / m));
-      near = near + V(k) * q * extra;
-      far = far + V(k) * (p - q);
+      slope = slope + V(k * c) * product(q, select<A>(close, more / (V(1) + V(b) * more), (p - q) / (V(b) * p + V(c) * q)));
+      near = near - V(k) * q * gap;
+      spare = select<A>(close, V(k) * q * more, select<A>(p + q == V(0), V(0), V(kInf<A>)));
     }
-    return select<A>(close, near, far);
+    return select<A>(close, near, over - l * product(p, over_p));
   }
 };
 
@@ -99,33 +105,36 @@ Result jsd(
       const V less_t(static_cast<A>(log_zt)), rest_t(static_cast<A>(log_zt - static_cast<A>(log_zt)));
       // Of the logits' difference, which is exact where they are close.
       const V apart(top_t - top_s), less(static_cast<A>(log_zt - log_zs));
-      double loss = 0, slopes = 0;
+      double loss = 0, slopes = 0, spared = 0;
       for (int64_t begin = 0; begin < classes; begin += kBlock) {
         const int64_t n = std::min(kBlock, classes - begin), whole = padded<A>(n);
         A* const keep_q = scratch.s + begin;
         A* const keep_slope = scratch.t + begin;
         const A* const x = read_s(begin, n, keep_q);
         const A* const y = read_t(begin, n, keep_slope);
-        V sum_l(0), sum_g(0);
+        V sum_l(0), sum_g(0), sum_h(0);
         for (int64_t part = 0; part < whole; part += kPart) {
-          V some_l(0), some_g(0);
+          V some_l(0), some_g(0), some_h(0);
           for (int64_t j = part; j < std::min(part + kPart, whole); j += kWidth<A>) {
             const V ours = V::load(x + j), theirs = V::load(y + j);
             const V log_q = (ours - of_s) * scale_v - less_s - rest_s;
             const V log_p = (theirs - of_t) * scale_v - less_t - rest_t;
             const V gap = (theirs - ours - apart) * scale_v - less;
             const V q = exp2(log_q * two);
-            V slope;
-            some_l = some_l + weigh(exp2(log_p * two), q, log_p, log_q, gap, slope);
+            V slope, spare;
+            some_l = some_l + weigh(exp2(log_p * two), q, gap, slope, spare);
             some_g = some_g + slope;
+            some_h = some_h + spare;
             q.store(keep_q + j);
             slope.store(keep_slope + j);
           }
           sum_l = sum_l + some_l;
           sum_g = sum_g + some_g;
+          sum_h = sum_h + some_h;
         }
         loss += sum(sum_l);
         slopes += sum(sum_g);
+        spared += sum(sum_h);
       }
       if (to) {
         // Through log softmax: g - q sum(g), over tau; log-probabilities get g itself.
@@ -139,6 +148,7 @@ Result jsd(
           output.store(q, to + begin * output.item, n);
         }
       }
+      if (!log_probs && std::isfinite(spared)) loss += spared;
       // Log-probabilities that do not add up to 1 may have a KL below 0; nothing else has.
       return loss < 0 && !(log_probs && (beta == 0 || beta == 1)) ? 0. : loss;
     });

@@ -42,8 +42,12 @@ def _parts(q, p, gap, beta, other, left, right, LIMIT: tl.constexpr, LOGS: tl.co
         left = number(left, gap.dtype)
         right = number(right, gap.dtype)
         k = beta * right - other * left
-        slope = right * product(q, tl.where(over_q > most_q, most_q, over_q))
-        part = left * product(p, tl.where(over_p > most_p, most_p, over_p)) + slope + k * (p - q)
+        # k (p - q), which is 0 over all classes, is added: what is left is small where p and q are close.
+        # log(m / p) and log(m / q), which differ by the gap: of the smaller, from an exponential that is at most 1.
+        least = tl.exp(-tl.abs(gap))
+        less = tl.log(tl.where(gap > 0, beta + other * least, other + beta * least))
+        slope = -right * product(q, tl.where(gap > 0, less + gap, less))
+        part = slope - left * product(p, tl.where(gap > 0, less, less - gap)) + k * (p - q)
         near = left * other * gap * more - second * (left * (1 + more) + right) + k * extra
         slope = tl.where(close, -right * q * (beta * gap + second), slope)
         slope += k * other * product(q, tl.where(close, more / (1 + beta * more), (p - q) / m))
