@@ -35,16 +35,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args(arguments)
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    rows = []
-    for shape in QUICK if options.quick else SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
-            for target in ("logits", "topk"):
-                rows += measure(shape, dtype, target, options.repeats, options.compile)
     options.out.mkdir(parents=True, exist_ok=True)
     with open(options.out / "linear.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        for shape in QUICK if options.quick else SHAPES:
+            for dtype in (torch.float32, torch.bfloat16):
+                for target in ("logits", "topk"):
+                    writer.writerows(measure(shape, dtype, target, options.repeats, options.compile))
+                    file.flush()
     return 0
 
 

@@ -4,8 +4,11 @@
 // functions of one build out of the other.
 #pragma once
 
-#if defined(__F16C__)
+#if defined(__AVX__)
 #include <immintrin.h>
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // false alarms of GCC 12 about its own AVX-512 header
 #endif
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -92,13 +95,23 @@ inline Vec<A> select(typename Vec<A>::Ints which, Vec<A> yes, Vec<A> no) {
   return which ? yes.v : no.v;
 }
 
-// One instruction each. Where b is NaN they are a; a NaN in a stays.
+// Where b is NaN they are a; a NaN in a stays. One instruction each, which GCC does not see in the comparison.
 template <typename A>
 inline Vec<A> higher(Vec<A> a, Vec<A> b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) return (typename Vec<A>::Raw)_mm512_max_ps((__m512)b.v, (__m512)a.v);
+#elif defined(__AVX__)
+  if constexpr (std::is_same_v<A, float>) return (typename Vec<A>::Raw)_mm256_max_ps((__m256)b.v, (__m256)a.v);
+#endif
   return b.v > a.v ? b.v : a.v;
 }
 template <typename A>
 inline Vec<A> lower(Vec<A> a, Vec<A> b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) return (typename Vec<A>::Raw)_mm512_min_ps((__m512)b.v, (__m512)a.v);
+#elif defined(__AVX__)
+  if constexpr (std::is_same_v<A, float>) return (typename Vec<A>::Raw)_mm256_min_ps((__m256)b.v, (__m256)a.v);
+#endif
   return b.v < a.v ? b.v : a.v;
 }
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from bench.matrix import copy_files
+from mekd import extension
 
 pytestmark = pytest.mark.slow
 #: All stages for a few steps on the digits; the teacher is trained and exported first.
@@ -99,7 +100,7 @@ def test_every_module_is_imported_and_the_kernels_load(installed: Installed, tmp
     where, kernels, loaded, why_not, *found = out.partition("here:\n")[2].splitlines()
     here = str(installed.bin.parent)
     assert where.startswith(here) and kernels.startswith(here), (where, kernels)
-    assert loaded in ("AVX2", "DEFAULT"), why_not
+    assert loaded in extension.CAPABILITIES, why_not
     paths = {f"{name.replace('.', '/')}.py" for name in found} | {
         f"{name.replace('.', '/')}/__init__.py" for name in found
     }
