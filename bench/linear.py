@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import eager
 from bench.timing import interleaved, machine, spread
 from mekd.engine.profile import peak_mb
 from mekd.functional import kd_loss
@@ -22,7 +23,6 @@ from mekd.linear import linear_kd_loss
 #: Rows, width and classes.
 SHAPES = ((1024, 2048, 21841), (512, 2048, 128256))
 QUICK = ((256, 512, 21841),)
-TAU = 2.0
 COLUMNS = ("case", "dtype", "target", "impl", "median_s", "p20_s", "p80_s", "peak_mb", "bound_mb", "time", "threads")
 
 
@@ -58,11 +58,11 @@ def measure(
     logits = torch.randn(n, c, dtype=dtype)
     given: dict[str, Any] = {"logits": logits} if target == "logits" else {"topk": top(logits)}
     ways: dict[str, Callable[..., Tensor]] = {
-        "mekd.linear": lambda *layer: linear_kd_loss(*layer, **given, tau=TAU, rest="tail"),
-        "linear, kd_loss": lambda *layer: kd_loss(F.linear(*layer), **given, tau=TAU, rest="tail"),
+        "mekd.linear": lambda *layer: linear_kd_loss(*layer, **given, tau=eager.TAU, rest="tail"),
+        "linear, kd_loss": lambda *layer: kd_loss(F.linear(*layer), **given, tau=eager.TAU, rest="tail"),
     }
     if target == "logits":
-        ways["eager"] = lambda *layer: eager_kd(F.linear(*layer), logits)
+        ways["eager"] = lambda *layer: eager.tempered_kl(F.linear(*layer), logits)
         if compiled:
             ways["torch.compile"] = torch.compile(ways["eager"])
     works = {name: (lambda way=way: torch.autograd.grad(way(*parts), parts)) for name, way in ways.items()}
@@ -88,9 +88,3 @@ def top(logits: Tensor, k: int = 64) -> tuple[Tensor, Tensor]:
     """The k best classes' probabilities and which they are."""
     values, indices = logits.float().softmax(-1).topk(k)
     return values, indices
-
-
-def eager_kd(student: Tensor, teacher: Tensor) -> Tensor:
-    """What a person would write."""
-    p = F.log_softmax(teacher.float() / TAU, -1)
-    return F.kl_div(F.log_softmax(student.float() / TAU, -1), p, reduction="batchmean", log_target=True) * TAU**2

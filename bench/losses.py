@@ -138,6 +138,12 @@ def exponential_seconds(repeats: int) -> float:
     return sorted(taken)[len(taken) // 2] / x.numel()
 
 
+def measured(case: Case, backward: bool) -> tuple[str, ...]:
+    """What a case in one direction is called: the first columns of its rows."""
+    dtype = str(case.inputs[0].dtype).removeprefix("torch.")
+    return case.op, case.name, dtype, "forward+backward" if backward else "forward"
+
+
 def measure(case: Case, backward: bool, repeats: int, compiled: bool, exp_s: float) -> list[dict[str, Any]]:
     """A row for each implementation of one case in one direction."""
     plain = {"eager": case.plain}
@@ -158,10 +164,7 @@ def measure(case: Case, backward: bool, repeats: int, compiled: bool, exp_s: flo
     for name, seconds in taken.items():
         rows.append(
             {
-                "op": case.op,
-                "case": case.name,
-                "dtype": str(case.inputs[0].dtype).removeprefix("torch."),
-                "direction": "forward+backward" if backward else "forward",
+                **dict(zip(COLUMNS[:4], measured(case, backward), strict=True)),
                 "impl": name,
                 **spread(seconds),
                 "bytes_min": bytes_min,
@@ -234,8 +237,8 @@ def kept(path: Path) -> list[dict[str, Any]]:
         rows = [
             {k: v if k in COLUMNS[:5] else float(v) if v else None for k, v in r.items()} for r in csv.DictReader(file)
         ]
-    whole = {(r["op"], r["case"], r["dtype"], r["direction"]) for r in rows if r["impl"] == "limit_alloc"}  # the last
-    return [r for r in rows if (r["op"], r["case"], r["dtype"], r["direction"]) in whole]
+    whole = {tuple(r[name] for name in COLUMNS[:4]) for r in rows if r["impl"] == "limit_alloc"}  # the last
+    return [r for r in rows if tuple(r[name] for name in COLUMNS[:4]) in whole]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -254,7 +257,7 @@ def main(arguments: Sequence[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     begun, rows = time.perf_counter(), kept(options.out / "losses.csv") if options.resume else []
-    done = {(r["op"], r["case"], r["dtype"], r["direction"]) for r in rows}
+    done = {tuple(r[name] for name in COLUMNS[:4]) for r in rows}
     print(", ".join(f"{key} {value}" for key, value in machine().items()), f", kernels {extension.LOADED}", sep="")
     exp_s = exponential_seconds(options.repeats)
     print(f"one exponential: {1e9 * exp_s:.3f} ns, all threads")
@@ -271,8 +274,7 @@ def main(arguments: Sequence[str]) -> int:
             if options.quick and case.name not in QUICK.get(case.op, ()):
                 continue
             for backward in (True,) if options.quick or case.op == "tanh_l1_" else (False, True):
-                direction = "forward+backward" if backward else "forward"
-                if (case.op, case.name, str(dtype).removeprefix("torch."), direction) in done:
+                if measured(case, backward) in done:
                     continue
                 new = measure(case, backward, options.repeats, not options.no_compile, exp_s)
                 rows += new

@@ -109,12 +109,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--queries", nargs="+", help="numbers, or unlimited; 20000 unlimited without it")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--pool", metavar="NAME=FOLDER", help="images for the rows pool: a data set, or photos=FOLDER")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/students"), help="where teachers, generators, stores are"
-    )
+    parser.add_argument("--out", type=Path, help="where teachers, generators, stores are; runs/students without it")
     parser.add_argument("--results", type=Path, help="folder of students.csv; bench/results/PROCESSOR without it")
     parser.add_argument("--minutes", type=float, help="stop after so long, saved")
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything, for a test")
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything, apart from the real ones")
     options, words = parser.parse_known_args(arguments)
     if options.path:
         words += ["--data.path", options.path]
@@ -124,7 +122,9 @@ def main(arguments: Sequence[str]) -> int:
     for queries in options.queries:
         if queries != "unlimited" and not (queries.isdecimal() and int(queries) > HOLDOUT):
             parser.error(f"--queries {queries}: a number above {HOLDOUT}, which are held out of it, or unlimited")
-    results = options.results or Path("bench/results") / slug(processor())
+    # Neither its teacher nor its rows may be taken for real ones.
+    options.out = options.out or Path("runs/students-quick" if options.quick else "runs/students")
+    results = options.results or (options.out if options.quick else Path("bench/results") / slug(processor()))
     table = results / "students.csv"
     place = options.out / options.data
     done = {tuple(row[name] for name in COLUMNS[:6]) for row in curves.read(table)}

@@ -18,6 +18,12 @@ def name(build: str) -> str:
     return f"_cpu_{build.lower()}"
 
 
+def possible() -> tuple[str, ...]:
+    """The builds that this processor can run, as torch knows it, best first."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return CAPABILITIES[CAPABILITIES.index(capability) if capability in CAPABILITIES else -1 :]
+
+
 def _load() -> tuple[str | None, str]:
     if INTERPRETED:
         return None, "TRITON_INTERPRET=1 puts the Triton kernels, interpreted, in the place of its C++ kernels"
@@ -25,13 +31,11 @@ def _load() -> tuple[str | None, str]:
         oldest = ".".join(map(str, OLDEST))
         return None, f"its C++ kernels take torch {oldest} or newer, and this is torch {torch.__version__}"
     here = Path(__file__).parent
-    capability = torch.backends.cpu.get_cpu_capability()
-    possible = CAPABILITIES[CAPABILITIES.index(capability) if capability in CAPABILITIES else -1 :]
     chosen = os.environ.get("MEKD_CPU", "").upper()
-    if chosen and chosen not in possible:
-        allowed = ", ".join(possible).lower()
+    if chosen and chosen not in possible():
+        allowed = ", ".join(possible()).lower()
         return None, f"MEKD_CPU in the environment is {chosen.lower()!r}; this processor can run {allowed}"
-    for build in [chosen] if chosen else possible:
+    for build in [chosen] if chosen else possible():
         for path in here.glob(name(build) + ".*"):
             try:
                 torch.ops.load_library(path)

@@ -102,8 +102,7 @@ def linear_dkd_loss(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     hidden, weight, bias = _in_one_dtype(hidden, weight, bias)
-    head = None if isinstance(teacher, Tensor) else teacher
-    target = teacher if isinstance(teacher, Tensor) else _stand_in("teacher's hidden", *teacher)
+    head, target = _either(teacher)
     name, (_, *arguments) = dkd_arguments(
         _stand_in("hidden", hidden, weight, bias), target, labels, alpha, beta, tau, scale, ignore_index, weights, mask,
         -1, reduction,
@@ -131,12 +130,16 @@ def linear_jsd_loss(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     hidden, weight, bias = _in_one_dtype(hidden, weight, bias)
-    head = None if isinstance(teacher, Tensor) else teacher
-    target = teacher if isinstance(teacher, Tensor) else _stand_in("teacher's hidden", *teacher)
+    head, target = _either(teacher)
     name, (_, *arguments) = jsd_arguments(
         _stand_in("hidden", hidden, weight, bias), target, beta, False, tau, scale, weights, mask, -1, reduction
     )
     return _run(name, hidden, weight, bias, head, arguments, reduction, impl)
+
+
+def _either(teacher: Head | Tensor) -> tuple[Head | None, Tensor]:
+    """The teacher's layer where it is one, and its logits or what stands for them."""
+    return (None, teacher) if isinstance(teacher, Tensor) else (teacher, _stand_in("teacher's hidden", *teacher))
 
 
 def _in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

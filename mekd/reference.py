@@ -86,7 +86,7 @@ def tempered_kl_topk(
     """
     if rest == "tail":
         log_p, log_q = buckets(student, values, indices, tau)
-        return _at_least_0(_kl_term(log_p, log_q).sum(-1))
+        return _at_least_0(kl_term(log_p, log_q).sum(-1))
     target = fill_topk(values, indices, student.shape[-1], rest)
     if rest == "spread":
         return tempered_kl(student, target, tau, probs=True)
@@ -149,7 +149,7 @@ def dkd(student: Tensor, teacher: Tensor, labels: Tensor, tau: Tensor | float, a
         return F.log_softmax(both, -1).to(dtype), rest.to(dtype), empty
 
     (log_q, rest_q, none_q), (log_p, rest_p, none_p) = split(student), split(teacher)
-    binary = _kl_term(log_p, log_q).sum(-1)
+    binary = kl_term(log_p, log_q).sum(-1)
     within = tempered_kl(rest_q, rest_p, 1.0).masked_fill(none_q | none_p, 0.0)
     return _times(alpha, binary) + _times(beta if student.shape[-1] > 2 else 0.0, within)
 
@@ -158,7 +158,8 @@ def _times(weight: float, losses: Tensor) -> Tensor:
     return weight * (losses if weight else losses.masked_fill(torch.ones_like(losses, dtype=torch.bool), 0.0))
 
 
-def _kl_term(log_p: Tensor, log_q: Tensor) -> Tensor:
+def kl_term(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """p (log p - log q) of each class by itself, 0 where p is."""
     p = log_p.exp()
     return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).masked_fill(p == 0, 0.0)
 
@@ -176,14 +177,14 @@ def jsd(
     log_q = student.to(accumulation_dtype(student)) if log_probs else log_softmax(student, tau)
     log_p = teacher.to(log_q.dtype) if log_probs else log_softmax(teacher, tau).to(log_q.dtype)
     if beta in (0, 1):
-        losses = (left * _kl_term(log_p, log_q) if beta == 0 else right * _kl_term(log_q, log_p)).sum(-1)
+        losses = (left * kl_term(log_p, log_q) if beta == 0 else right * kl_term(log_q, log_p)).sum(-1)
         # Log-probabilities that do not add up to 1 may have a KL below 0.
         return losses if log_probs else _at_least_0(losses)
     masked = (log_p == -math.inf) & (log_q == -math.inf)  # 0 log 0 = 0, and a gradient of 0
     log_p, log_q = log_p.masked_fill(masked, -1e30), log_q.masked_fill(masked, -1e30)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     log_m = log_m + torch.where(log_p == log_q, log_p - log_m, 0.0).detach()  # equal sides have no distance, to the bit
-    return _at_least_0((_times(left, _kl_term(log_p, log_m)) + _times(right, _kl_term(log_q, log_m))).sum(-1))
+    return _at_least_0((_times(left, kl_term(log_p, log_m)) + _times(right, kl_term(log_q, log_m))).sum(-1))
 
 
 def _at_least_0(losses: Tensor) -> Tensor:

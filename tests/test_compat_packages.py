@@ -21,7 +21,9 @@ Loss = Callable[..., Tensor]
 
 def installed(module: str, package: str) -> ModuleType:
     """The module, or a skipped test."""
-    return pytest.importorskip(module, reason=f"compares with {package}, not installed", exc_type=ImportError)
+    return pytest.importorskip(
+        module, reason=f"compares with {package}, which cannot be imported here", exc_type=ImportError
+    )
 
 
 def same(ours: Loss, theirs: Loss, student: Tensor, *others: Tensor) -> None:

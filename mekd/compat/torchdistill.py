@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mekd import functional
 from mekd.checks import check_student, check_teacher
 from mekd.compat.dtype import as_given
-from mekd.reference import accumulation_dtype
+from mekd.reference import accumulation_dtype, kl_term
 
 IO = Mapping[str, Mapping[str, Tensor]]
 
@@ -82,5 +82,4 @@ def _elements(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
     check_teacher("teacher logits", teacher, student)
     dtype = accumulation_dtype(student)
     log_q, log_p = (F.log_softmax(x.to(dtype) / tau, dim=1) for x in (student, teacher))
-    p = log_p.exp()
-    return p * (log_p - log_q).masked_fill(p == 0, 0.0)
+    return kl_term(log_p, log_q)

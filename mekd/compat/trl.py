@@ -6,7 +6,7 @@ from torch import Tensor
 from mekd import functional
 from mekd.checks import SAMPLE_REDUCTIONS, check_choice
 from mekd.compat.dtype import as_given
-from mekd.reference import log_softmax
+from mekd.reference import kl_term, log_softmax
 
 IGNORED = -100
 
@@ -49,14 +49,10 @@ def _elements(student: Tensor, teacher: Tensor, beta: float, tau: float) -> Tens
     """Each class by itself, in the shape of the logits."""
     log_q, log_p = log_softmax(student, tau), log_softmax(teacher, tau)
 
-    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-        a = log_a.exp()
-        return a * (log_a - log_b).masked_fill(a == 0, 0.0)
-
     if beta == 0:
-        return kl(log_p, log_q)
+        return kl_term(log_p, log_q)
     if beta == 1:
-        return kl(log_q, log_p)
+        return kl_term(log_q, log_p)
     share = torch.tensor(beta, dtype=log_q.dtype, device=log_q.device)
     log_m = torch.logaddexp(log_p + share.log(), log_q + torch.log1p(-share))
-    return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+    return beta * kl_term(log_p, log_m) + (1 - beta) * kl_term(log_q, log_m)
