@@ -21,7 +21,7 @@ class Tile(NamedTuple):
 
 FILE = Path(__file__).with_name("tuning.json")
 #: The longest row that one program holds in registers; a class more, and it loops.
-LONGEST = 8192
+LONGEST = 16384
 SMALLEST = 16
 NEAREST = 90
 

@@ -24,17 +24,17 @@ from mekd.kernels import tempered_kl, tuning
 from mekd.kernels.aot import ARCHS, Launch, Resources, access_widths, compiling, occupancy, resources, widths
 from mekd.kernels.variants import CLASSES, ROWS, TOPK, Variant, variants
 
-ONE_PASS = 8192
+ONE_PASS = 16384
 #: How often more the k entries of a row are read.
 ENTRIES = {"spread": 1, "drop": 1, "tail": 4}
-#: The variant of jsd in which more of each class is alive at once: half as long rows. It has half the occupancy, as
-#: "tail" has, which holds the named classes beside the others.
+#: The variant of jsd in which more of each class is alive at once. It has half the occupancy, as "tail" has, which
+#: holds the named classes beside the others.
 SKEWED = "skewed"
 COMPILED: dict[str, list[tuple[torch.dtype, tuple[int, ...]]]] = {
     # One architecture with every regime: tiles of rows, one row in registers, the loop ...
-    "sm_90": [(torch.bfloat16, CLASSES), (torch.float32, (1000, CLASSES[3])), (torch.float16, (1000,))],
+    "sm_90": [(torch.bfloat16, CLASSES), (torch.float32, (1000, CLASSES[-2])), (torch.float16, (1000,))],
     # ... and the others where registers are scarcest and where loads are asked to be wide.
-    **{arch: [(torch.bfloat16, (1000, ONE_PASS, CLASSES[4]))] for arch in ARCHS if arch != "sm_90"},
+    **{arch: [(torch.bfloat16, (1000, 8192, ONE_PASS, CLASSES[-1]))] for arch in ARCHS if arch != "sm_90"},
 }
 #: In make test the one with every regime; the others take as long again each.
 EACH = [pytest.param(arch, marks=[] if arch == "sm_90" else pytest.mark.slow) for arch in ARCHS]
@@ -95,6 +95,13 @@ def test_a_thousand_classes_and_images_move_128_bits_at_a_time(arch: str) -> Non
     assert not narrow
 
 
+def longest(variant: Variant, arch: str) -> int:
+    """The longest row that is held in registers: where half as much again would spill."""
+    if variant.kernel == "jsd":
+        return 4096 if variant.name == SKEWED else 8192
+    return 8192 if arch == "sm_120" and variant.kernel in ("dkd", "tempered_kl_topk") else ONE_PASS
+
+
 @pytest.mark.parametrize("arch", EACH)
 def test_what_fits_is_read_and_written_once(arch: str) -> None:
     for code in compiled(arch):
@@ -103,7 +110,7 @@ def test_what_fits_is_read_and_written_once(arch: str) -> None:
         if variant.kernel.startswith("tanh_l1"):
             # A sum for each piece of 2048 pixels, where the least is one for each image.
             assert 0 <= more <= 1e-3 * variant.bytes_least, f"{more} bytes more: {code}"
-        elif variant.classes <= ONE_PASS // (2 if variant.name == SKEWED else 1) or variant.kernel == "gan_generator":
+        elif variant.classes <= longest(variant, arch) or variant.kernel == "gan_generator":
             # A byte says whether a row with a label counts, and a number how many do.
             named = AGAIN.get(variant.kernel, 0)
             again = ROWS * (named * variant.dtype.itemsize + 1) + 8 if named else 0
@@ -225,7 +232,7 @@ def test_the_sheet_has_the_fields_that_were_agreed() -> None:
     ("dtypes", "classes"),
     [
         # Tiles of rows, one row, and the loop.
-        pytest.param([torch.bfloat16], (10, 1000, CLASSES[4]), id="bfloat16"),
+        pytest.param([torch.bfloat16], (10, 1000, CLASSES[-1]), id="bfloat16"),
         pytest.param(
             [torch.float64, torch.float32, torch.float16], (10, 1000, ONE_PASS), id="all", marks=pytest.mark.slow
         ),
