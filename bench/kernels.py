@@ -21,8 +21,9 @@ from bench.traffic import moved
 from mekd.kernels.aot import ARCHS, access_widths, compiling, resources
 from mekd.kernels.variants import CLASSES, DTYPES, ROWS, variants
 
-#: Bytes a second by NVIDIA's data sheets: A100 80 GB SXM, H100 SXM, H200 SXM, HGX B200.
-BANDWIDTH = {"sm_80": {"A100": 2.039e12}, "sm_90": {"H100": 3.35e12, "H200": 4.8e12}, "sm_100": {"B200": 8e12}}
+#: Bytes a second by NVIDIA's data sheets: A100 80 GB SXM, H100 SXM, H200 SXM; of B200 what its memory's clock gives,
+#: for which the sheets round up to 8.
+BANDWIDTH = {"sm_80": {"A100": 2.039e12}, "sm_90": {"H100": 3.35e12, "H200": 4.8e12}, "sm_100": {"B200": 7.67e12}}
 
 
 def sheet(arch: str, dtypes: Sequence[torch.dtype] = DTYPES, classes: Sequence[int] = CLASSES) -> list[dict[str, Any]]:

@@ -17,11 +17,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mekd import __version__, extension
+from mekd import __version__, extension, reference
 from mekd.errors import UsageError
 from mekd.ops import IMPLS
-from mekd.testing import IMAGE_KINDS, Problem, compare, make, result
+from mekd.testing import IMAGE_KINDS, Problem, compare, make, result, weights_of
 
 #: The kinds of problems that exercise each op; the first one is timed.
 OPS = {
@@ -36,11 +37,13 @@ OPS = {
     "gan_discriminator": ("discriminator",),
 }
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-#: Few classes, many, and more than a program holds in registers; images of odd and of even sizes.
-ROWS = ((65, 10), (7, 1000), (3, 21841))
+#: Few classes, many, as many as a program holds in registers, and more; images of odd and of even sizes.
+ROWS = ((65, 10), (7, 1000), (2, 16384), (3, 21841))
 IMAGES = ((4, 3, 5, 5), (3, 3, 64, 64))
 TIMED_ROWS = ((128, 100), (4096, 1000), (1024, 21841))
 TIMED_IMAGES = ((64, 3, 64, 64), (64, 3, 224, 224))
+#: On a card torch.compile of plain PyTorch is timed as well, of these alone: it takes seconds to compile each.
+TIMED_COMPILED = ((4096, 1000), (64, 3, 224, 224))
 LIMIT_S = 600.0  # for one op, compiling included
 
 
@@ -134,7 +137,10 @@ def op_lines(op: str, device: torch.device, impl: str) -> Iterator[dict[str, Any
         parts["CUDA graph"] = partial(captured, op, device, impl)
     for shape in ((4, 10),) if interpreted else TIMED_IMAGES if op.startswith("tanh") else TIMED_ROWS:
         for dtype in (torch.float32, torch.bfloat16):
-            parts[f"speed {'x'.join(map(str, shape))} {_name(dtype)}"] = partial(speed, op, shape, dtype, device, impl)
+            compiling = device.type == "cuda" and shape in TIMED_COMPILED
+            parts[f"speed {'x'.join(map(str, shape))} {_name(dtype)}"] = partial(
+                speed, op, shape, dtype, device, impl, compiling
+            )
     for name, part in parts.items():
         try:
             yield {"op": op, "part": name, **part()}
@@ -189,8 +195,10 @@ def captured(op: str, device: torch.device, impl: str) -> dict[str, Any]:
     return {}
 
 
-def speed(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, impl: str) -> dict[str, Any]:
-    """Seconds of loss and gradient, GB/s of the bytes that must move, and that as a share of a copy's."""
+def speed(
+    op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, impl: str, compiling: bool
+) -> dict[str, Any]:  # fmt: skip
+    """Seconds of loss and gradient, GB/s of the bytes that must move, that as a share of a copy's, and the others'."""
     if op.startswith("tanh") and len(shape) == 2:
         shape = (shape[0], 1, shape[1])
     problem = make(OPS[op][0], shape, dtype, device=str(device))
@@ -201,6 +209,11 @@ def speed(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
     seconds, reference = (
         median_seconds(partial(result, problem, name, "mean"), device) for name in (impl, "reference")
     )
+    versus = {"vs_reference": reference / seconds}
+    if compiling:
+        leaves = [x.detach().requires_grad_() for x in problem.students]
+        twin = torch.compile(lambda *xs: plain(op, xs, problem.target, problem.options), fullgraph=True)
+        versus["vs_compile"] = median_seconds(lambda: torch.autograd.grad(twin(*leaves), leaves), device) / seconds
     source = torch.empty(max(moved // 2, 1), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
@@ -208,17 +221,41 @@ def speed(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
         "seconds": seconds,
         "gb_s": moved / seconds / 1e9,
         "of_copy": moved / seconds / copy,
-        "vs_reference": reference / seconds,
+        **versus,
     }
+
+
+def plain(op: str, students: tuple[Tensor, ...], target: dict[str, Any], options: dict[str, Any]) -> Tensor:
+    """The loss of an op's timed problem, reduction "mean", as a formula, which torch.compile sees through."""
+    x, *others = (student.float() for student in students)
+    if op.startswith("tanh_l1"):
+        return reference.tanh_l1(x.flatten(1), target["teacher"].float().flatten(1)).sum() / x.numel()
+    if op == "gan_generator":
+        return reference.gan_generator(x, target["logits"].float().softmax(-1).amax(-1), 0.5).mean()
+    if op == "gan_discriminator":
+        return torch.stack([losses.mean() for losses in reference.gan_discriminator(x, *others)]).sum()
+    tau: float = options["tau"]
+    if op == "jsd":
+        return reference.jsd(x, target["teacher"].float(), tau, *weights_of("jsd", options)).sum() / x.numel()
+    if op == "dkd":
+        losses = reference.dkd(x, target["teacher"].float(), target["labels"], tau, 1.0, options["beta"])
+    elif op == "tempered_kl_labels":
+        losses = reference.tempered_kl_labels(x, target["labels"], tau)
+    elif op == "tempered_kl_topk":
+        values, indices = target["topk"]
+        losses = reference.tempered_kl_topk(x, values.float(), indices, tau, target["rest"])
+    else:
+        losses = reference.tempered_kl(x, target["logits"].float(), tau)
+    return losses.sum() * tau**2 / x.numel()
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _tensors(values: dict[str, Any]) -> Iterator[torch.Tensor]:
+def _tensors(values: dict[str, Any]) -> Iterator[Tensor]:
     for value in values.values():
-        yield from (x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, torch.Tensor))
+        yield from (x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, Tensor))
 
 
 def median_seconds(work: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
@@ -255,7 +292,7 @@ def table(lines: list[dict[str, Any]]) -> None:
             text = (
                 f"{1e6 * line['seconds']:.0f} us, {line['gb_s']:.1f} GB/s, {100 * line['of_copy']:.0f} % of a copy, "
                 f"{line['vs_reference']:.1f} times plain PyTorch"
-            )
+            ) + (f", {line['vs_compile']:.1f} times its torch.compile" if "vs_compile" in line else "")
         else:
             text = "equal to eager"
         print(f"| {line['op']} | {line['part']} | {text} |")

@@ -11,12 +11,28 @@ import torch
 from mekd import extension, selftest
 from mekd.cli import main
 from mekd.ops import OPS as REGISTERED
+from mekd.testing import make, truth
 
 CPU = torch.device("cpu")
 
 
 def test_every_op_is_tested() -> None:
     assert set(selftest.OPS) == {*REGISTERED, "tanh_l1_"}
+
+
+@pytest.mark.parametrize("op", selftest.OPS)
+def test_what_is_compiled_beside_an_op_is_the_same_loss(op: str) -> None:
+    problem = make(selftest.OPS[op][0], (4, 3, 5, 5) if op.startswith("tanh") else (6, 10))
+    found = selftest.plain(op, tuple(problem.students), problem.target, problem.options)
+    torch.testing.assert_close(found, truth(problem, "mean")[0].float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(extension.LOADED is None, reason=extension.WHY_NOT)
+def test_speed_on_a_card_is_beside_torch_compile_too(capsys: pytest.CaptureFixture[str]) -> None:
+    line = selftest.speed("tempered_kl", (64, 10), torch.float32, CPU, "cpp", True)
+    assert line["vs_compile"] > 0 and line["of_copy"] > 0
+    selftest.table([{"op": "tempered_kl", "part": "speed", **line}])
+    assert "times its torch.compile |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
