@@ -21,7 +21,10 @@ IMAGES = ((128, 1, 32, 32), (64, 3, 64, 64), (64, 3, 224, 224))
 #: What --quick measures: the cases that README quotes.
 QUICK = {
     "tempered_kl": {"128x10", "128x100", "4096x1000", "1024x21841", "64x128256"},
+    "tempered_kl_labels": {"128x100"},
+    "tempered_kl_topk": {"128x100"},
     "dkd": {"4096x1000"},
+    "jsd": {"4096x1000"},
     "tanh_l1": {"64x3x224x224"},
     "tanh_l1_": {"64x3x224x224"},
     "gan_generator": {"4096x1000"},

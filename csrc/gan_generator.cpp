@@ -66,7 +66,7 @@ A highest(const Rows<A>& rows, int64_t row, int64_t classes, Probabilities& seen
   V high(0), low(0), total(0), high_2(0), low_2(0), total_2(0);
   for (int64_t begin = 0; begin < classes; begin += kBlock) {
     const int64_t n = std::min(kBlock, classes - begin);
-    const A* const x = rows.unpadded(row, begin, n, buffer);
+    const A* const x = rows(row, begin, n, buffer);
     int64_t j = 0;
     for (; j + 2 * kWidth<A> <= n; j += 2 * kWidth<A>) { // two chains, as each waits for its last
       const V p = V::load(x + j), q = V::load(x + j + kWidth<A>);
@@ -101,10 +101,10 @@ A highest_softmax(const Rows<A>& rows, int64_t row, int64_t classes) {
   A top = -kInf<A>;
   double z = 0;
   for (int64_t begin = 0; begin < classes; begin += kBlock) {
-    const int64_t n = std::min(kBlock, classes - begin), whole = padded<A>(n);
+    const int64_t n = std::min(kBlock, classes - begin);
     const A* const x = rows(row, begin, n, buffer);
     const char* const next = rows.at(row + 1, begin);
-    const Range<A> all_of = range(x, whole);
+    const Range<A> all_of = range(x, n);
     const A before = top;
     top = std::max(top, all_of.high);
     z = z == 0 ? 0 : z * std::exp(double(before) - top);
@@ -112,9 +112,9 @@ A highest_softmax(const Rows<A>& rows, int64_t row, int64_t classes) {
     Several<A, 4> all;
     all.fill(V(0));
     const auto pass = [&](auto near) {
-      const auto scaled = [&](int64_t j) { return (V::load(x + j) - of) * unit; };
+      const auto scaled = [&](int64_t j) { return (V::load(x + j, n - j, -kInf<A>) - of) * unit; };
       int64_t j = 0;
-      for (; j + 4 * kWidth<A> <= whole; j += 4 * kWidth<A>) {
+      for (; j + 4 * kWidth<A> <= n; j += 4 * kWidth<A>) {
         __builtin_prefetch(next + j * rows.item);
         __builtin_prefetch(next + (j + 2 * kWidth<A>) * rows.item);
         Several<A, 4> e;
@@ -126,7 +126,7 @@ A highest_softmax(const Rows<A>& rows, int64_t row, int64_t classes) {
         }
         for (int k = 0; k < 4; ++k) all[k] = all[k] + e[k];
       }
-      for (; j < whole; j += kWidth<A>) all[0] = all[0] + exp2(scaled(j));
+      for (; j < n; j += kWidth<A>) all[0] = all[0] + exp2(scaled(j));
     };
     (top - all_of.low) * kLog2e < kNear ? pass(std::true_type()) : pass(std::false_type());
     z += sum((all[0] + all[1]) + (all[2] + all[3]));

@@ -107,16 +107,16 @@ Result jsd(
       const V apart(top_t - top_s), less(static_cast<A>(log_zt - log_zs));
       double loss = 0, slopes = 0, spared = 0;
       for (int64_t begin = 0; begin < classes; begin += kBlock) {
-        const int64_t n = std::min(kBlock, classes - begin), whole = padded<A>(n);
+        const int64_t n = std::min(kBlock, classes - begin);
         A* const keep_q = scratch.s + begin;
         A* const keep_slope = scratch.t + begin;
         const A* const x = read_s(begin, n, keep_q);
         const A* const y = read_t(begin, n, keep_slope);
         V sum_l(0), sum_g(0), sum_h(0);
-        for (int64_t part = 0; part < whole; part += kPart) {
+        for (int64_t part = 0; part < n; part += kPart) {
           V some_l(0), some_g(0), some_h(0);
-          for (int64_t j = part; j < std::min(part + kPart, whole); j += kWidth<A>) {
-            const V ours = V::load(x + j), theirs = V::load(y + j);
+          for (int64_t j = part; j < std::min(part + kPart, n); j += kWidth<A>) {
+            const V ours = V::load(x + j, n - j, -kInf<A>), theirs = V::load(y + j, n - j, -kInf<A>);
             const V log_q = (ours - of_s) * scale_v - less_s - rest_s;
             const V log_p = (theirs - of_t) * scale_v - less_t - rest_t;
             const V gap = (theirs - ours - apart) * scale_v - less;

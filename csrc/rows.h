@@ -50,7 +50,7 @@ inline Tensor as_rows(const Tensor& x) {
   return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : torch::stable::contiguous(rows);
 }
 
-// Rows of a tensor, read as A, n elements at a time and padded to whole vectors with -inf, which softmax ignores.
+// Rows of a tensor, read as A, n elements at a time.
 template <typename A>
 struct Rows {
   Tensor tensor;
@@ -72,14 +72,6 @@ struct Rows {
 
   // Where the n elements of a row from begin on are: in memory, or in the buffer.
   const A* operator()(int64_t row, int64_t begin, int64_t n, A* buffer) const {
-    const char* from = at(row, begin);
-    if (direct && n % kWidth<A> == 0) return reinterpret_cast<const A*>(from);
-    load(from, buffer, n);
-    for (int64_t j = n; j % kWidth<A>; ++j) buffer[j] = -kInf<A>;
-    return buffer;
-  }
-
-  const A* unpadded(int64_t row, int64_t begin, int64_t n, A* buffer) const {
     if (!direct) load(at(row, begin), buffer, n);
     return direct ? reinterpret_cast<const A*>(at(row, begin)) : buffer;
   }
@@ -252,8 +244,6 @@ struct Output {
 
   explicit Output(ScalarType type)
       : item(item_size(type)), same(type == kType<A>), store(storer<A>(type)) {}
-
-  bool direct(int64_t n) const { return same && n % kWidth<A> == 0; }
 };
 
 // Scratch of a thread: two rows of A, and what each block of them is referred to.

@@ -36,13 +36,13 @@ Pair<A> read_pair(
   A max_s = -kInf<A>, max_t = -kInf<A>, top_s = 0, top_t = 0;
   double zs = 0, zt = 0, weighted = 0;
   for (int64_t begin = 0, block = 0; begin < classes; begin += kBlock, ++block) {
-    const int64_t n = std::min(kBlock, classes - begin), whole = padded<A>(n);
+    const int64_t n = std::min(kBlock, classes - begin);
     A* const p = scratch.t + begin;
     A* const q = scratch.s + begin;
     const A* const s = load_s(begin, n, q);
     const A* const t = load_t(begin, n, p);
 
-    const Range<A> range_s = range(s, whole), range_t = range(t, whole);
+    const Range<A> range_s = range(s, n), range_t = range(t, n);
     max_s = std::max(max_s, range_s.high);
     max_t = std::max(max_t, range_t.high);
     scratch.top_s[block] = max_s;
@@ -60,21 +60,30 @@ Pair<A> read_pair(
     top_t = new_t;
 
     const V by(unit), of_s(top_s), of_t(top_t), zero(0);
-    V sum_s(0), sum_t(0), sum_w(0);
+    V sum_s(0), sum_t(0), sum_w(0), some_s, some_t, some_w;
+    const auto add = [&](int64_t j, V pj, V qj, V weighted_j) {
+      some_t = some_t + pj;
+      some_s = some_s + qj;
+      some_w = some_w + weighted_j;
+      pj.store(p + j);
+      qj.store(q + j);
+    };
     const auto pass = [&](auto near) {
-      for (int64_t part = 0; part < whole; part += kPart) {
-        V some_s(0), some_t(0), some_w(0);
-        for (int64_t j = part; j < std::min(part + kPart, whole); j += kWidth<A>) {
+      for (int64_t part = 0; part < n; part += kPart) {
+        some_s = some_t = some_w = zero;
+        const int64_t end = std::min(part + kPart, n);
+        int64_t j = part;
+        // Without the care for the far and the masked, which is a fifth of the work.
+        for (; near && j + kWidth<A> <= end; j += kWidth<A>) {
           ahead.fetch(begin + j);
-          const V a = (V::load(t + j) - of_t) * by;
-          const V b = (V::load(s + j) - of_s) * by;
-          const V pj = near ? exp2_near(a) : exp2(a), qj = near ? exp2_near(b) : exp2(b);
-          some_t = some_t + pj;
-          some_s = some_s + qj;
-          // 0 log 0 = 0, also where log q is -inf
-          some_w = some_w + (near ? pj * (a - b) : select<A>(pj == zero, zero, pj * (a - b)));
-          pj.store(p + j);
-          qj.store(q + j);
+          const V a = (V::load(t + j) - of_t) * by, b = (V::load(s + j) - of_s) * by, pj = exp2_near(a);
+          add(j, pj, exp2_near(b), pj * (a - b));
+        }
+        for (; j < end; j += kWidth<A>) {
+          ahead.fetch(begin + j);
+          const V a = (V::load(t + j, n - j, -kInf<A>) - of_t) * by; // softmax ignores -inf
+          const V b = (V::load(s + j, n - j, -kInf<A>) - of_s) * by, pj = exp2(a);
+          add(j, pj, exp2(b), select<A>(pj == zero, zero, pj * (a - b))); // 0 log 0 = 0, also where log q is -inf
         }
         sum_s = sum_s + some_s;
         sum_t = sum_t + some_t;
@@ -82,7 +91,7 @@ Pair<A> read_pair(
       }
     };
     const bool near = (top_s - range_s.low) * unit < kNear && (top_t - range_t.low) * unit < kNear;
-    near ? pass(std::true_type()) : pass(std::false_type()); // a fifth of the work is care for the far and the masked
+    near ? pass(std::true_type()) : pass(std::false_type());
     zs += sum(sum_s);
     zt += sum(sum_t);
     weighted += sum(sum_w);
@@ -106,8 +115,8 @@ void write_pair(
     const bool only = n == classes; // one block is referred to its own top
     const V of_s(static_cast<A>(only ? by_s : by_s * std::exp2((double(scratch.top_s[block]) - pair.top_s) * unit)));
     const V of_t(static_cast<A>(only ? by_t : by_t * std::exp2((double(scratch.top_t[block]) - pair.top_t) * unit)));
-    A* const grad = output.direct(n) ? reinterpret_cast<A*>(to) + begin : q;
-    for (int64_t j = 0; j < n; j += kWidth<A>) (V::load(q + j) * of_s - V::load(p + j) * of_t).store(grad + j);
+    A* const grad = output.same ? reinterpret_cast<A*>(to) + begin : q;
+    for (int64_t j = 0; j < n; j += kWidth<A>) (V::load(q + j) * of_s - V::load(p + j) * of_t).store(grad + j, n - j);
     if (grad == q) output.store(q, to + begin * output.item, n);
   }
 }
@@ -126,17 +135,17 @@ Single<A> read_single(int64_t classes, A unit, Scratch<A>& scratch, Read load) {
   A highest = -kInf<A>, top = 0;
   double z = 0;
   for (int64_t begin = 0, block = 0; begin < classes; begin += kBlock, ++block) {
-    const int64_t n = std::min(kBlock, classes - begin), whole = padded<A>(n);
+    const int64_t n = std::min(kBlock, classes - begin);
     A* const q = scratch.s + begin;
     const A* const s = load(begin, n, q);
-    highest = std::max(highest, range(s, whole).high);
+    highest = std::max(highest, range(s, n).high);
     scratch.top_s[block] = highest;
     const A now = highest == -kInf<A> ? 0 : highest;
     z = z == 0 ? 0 : z * std::exp2((double(top) - now) * unit);
     top = now;
     V total(0);
-    for (int64_t j = 0; j < whole; j += kWidth<A>) {
-      const V qj = exp2((V::load(s + j) - V(top)) * V(unit));
+    for (int64_t j = 0; j < n; j += kWidth<A>) {
+      const V qj = exp2((V::load(s + j, n - j, -kInf<A>) - V(top)) * V(unit));
       total = total + qj;
       qj.store(q + j);
     }
@@ -155,8 +164,8 @@ void write_single(
     const int64_t n = std::min(kBlock, classes - begin);
     A* const q = scratch.s + begin;
     const V of(static_cast<A>(by / single.z * std::exp2((double(scratch.top_s[block]) - single.top) * unit)));
-    A* const grad = output.direct(n) ? reinterpret_cast<A*>(to) + begin : q;
-    for (int64_t j = 0; j < n; j += kWidth<A>) (V::load(q + j) * of).store(grad + j);
+    A* const grad = output.same ? reinterpret_cast<A*>(to) + begin : q;
+    for (int64_t j = 0; j < n; j += kWidth<A>) (V::load(q + j) * of).store(grad + j, n - j);
     if (grad == q) output.store(q, to + begin * output.item, n);
   }
 }

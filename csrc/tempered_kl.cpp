@@ -9,9 +9,8 @@ template <typename A>
 const A* to_logits(const A* p, A* buffer, int64_t n, int64_t row, Probabilities& seen, double& total) {
   using V = Vec<A>;
   V least(0), all(0);
-  for (int64_t j = 0; j < padded<A>(n); j += kWidth<A>) {
-    V x = V::load(p + j);
-    if (j + kWidth<A> > n) x = V::load(p + j, n - j); // the padding is no probability
+  for (int64_t j = 0; j < n; j += kWidth<A>) {
+    const V x = V::load(p + j, n - j);
     least = lower(x, least);
     all = all + x;
     log(x).store(buffer + j);

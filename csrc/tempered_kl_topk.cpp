@@ -44,7 +44,7 @@ double run_buckets(
   const A unit = static_cast<A>(kLog2e / tau);
   const Single<A> others = read_single<A>(classes, unit, scratch, [&](int64_t begin, int64_t n, A* buffer) {
     const A* const x = s(row, begin, n, buffer);
-    for (int64_t j = 0; j < n; j += kWidth<A>) (V::load(x + j) + V::load(scratch.t + begin + j)).store(buffer + j);
+    for (int64_t j = 0; j < n; j += kWidth<A>) (V::load(x + j, n - j) + V::load(scratch.t + begin + j)).store(buffer + j);
     return buffer;
   });
   const bool empty = others.z == 0; // all are named, or all the others are masked
@@ -194,7 +194,6 @@ Result tempered_kl_topk(
         row[at] = static_cast<A>(std::log(double(p)) + shift);
       }
       for (int64_t j = 0; j < classes; ++j) row[j] = row[j] == kUnseen ? others : row[j];
-      for (int64_t j = classes; j < padded<A>(classes); ++j) row[j] = -kInf<A>;
 
       const Ahead ahead{s.at(i + 1), s.at(i + 1), to, s.item, s.item, output.item};
       const Pair<A> pair = read_pair<A>(

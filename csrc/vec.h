@@ -70,13 +70,37 @@ struct Vec {
     std::memcpy(&x.v, from, kBytes);
     return x;
   }
-  static Vec load(const A* from, int64_t n, A rest = 0) { // n elements, and rest in the other lanes
+  // The first n elements at most, and rest in the other lanes.
+  static Vec load(const A* from, int64_t n, A rest = 0) {
+    if (n >= kWidth<A>) return load(from);
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<A, float>) return (Raw)_mm512_mask_loadu_ps(_mm512_set1_ps(rest), (1u << n) - 1, from);
+#elif defined(__AVX2__)
+    if constexpr (std::is_same_v<A, float>) {
+      const __m256i here = first(n);
+      return (Raw)_mm256_blendv_ps(_mm256_set1_ps(rest), _mm256_maskload_ps(from, here), _mm256_castsi256_ps(here));
+    }
+#endif
     alignas(kBytes) A lanes[kWidth<A>];
     for (int64_t j = 0; j < kWidth<A>; ++j) lanes[j] = j < n ? from[j] : rest;
     return load(lanes);
   }
   void store(A* to) const { std::memcpy(to, &v, kBytes); }
-  void store(A* to, int64_t n) const { std::memcpy(to, &v, n * sizeof(A)); }
+  void store(A* to, int64_t n) const {
+    if (n >= kWidth<A>) return store(to);
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<A, float>) return _mm512_mask_storeu_ps(to, (1u << n) - 1, (__m512)v);
+#elif defined(__AVX2__)
+    if constexpr (std::is_same_v<A, float>) return _mm256_maskstore_ps(to, first(n), (__m256)v);
+#endif
+    std::memcpy(to, &v, n * sizeof(A));
+  }
+
+#if defined(__AVX2__)
+  static __m256i first(int64_t n) { // all ones in the first n of eight lanes
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+#endif
 
   friend Vec operator+(Vec a, Vec b) { return a.v + b.v; }
   friend Vec operator-(Vec a, Vec b) { return a.v - b.v; }
@@ -256,16 +280,29 @@ struct Range {
   A low, high;
 };
 
-// Smallest and largest of n elements, n a multiple of the width. A NaN may be lost: it shows in every sum.
+// Smallest and largest of n elements. A NaN may be lost: it shows in every sum.
 template <typename A>
 inline Range<A> range(const A* x, int64_t n) {
-  Vec<A> high(-kInf<A>), low(kInf<A>);
-  for (int64_t j = 0; j < n; j += kWidth<A>) {
-    const auto v = Vec<A>::load(x + j);
-    high = higher(high, v);
-    low = lower(low, v);
+  constexpr int64_t w = kWidth<A>;
+  Several<A, 4> high, low; // each waits for its last
+  high.fill(-kInf<A>);
+  low.fill(kInf<A>);
+  int64_t j = 0;
+  for (; j + 4 * w <= n; j += 4 * w) {
+    for (int64_t k = 0; k < 4; ++k) {
+      const auto v = Vec<A>::load(x + j + k * w);
+      high[k] = higher(high[k], v);
+      low[k] = lower(low[k], v);
+    }
   }
-  return {lowest_of(low), highest_of(high)};
+  for (; j < n; j += w) {
+    const auto v = Vec<A>::load(x + j, n - j, x[0]);
+    high[0] = higher(high[0], v);
+    low[0] = lower(low[0], v);
+  }
+  return {
+      lowest_of(lower(lower(low[0], low[1]), lower(low[2], low[3]))),
+      highest_of(higher(higher(high[0], high[1]), higher(high[2], high[3])))};
 }
 
 // n elements of any floating dtype to A.
