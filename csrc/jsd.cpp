@@ -49,9 +49,10 @@ struct Weigher {
       return r * product(q, -gap);
     }
     // log(m / p) and log(m / q), which differ by the gap: of the smaller one, from an exponential that is at most 1.
-    const V least = exp2(V(0) - abs(gap) * V(static_cast<A>(kLog2e)));
+    const V least = exp2_near(higher(V(0) - abs(gap) * V(static_cast<A>(kLog2e)), V(static_cast<A>(-kNear))));
     const auto above = V(0) < gap; // not so for NaN
-    const V less = log(select<A>(above, V(b) + V(c) * least, V(c) + V(b) * least));
+    const V ratio = select<A>(above, V(b) + V(c) * least, V(c) + V(b) * least);
+    const V less = log_normal(ratio) + (ratio - ratio); // NaN stays NaN
     const V over_p = select<A>(above, less, less - gap), over_q = select<A>(above, less + gap, less);
     const V over = V(0) - r * product(q, over_q);
     // p / q - 1, and log(m / q) but for its first term.
@@ -90,39 +91,39 @@ Result jsd(
     return for_rows<A>(student, factors, grad, [&](int64_t i, Scratch<A>& scratch, double factor, char* to) {
       const auto read_s = [&](int64_t begin, int64_t n, A* buffer) { return s(i, begin, n, buffer); };
       const auto read_t = [&](int64_t begin, int64_t n, A* buffer) { return t(i, begin, n, buffer); };
-      // log p = (x - top) * by - log z
-      double log_zs = 0, log_zt = 0, by = 1;
-      A top_s = 0, top_t = 0;
+      double by = 1;
+      Pair<A> pair{0, 1, 1, 0, 0};
       if (!log_probs) {
         const Ahead ahead{s.at(i + 1), t.at(i + 1), to, s.item, t.item, output.item};
-        const Pair<A> pair = read_pair<A>(classes, unit, scratch, ahead, read_s, read_t);
-        log_zs = std::log(pair.zs), log_zt = std::log(pair.zt), by = 1 / tau;
-        top_s = pair.top_s, top_t = pair.top_t;
+        pair = read_pair<A>(classes, unit, scratch, ahead, read_s, read_t);
+        by = 1 / tau;
       }
-      const V scale_v(static_cast<A>(by)), of_s(top_s), of_t(top_t), two(static_cast<A>(kLog2e));
-      // In two numbers: what one is rounded by would be missing in every class alike.
-      const V less_s(static_cast<A>(log_zs)), rest_s(static_cast<A>(log_zs - static_cast<A>(log_zs)));
-      const V less_t(static_cast<A>(log_zt)), rest_t(static_cast<A>(log_zt - static_cast<A>(log_zt)));
-      // Of the logits' difference, which is exact where they are close.
-      const V apart(top_t - top_s), less(static_cast<A>(log_zt - log_zs));
+      // Of the logits' difference, which is exact where they are close: log p - log q = (x - top) * by - log z of both.
+      const V scale_v(static_cast<A>(by)), apart(pair.top_t - pair.top_s), two(static_cast<A>(kLog2e));
+      const V less(static_cast<A>(std::log(pair.zt / pair.zs)));
       double loss = 0, slopes = 0, spared = 0;
-      for (int64_t begin = 0; begin < classes; begin += kBlock) {
+      A read_of_s[kBlock], read_of_t[kBlock];
+      for (int64_t begin = 0, block = 0; begin < classes; begin += kBlock, ++block) {
         const int64_t n = std::min(kBlock, classes - begin);
         A* const keep_q = scratch.s + begin;
         A* const keep_slope = scratch.t + begin;
-        const A* const x = read_s(begin, n, keep_q);
-        const A* const y = read_t(begin, n, keep_slope);
+        const A* const x = read_s(begin, n, read_of_s);
+        const A* const y = read_t(begin, n, read_of_t);
+        V of_q(1), of_p(1); // what read_pair left in the scratch is not normalised yet
+        if (!log_probs) {
+          of_q = V(static_cast<A>(referred(scratch.top_s[block], pair.top_s, unit) / pair.zs));
+          of_p = V(static_cast<A>(referred(scratch.top_t[block], pair.top_t, unit) / pair.zt));
+        }
         V sum_l(0), sum_g(0), sum_h(0);
         for (int64_t part = 0; part < n; part += kPart) {
           V some_l(0), some_g(0), some_h(0);
           for (int64_t j = part; j < std::min(part + kPart, n); j += kWidth<A>) {
             const V ours = V::load(x + j, n - j, -kInf<A>), theirs = V::load(y + j, n - j, -kInf<A>);
-            const V log_q = (ours - of_s) * scale_v - less_s - rest_s;
-            const V log_p = (theirs - of_t) * scale_v - less_t - rest_t;
             const V gap = (theirs - ours - apart) * scale_v - less;
-            const V q = exp2(log_q * two);
+            const V q = log_probs ? exp2(ours * two) : V::load(keep_q + j) * of_q;
+            const V p = log_probs ? exp2(theirs * two) : V::load(keep_slope + j) * of_p;
             V slope, spare;
-            some_l = some_l + weigh(exp2(log_p * two), q, gap, slope, spare);
+            some_l = some_l + weigh(p, q, gap, slope, spare);
             some_g = some_g + slope;
             some_h = some_h + spare;
             q.store(keep_q + j);

@@ -100,6 +100,12 @@ Pair<A> read_pair(
   return {kl < 0 ? 0 : kl, zs, zt, top_s, top_t}; // below 0 by rounding alone
 }
 
+// What a block's exponentials, referred to the largest logit so far, are multiplied with once the row's is known.
+template <typename A>
+double referred(A so_far, A top, A unit) {
+  return so_far == top ? 1 : std::exp2((double(so_far) - top) * unit);
+}
+
 // grad = by_s * q - by_t * p for the exponentials that read_pair left.
 template <typename A>
 void write_pair(
@@ -112,9 +118,8 @@ void write_pair(
     const int64_t n = std::min(kBlock, classes - begin);
     const A* const p = scratch.t + begin;
     A* const q = scratch.s + begin;
-    const bool only = n == classes; // one block is referred to its own top
-    const V of_s(static_cast<A>(only ? by_s : by_s * std::exp2((double(scratch.top_s[block]) - pair.top_s) * unit)));
-    const V of_t(static_cast<A>(only ? by_t : by_t * std::exp2((double(scratch.top_t[block]) - pair.top_t) * unit)));
+    const V of_s(static_cast<A>(by_s * referred(scratch.top_s[block], pair.top_s, unit)));
+    const V of_t(static_cast<A>(by_t * referred(scratch.top_t[block], pair.top_t, unit)));
     A* const grad = output.same ? reinterpret_cast<A*>(to) + begin : q;
     for (int64_t j = 0; j < n; j += kWidth<A>) (V::load(q + j) * of_s - V::load(p + j) * of_t).store(grad + j, n - j);
     if (grad == q) output.store(q, to + begin * output.item, n);
@@ -163,7 +168,7 @@ void write_single(
   for (int64_t begin = 0, block = 0; begin < classes; begin += kBlock, ++block) {
     const int64_t n = std::min(kBlock, classes - begin);
     A* const q = scratch.s + begin;
-    const V of(static_cast<A>(by / single.z * std::exp2((double(scratch.top_s[block]) - single.top) * unit)));
+    const V of(static_cast<A>(by / single.z * referred(scratch.top_s[block], single.top, unit)));
     A* const grad = output.same ? reinterpret_cast<A*>(to) + begin : q;
     for (int64_t j = 0; j < n; j += kWidth<A>) (V::load(q + j) * of).store(grad + j, n - j);
     if (grad == q) output.store(q, to + begin * output.item, n);

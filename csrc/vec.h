@@ -9,6 +9,7 @@
 #endif
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // false alarms of GCC 12 about its own AVX-512 header
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -243,13 +244,12 @@ inline Vec<double> exp(Vec<double> x) {
   return each(x, [](double one) { return std::exp(one); });
 }
 
-// ln x to 1 ulp: x = m 2^e with m in [sqrt(1/2), sqrt(2)], and a polynomial for ln m (Cephes' logf coefficients).
-inline Vec<float> log(Vec<float> x) {
+// ln x to 1 ulp of a normal number above 0: x = m 2^e with m in [sqrt(1/2), sqrt(2)], and a polynomial for ln m (Cephes'
+// logf coefficients). less: what e is too large by.
+inline Vec<float> log_normal(Vec<float> x, Vec<float> less = 0.f) {
   using V = Vec<float>;
-  const auto tiny = x < V(std::numeric_limits<float>::min());
-  const V whole = select<float>(tiny, x * V(8388608.f), x); // subnormal numbers, times 2^23
-  const auto bits = whole.bits() - 0x3f3504f3;              // the exponent counts from sqrt(1/2) on
-  const V e = V(__builtin_convertvector(bits >> 23, V::Raw)) - select<float>(tiny, V(23.f), V(0.f));
+  const auto bits = x.bits() - 0x3f3504f3; // the exponent counts from sqrt(1/2) on
+  const V e = V(__builtin_convertvector(bits >> 23, V::Raw)) - less;
   const V t = V::of_bits((bits & 0x007fffff) + 0x3f3504f3) - V(1.f), square = t * t;
   V y(7.0376836292e-2f);
   for (const float c : {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f,
@@ -257,7 +257,14 @@ inline Vec<float> log(Vec<float> x) {
     y = fma(y, t, V(c));
   }
   y = fma(e, V(-2.12194440e-4f), y * t * square);
-  y = fma(e, V(0.693359375f), t + fma(square, V(-0.5f), y));
+  return fma(e, V(0.693359375f), t + fma(square, V(-0.5f), y));
+}
+
+// The same of any number.
+inline Vec<float> log(Vec<float> x) {
+  using V = Vec<float>;
+  const auto tiny = x < V(std::numeric_limits<float>::min());
+  V y = log_normal(select<float>(tiny, x * V(8388608.f), x), select<float>(tiny, V(23.f), V(0.f)));
   const V nan(std::numeric_limits<float>::quiet_NaN());
   y = select<float>(x == V(0.f), V(-kInf<float>), select<float>(x < V(0.f), nan, y));
   return select<float>(x != x, x, select<float>(x == V(kInf<float>), x, y));
@@ -265,6 +272,7 @@ inline Vec<float> log(Vec<float> x) {
 inline Vec<double> log(Vec<double> x) {
   return each(x, [](double one) { return std::log(one); });
 }
+inline Vec<double> log_normal(Vec<double> x) { return log(x); }
 
 // ln(1 + x) for x from 0 to 1: what rounding 1 + x left out is added by the slope of ln.
 inline Vec<float> log1p(Vec<float> x) {
