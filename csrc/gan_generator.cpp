@@ -112,13 +112,13 @@ A highest_softmax(const Rows<A>& rows, int64_t row, int64_t classes) {
     Several<A, 4> all;
     all.fill(V(0));
     const auto pass = [&](auto near) {
-      const auto scaled = [&](int64_t j) { return (V::load(x + j, n - j, -kInf<A>) - of) * unit; };
       int64_t j = 0;
       for (; j + 4 * kWidth<A> <= n; j += 4 * kWidth<A>) {
-        __builtin_prefetch(next + j * rows.item);
-        __builtin_prefetch(next + (j + 2 * kWidth<A>) * rows.item);
+        for (int64_t ahead = 0; ahead < 4 * kWidth<A>; ahead += kLine / sizeof(A)) {
+          __builtin_prefetch(next + (j + ahead) * rows.item);
+        }
         Several<A, 4> e;
-        for (int k = 0; k < 4; ++k) e[k] = scaled(j + k * kWidth<A>);
+        for (int k = 0; k < 4; ++k) e[k] = (V::load(x + j + k * kWidth<A>) - of) * unit;
         if constexpr (near) {
           e = exp2_near(e);
         } else {
@@ -126,7 +126,7 @@ A highest_softmax(const Rows<A>& rows, int64_t row, int64_t classes) {
         }
         for (int k = 0; k < 4; ++k) all[k] = all[k] + e[k];
       }
-      for (; j < n; j += kWidth<A>) all[0] = all[0] + exp2(scaled(j));
+      for (; j < n; j += kWidth<A>) all[0] = all[0] + exp2((V::load(x + j, n - j, -kInf<A>) - of) * unit);
     };
     (top - all_of.low) * kLog2e < kNear ? pass(std::true_type()) : pass(std::false_type());
     z += sum((all[0] + all[1]) + (all[2] + all[3]));

@@ -42,6 +42,7 @@ struct RawOf {
 template <typename A>
 constexpr int64_t kWidth = kBytes / sizeof(A);
 
+constexpr int64_t kLine = 64;    // bytes of a line of cache
 constexpr int64_t kBlock = 1024; // elements that are loaded, scanned and exponentiated while they lie in L1
 constexpr int64_t kPart = 128;   // elements after which a sum is put aside: adding alike numbers rounds to one side
 constexpr double kLog2e = 1.4426950408889634;
