@@ -63,8 +63,6 @@ ROWS = {
     "no-augment": "--distill.augment false",
     "no-augment-d": "--deprivatize.augment false",
     "narrow-d": "--deprivatize.d_width 1",
-    "candidates": "--distill.candidates 4",
-    "pseudo-labels": "--distill.pseudo_labels 0.5",
     "image-20": "--distill.image 20",
     "second": "",  # mekd's student is asked, which costs nothing: a second one, of its probabilities
     "plain": "",  # every private image is sent once

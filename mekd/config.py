@@ -140,12 +140,8 @@ class DistillConfig:
         weight_decay: L2 penalty
         replay: ask this many queries once and reuse them every epoch; 0 for fresh ones every step; null: what
             oracle.budget reaches for, and 0 for a file without a budget
-        candidates: images that G draws at home for each that is asked about: that one is sent which the discriminator
-            of step 1 takes most for a real one
         augment: the student sees replayed images mirrored and shifted at random, where data.flip and data.shift say so;
             the answer is that to the image as it was sent; null: true, but as it was in a run that is there
-        pseudo_labels: private images a step, as a share of batch, that the student learns from in the second half of
-            its steps, labelled at home by an average of its weights; they are not sent. 0 for none
         keep: what G draws from the replayed answers is drawn every step (none) or once, and kept as uint8 or bfloat16
         holdout: synthetic queries kept apart, by which the best student is chosen
         eval_every: steps between two looks at the holdout
@@ -175,9 +171,7 @@ class DistillConfig:
     lr: float = 0.1
     weight_decay: float = 5e-4
     replay: int | None = None
-    candidates: int = 1
     augment: bool | None = None
-    pseudo_labels: float = 0.0
     keep: str = "none"
     holdout: int = 512
     eval_every: int = 500
@@ -197,7 +191,6 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         within("distill.coverage", self.coverage, 0, 1)
-        within("distill.pseudo_labels", self.pseudo_labels, 0, 1)
         check_choice("distill.preset", self.preset, tuple(PRESETS))
         check_choice("distill.code", self.code, CODES)
         check_choice("distill.rest", self.rest, TOPK_RESTS)
@@ -216,7 +209,7 @@ class DistillConfig:
                 raise ValueError(f"distill.{name} is {value}; it must be at least 0")
         if not any(weights.values()):
             raise ValueError("distill.beta and distill.image are 0; one must be above 0")
-        above_zero("distill", self, "steps", "batch", "lr", "candidates", "holdout", "eval_every")
+        above_zero("distill", self, "steps", "batch", "lr", "holdout", "eval_every")
         if self.replay is not None and self.replay < 0:
             raise ValueError(f"distill.replay is {self.replay}; it must be at least 0")
 

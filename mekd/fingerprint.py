@@ -11,7 +11,7 @@ import torch
 
 from mekd.config import Config
 from mekd.errors import UsageError
-from mekd.settings import flatten
+from mekd.settings import GONE, flatten
 from mekd.teacher_config import PRECISIONS, TeacherConfig
 
 #: Settings that an interrupted run may be resumed with: where things are, what they cost, how long it shall take, and
@@ -32,21 +32,20 @@ _COMPUTED = ("engine.device", "engine.batch_norm")
 _DEPENDS = {
     "teacher": ("seed", "data", "teacher", *_COMPUTED),
     "deprivatize": ("seed", "data", "deprivatize", "engine.compile", *_COMPUTED),
-    "holdout": ("seed", "distill.holdout", "distill.candidates", *_ANSWERS),
-    "replay": ("seed", "distill.candidates", *_ANSWERS),  # a store may grow
+    "holdout": ("seed", "distill.holdout", *_ANSWERS),
+    "replay": ("seed", *_ANSWERS),  # a store may grow
     "distill": ("seed", "distill", *_ANSWERS, *_COMPUTED),
     "baseline": ("seed", "data", "distill", "evaluate.baseline_steps", *_ANSWERS, *_COMPUTED),
 }
 
 
 #: What was done before there were these settings: an older checkpoint says nothing of them, and its answers are paid.
-LATER: Mapping[str, Any] = {
-    "deprivatize.augment": False, "distill.candidates": 1, "distill.augment": False, "distill.pseudo_labels": 0.0,
-}  # fmt: skip
+LATER: Mapping[str, Any] = {"deprivatize.augment": False, "distill.augment": False}
 
 
 def differing(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What two fingerprints do not have alike, by name: what it was and what it is."""
+    saved = {key: value for key, value in saved.items() if key not in GONE or value != GONE[key]}
     pairs = {key: (saved.get(key, LATER.get(key)), wanted.get(key)) for key in sorted(saved.keys() | wanted.keys())}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -62,9 +61,7 @@ def fingerprint(config: Config, stage: str) -> dict[str, Any]:
     depends = _DEPENDS[stage]
     if stage == "deprivatize" and asks(config):
         depends = (*depends, *_ANSWERS)
-    if stage == "distill" and config.distill.pseudo_labels:
-        depends = (*depends, "data")
-    elif stage == "distill" and config.distill.augment:
+    if stage == "distill" and config.distill.augment:
         depends = (*depends, "data.flip", "data.shift")
     flat = dict(flatten(dataclasses.asdict(config)))
     chosen = {key: value for key, value in flat.items() if key in depends or key.split(".")[0] in depends}

@@ -9,6 +9,9 @@ from typing import Any
 from mekd.config import Config
 from mekd.errors import UsageError
 
+#: Settings that were taken out, as they helped nothing (docs/results.md), and their values that did nothing.
+GONE: Mapping[str, Any] = {"distill.candidates": 1, "distill.pseudo_labels": 0.0}
+
 
 def flatten(tree: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Settings by section as pairs of a dotted name and a value; a setting may be a mapping itself."""
@@ -32,6 +35,11 @@ def check_keys(tree: Mapping[str, Any], source: str) -> None:
         if key in sections and key not in known and not isinstance(value, Mapping):
             raise UsageError(f"{source}: {key} must be a section of settings, not {value!r}")
     for key, _ in flatten(tree):
+        if key in GONE:
+            raise UsageError(
+                f"{source}: {key} was taken out, as it made no student better (docs/results.md); leave it out, and "
+                "begin a run that had it anew, with another --out"
+            )
         if key not in known:
             raise UsageError(f"{source}: there is no setting {key!r}; {nearest(key)}")
 
@@ -57,6 +65,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no YAML in UTF-8: {error}") from error
     if not isinstance(tree, dict):
         raise UsageError(f"{path} must hold settings by name, it holds a {type(tree).__name__}")
+    for key, off in GONE.items():
+        section, name = key.split(".")
+        if isinstance(tree.get(section), dict) and tree[section].get(name, off) == off:
+            tree[section].pop(name, None)
     check_keys(tree, str(path))
     return tree
 

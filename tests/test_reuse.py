@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from mekd import cli, files
 from mekd.engine import quote
@@ -17,6 +18,7 @@ from mekd.engine.again import another_student
 from mekd.fingerprint import LATER
 from mekd.nets import build
 from mekd.oracle.export import Classifier, export
+from mekd.settings import GONE
 from remote_run import contents, total, words
 from served import inside, metrics
 
@@ -196,8 +198,8 @@ def test_answers_that_an_earlier_version_paid_for_are_not_paid_again(
         saved["depends"] = {key: value for key, value in saved["depends"].items() if key not in later}
         files.save(path, saved)
     lines = (out / "config.yaml").read_text().splitlines()
-    earlier = [line for line in lines if not line.strip().startswith(("augment:", "candidates:", "pseudo_labels:"))]
-    assert len(earlier) == len(lines) - 4
+    earlier = [line for line in lines if not line.strip().startswith("augment:")]
+    assert len(earlier) == len(lines) - 2
     (out / "config.yaml").write_text("\n".join(earlier))
     before = files.load(out / "student.pt")
     assert cli.main(words(url, out, "--yes")) == 0
@@ -206,8 +208,27 @@ def test_answers_that_an_earlier_version_paid_for_are_not_paid_again(
     assert cli.main(words(url, out, "--yes", distill__augment="true")) == 0
     assert "distill.augment changed; the answers stay" in capsys.readouterr().out
     assert (out / "student-resnet8.onnx").exists()
-    assert cli.main(words(url, out, "--yes", distill__candidates=2)) == 2
-    assert "distill.candidates was 1 and is 2" in capsys.readouterr().err
+
+
+def test_a_run_that_names_settings_that_were_taken_out_is_not_paid_again(
+    url: str, asked: None, paid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(paid, tmp_path / "out"))
+    for path in (out / "checkpoints").glob("*.pt"):
+        saved = files.load(path)
+        saved["depends"] |= {key: value for key, value in GONE.items() if path.stem in ("holdout", "replay", "distill")}
+        files.save(path, saved)
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    config["distill"] |= {key.split(".")[1]: value for key, value in GONE.items()}
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    before = (out / "student.onnx").read_bytes()
+    assert cli.main(["run", "--config", str(out / "config.yaml"), "--out", str(out), "--yes"]) == 0
+    assert "changed; the answers stay" not in capsys.readouterr().out
+    assert (out / "student.onnx").read_bytes() == before
+    config["distill"]["candidates"] = 4
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    assert cli.main(["run", "--config", str(out / "config.yaml"), "--out", str(out), "--yes"]) == 2
+    assert "distill.candidates was taken out" in capsys.readouterr().err
 
 
 def test_only_what_is_learnt_may_change() -> None:
@@ -221,5 +242,4 @@ def test_only_what_is_learnt_may_change() -> None:
     assert why(distill__replay=0, distill__student="resnet20") is None, "fresh queries are paid again"
     assert "grows from 100 answers to 200" in str(why(distill__replay=200))
     assert "distill.student changed" in str(why(distill__student="resnet20"))
-    assert "data.name, distill.pseudo_labels changed" in str(why(distill__pseudo_labels=0.5, data__name="photos"))
-    assert why(distill__candidates=2) is None, "the answers would be to other images"
+    assert "data.flip, distill.augment changed" in str(why(distill__augment=True, data__flip=True))

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from mekd import files
 from mekd.engine import parallel
 from mekd.engine.checkpoint import Checkpoint, check_depends, steps
-from mekd.engine.draws import draws
 from mekd.engine.feeds import fresh
 from mekd.engine.run import Run
 from mekd.engine.runlog import RunLog
@@ -17,6 +16,15 @@ from mekd.oracle.response import concatenate
 
 BLOCK = 256  # latents are drawn in whole blocks, so that an image does not depend on how many there are
 REMOTE = 4  # blocks a step where calls overlap: the last of a step wait for each other
+
+
+@torch.no_grad()
+def draw_images(
+    run: Run, draw: nn.Module, purpose: str, step: int, count: int, rows: slice | None = None
+) -> tuple[Tensor, Tensor]:
+    """Some rows of a step's count images (m, ch, S, S), this process's where none are named, and their nuisance."""
+    code, n = run.latents(purpose, step, count, rows)
+    return draw(code, n), n
 
 
 def collect(run: Run, name: str, draw: nn.Module, count: int, until: int | None = None) -> Replay:
@@ -36,7 +44,6 @@ def collect(run: Run, name: str, draw: nn.Module, count: int, until: int | None 
         store = Replay(run.out / name, count, grows=parallel.rank() == 0, origin=origin)
     if stands >= end:
         return store
-    chosen = draws(run, draw)
     per_step = min(BLOCK * (REMOTE if run.config.teacher.remote else 1), count)
     bounds = [stands, *range((stands // per_step + 1) * per_step, end, per_step), end]
 
@@ -52,7 +59,7 @@ def collect(run: Run, name: str, draw: nn.Module, count: int, until: int | None 
         for block in range(first // BLOCK, -(-end // BLOCK)):
             begin = block * BLOCK
             mine = slice(max(first - begin, 0), end - begin)
-            images, n = chosen(name, block, BLOCK, slice(None))
+            images, n = draw_images(run, draw, name, block, BLOCK, slice(None))
             parts.append((images[mine], n[mine]))
         sent, nuisances = (list(column) for column in zip(*parts, strict=True))
         return torch.cat(sent), torch.cat(nuisances)

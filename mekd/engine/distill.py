@@ -3,19 +3,17 @@
 import contextlib
 import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mekd import functional
 from mekd.engine import again, coverage, parallel
 from mekd.engine.checkpoint import Checkpoint, steps
-from mekd.engine.collect import collect
-from mekd.engine.draws import draws
-from mekd.engine.feeds import Feed, Fresh, Images, Replayed, fresh
+from mekd.engine.collect import collect, draw_images
+from mekd.engine.feeds import Feed, Fresh, Replayed, fresh
 from mekd.engine.pictures import Pictures
-from mekd.engine.pseudo import LATE, average_of, pseudo_labels
 from mekd.engine.result import STUDENT, write_student
 from mekd.engine.run import Run
 from mekd.engine.runlog import RunLog
@@ -26,27 +24,22 @@ from mekd.nets.frozen import freeze
 from mekd.oracle.ledger import describe
 from mekd.oracle.replay import Replay
 from mekd.oracle.response import floor_of
-from mekd.pixels import as_float, to_float
+from mekd.pixels import as_float
 
 
 def take_step(
     student: nn.Module, optimizer: torch.optim.Optimizer, loss: MEKDLoss, images: Tensor, target: dict[str, Any],
-    precision: str = "float32", scaler: torch.amp.GradScaler | None = None, home: tuple[Tensor, Tensor] | None = None,
+    precision: str = "float32", scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One step of the student on images (m, ch, H, W) and the answer to them; returns the losses.
 
     precision: of the student's convolutions, "float32", "bfloat16" or "float16", which needs a scaler; the generator in
-    loss has its own. home: more images (k, ch, H, W) and probabilities (k, C) for them, whose KL counts k/m.
+    loss has its own.
     """
-    seen = images if home is None else torch.cat([images, home[0]])
     with computed_in(precision, images.device):
-        logits = student(seen.contiguous(memory_format=torch.channels_last)).float()
-    image, kl = loss.terms(logits[: len(images)], **target)
-    losses = {"image": image, "kl": kl}
+        logits = student(images.contiguous(memory_format=torch.channels_last)).float()
+    image, kl = loss.terms(logits, **target)
     total = loss.image * image + loss.beta * kl
-    if home is not None:
-        losses["pseudo"] = functional.kd_loss(logits[len(images) :], probs=home[1])
-        total = total + len(home[1]) / len(images) * losses["pseudo"]
     optimizer.zero_grad()
     if scaler is None:
         total.backward()
@@ -55,7 +48,7 @@ def take_step(
         scaler.scale(total).backward()
         scaler.step(optimizer)
         scaler.update()
-    return {"loss": total, **losses}
+    return {"loss": total, "image": image, "kl": kl}
 
 
 def distill(run: Run) -> None:
@@ -74,9 +67,7 @@ def distill(run: Run) -> None:
 
 def train_student(run: Run) -> tuple[nn.Module, dict[str, Any], bool]:
     """The student after its last step, the best one's agreement, step and weights, and whether a step was taken."""
-    config, feeds = run.config.distill, dict[str, Feed]()
-    if config.pseudo_labels:  # first: that there are private images is known before anybody is asked
-        feeds["private"] = private = Images(run.data.local(round(config.pseudo_labels * config.batch)))
+    config = run.config.distill
     exact = freeze(run.load_generator())  # draws what is asked once, and kept for other students
     draw = copy.deepcopy(exact).to(getattr(torch, config.precision))
     loss = MEKDLoss(draw, floor=floor_of(run.config.oracle.decimals), **config.loss_options())
@@ -95,25 +86,18 @@ def train_student(run: Run) -> tuple[nn.Module, dict[str, Any], bool]:
     scaler = torch.amp.GradScaler(run.device.type) if config.precision == "float16" else None
     if scaler is not None:
         state["scaler"] = scaler
-    if config.pseudo_labels:
-        state["average"] = average = average_of(student)
     learner = parallel.data_parallel(student)
 
     with answers(run, exact, draw, loss) as feed:
-        feeds["answers"] = feed
+        feeds: dict[str, Feed] = {"answers": feed}
         log = RunLog(run, "distill", config.steps, config.batch, feeds, lr="distill.lr")
         checkpoint = Checkpoint(run, "distill", state, feeds, run.depends("distill"))
         done = checkpoint.restore(log)
         for step in steps(checkpoint, log):
             set_cosine_lr(optimizer, config.lr, step, config.steps)
             asked = feed.take(step)
-            images, home = as_float(asked.images), None
-            if config.pseudo_labels and step >= LATE * config.steps:
-                own = to_float(private.take(step)[0])
-                home = own, pseudo_labels(average, own, config.precision)
-            log.add(**take_step(learner, optimizer, loss, images, asked.target, config.precision, scaler, home))
-            if config.pseudo_labels:
-                average.update_parameters(student)
+            images = as_float(asked.images)
+            log.add(**take_step(learner, optimizer, loss, images, asked.target, config.precision, scaler))
 
             if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
                 named = predict(student, held_images, device=run.device, convert=as_float).cpu()
@@ -160,9 +144,6 @@ def answers(run: Run, exact: nn.Module, draw: nn.Module, loss: MEKDLoss) -> Iter
         yield Replayed(run, store, config.batch, pictures)
         return
 
-    drawn = draws(run, draw)
-    with fresh(
-        run, "distill", "distill", config.steps, lambda step: drawn("distill", step, config.batch), lambda step: mine,
-        ahead=True,
-    ) as feed:  # fmt: skip
+    drawn = partial(draw_images, run, draw, "distill", count=config.batch)
+    with fresh(run, "distill", "distill", config.steps, drawn, lambda step: mine, ahead=True) as feed:
         yield feed

@@ -47,7 +47,6 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
         parallel.share(f"{stage}.batch", getattr(config, stage).batch)
     notes = []  # written when nothing speaks against the run
     private = "deprivatize" in stages and config.deprivatize.generator is None
-    private |= "distill" in stages and config.distill.pseudo_labels > 0
     if trains or simulates or private:
         with parallel.first_alone():  # photos are decoded by one process, which the others find done
             notes += [f"data: {note}" for note in run.data.notes()]

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from mekd import plots
 from mekd.data import TREES
-from mekd.engine.collect import BLOCK
-from mekd.engine.draws import draws
+from mekd.engine.collect import BLOCK, draw_images
 from mekd.engine.run import Run
 from mekd.errors import MekdError
 from mekd.nets.frozen import freeze
@@ -41,7 +40,7 @@ def show_what_is_sent(run: Run) -> dict[str, Any]:
     sent to the nearest private image, and of private images to the nearest other one, and whose images they are.
     """
     mine = private_images(run)
-    first, _ = draws(run, freeze(run.load_generator()))("holdout", 0, BLOCK, slice(None))
+    first, _ = draw_images(run, freeze(run.load_generator()), "holdout", 0, BLOCK, slice(None))
     sent = to_uint8(first.float()).cpu()
     apart, nearest = _nearest(sent, mine)
     some = torch.arange(len(mine))[:: max(1, len(mine) // 256)]

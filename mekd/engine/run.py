@@ -284,16 +284,13 @@ class Run:
             return placed
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(placed)
 
-    def latents(self, purpose: str, step: int, count: int, rows: slice | None = None, each: int = 1) -> Latents:
-        """Some rows of a step's count latents, each drawn from N(0, I); this process's part where none are named.
-
-        each: latents for one row, which follow each other.
-        """
+    def latents(self, purpose: str, step: int, count: int, rows: slice | None = None) -> Latents:
+        """Some rows of a step's count latents, each drawn from N(0, I); this process's part where none are named."""
         generator = generator_at(self.config.seed, purpose, step, device=self.device)
         sizes = (self.num_classes, self.config.deprivatize.nuisance)
         rows = parallel.part(count) if rows is None else rows
-        drawn = (torch.randn(each * count, size, generator=generator, device=self.device) for size in sizes)
-        return Latents(*(part.unflatten(0, (count, each))[rows].flatten(0, 1) for part in drawn))
+        drawn = (torch.randn(count, size, generator=generator, device=self.device) for size in sizes)
+        return Latents(*(part[rows] for part in drawn))
 
     # -- where a stage stands ------------------------------------------------------------------------------
 
