@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import re
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,6 +31,7 @@ QUICK = {
     "gan_generator": {"4096x1000"},
     "gan_generator_probs": {"4096x1000"},
 }
+DTYPES = ("float32", "bfloat16", "float16")
 GROUPS_A_LINE = 18  # of the picture
 COLUMNS = (
     "op", "case", "dtype", "direction", "impl", "median_s", "p20_s", "p80_s", "bytes_min", "gb_s", "peak_mb",
@@ -223,7 +225,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_ylim(0.5, 64)  # the limit of a call that is all overhead lies above
         axes.set_yticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
         axes.minorticks_off()
-        axes.set_title(op.replace("_probs", "\n(probs)"), fontsize=9)
+        axes.set_title(re.sub("_(probs|labels|topk)$", r"\n(\1)", op), fontsize=9)
         axes.set_xticks(range(len(names)), [name.replace("x", "\u00d7") for name in names], fontsize=7, rotation=35)
         axes.set_xlim(-0.6, len(names) - 0.4)
         axes.spines[["top", "right"]].set_visible(False)
@@ -249,8 +251,9 @@ def kept(path: Path) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str]) -> int:
     """Measure, print the table as it grows, and write CSV, PNG and, with --json, JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench losses", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the cases README quotes: float32, forward + backward")
+    parser.add_argument("--quick", action="store_true", help="the cases README quotes: forward + backward")
     parser.add_argument("--only", nargs="*", help="names of ops")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="float32 with --quick, else float32 bfloat16")
     parser.add_argument(
         "--no-compile", action="store_true", help="leave out torch.compile, which takes most of the time"
     )
@@ -272,8 +275,8 @@ def main(arguments: Sequence[str]) -> int:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    for dtype in (torch.float32,) if options.quick else (torch.float32, torch.bfloat16):
-        for case in cases(dtype):
+    for dtype in options.dtypes or (DTYPES[:1] if options.quick else DTYPES[:2]):
+        for case in cases(getattr(torch, dtype)):
             if options.only and case.op not in options.only:
                 continue
             if options.quick and case.name not in QUICK.get(case.op, ()):
