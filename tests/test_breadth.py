@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.breadth import classes_apart
 from flat_settings import replaced
 from mekd.config import Config
 from mekd.data.arrays import Dataset
@@ -32,6 +33,13 @@ def test_how_often_two_of_a_row_are_alike() -> None:
     assert same_class(torch.zeros(4, 3, dtype=torch.long)) == (1.0, 1.0)
     random = torch.randint(5, (300, 20), generator=torch.Generator().manual_seed(0))
     assert same_class(random) == (pytest.approx(0.2, abs=0.01), pytest.approx(0.2, abs=0.01))
+
+
+def test_the_classes_that_answers_tell_apart() -> None:
+    assert classes_apart(torch.eye(5).repeat(3, 1)) == pytest.approx(5)
+    assert classes_apart(torch.full((6, 5), 0.2)) == pytest.approx(1)
+    assert classes_apart(torch.eye(5)[[0, 0, 0]]) == pytest.approx(1), "sure of one class alone"
+    assert classes_apart(torch.eye(5)[[0, 1]]) == pytest.approx(2)
 
 
 def test_a_family_is_of_one_code_or_of_one_nuisance() -> None:
