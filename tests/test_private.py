@@ -8,6 +8,7 @@ import torch
 
 from mekd import cli
 from mekd.config import Config, DataConfig
+from mekd.engine import deprivatize
 from mekd.engine.private import _nearest, private_images
 from mekd.engine.run import Run
 
@@ -32,6 +33,18 @@ def test_of_many_private_images_some_are_looked_at_and_none_twice(tmp_path: Path
     assert len(whole) == run.data.count("local") and 200 < len(some) <= 300
     every = -(-len(whole) // 300)
     assert torch.equal(some, whole[::every])
+
+
+@pytest.mark.parametrize(("sent", "said"), [(0.26, True), (0.29, False)])
+def test_a_generator_that_knows_its_images_by_heart_is_spoken_of(
+    sent: float, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"sent_to_private": sent, "private_to_private": 0.33}
+    monkeypatch.setattr(deprivatize.private, "show_what_is_sent", lambda run: found)
+    monkeypatch.setattr(Run, "generator_digest", "digest")
+    deprivatize._show_what_is_sent(Run(Config(), tmp_path))
+    printed = capsys.readouterr().out
+    assert ("by heart" in printed) == said and f"{sent:.2f} from the nearest private image" in printed
 
 
 def test_a_run_shows_what_it_will_send_before_it_does(tiny: list[str], tmp_path: Path) -> None:

@@ -28,6 +28,9 @@ from mekd.seeds import generator_at
 
 #: The loss of a discriminator that cannot tell real images from drawn ones: 2 log 2.
 CHANCE = 2 * math.log(2)
+#: The distance to the nearest private image, as a share of that between private images, below which G repeats them: 0.79
+#: where a student came to 57 %, 0.91 and more where it learnt what it could (docs/results.md).
+BY_HEART = 0.85
 #: The mean sign of D's logits for private images above which it sees more of them augmented, the steps between two
 #: looks at it, and the images from none augmented to all.
 SURE, EVERY, RAMP = 0.6, 4, 50_000
@@ -212,6 +215,12 @@ def _show_what_is_sent(run: Run) -> None:
         + ("" if among is None else f", private images {among:.2f} from the nearest other one")
         + ("; samples/sent.png shows both" if (run.out / "samples" / "sent.png").exists() else "")
     )
+    if among is not None and found["sent_to_private"] < BY_HEART * among:
+        run.log(
+            "deprivatize: that is nearer than private images are to each other: the generator seems to know them by "
+            "heart, draws little else, and shows them to the teacher. Start anew with another --out and fewer "
+            "--deprivatize.steps, or with --deprivatize.augment true"
+        )
 
 
 def _say_chance(run: Run, step: int, loss: float) -> None:
