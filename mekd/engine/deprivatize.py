@@ -28,8 +28,8 @@ from mekd.seeds import generator_at
 
 #: The loss of a discriminator that cannot tell real images from drawn ones: 2 log 2.
 CHANCE = 2 * math.log(2)
-#: The distance to the nearest private image, as a share of that between private images, below which G repeats them: 0.79
-#: where a student came to 57 %, 0.91 and more where it learnt what it could (docs/results.md).
+#: The distance to the nearest private image, as a share of that between private images, below which G repeats them:
+#: 0.79 where a student came to 57 %, 0.91 and more where it learnt what it could (docs/results.md).
 BY_HEART = 0.85
 #: The mean sign of D's logits for private images above which it sees more of them augmented, the steps between two
 #: looks at it, and the images from none augmented to all.
