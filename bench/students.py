@@ -307,6 +307,9 @@ def append(table: Path, row: dict[str, Any]) -> None:
     table.parent.mkdir(parents=True, exist_ok=True)
     with open(table, "a", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        key = [str(row[name]) for name in COLUMNS[:6]]
+        if key in [[other[name] for name in COLUMNS[:6]] for other in curves.read(table)]:
+            return  # another process was faster
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if not os.fstat(file.fileno()).st_size:
             writer.writeheader()
