@@ -98,6 +98,14 @@ def draw(rows: Rows, data: str, folder: Path) -> list[Path]:
     return drawn
 
 
+def bottom(rows: Rows, what: str) -> float:
+    """Three gaps between plain and the ceiling below plain, where both are there: what is worse is named, not drawn."""
+    plain, ceiling = ([float(row[what]) for row in rows if row["row"] == name] for name in ("plain", "ceiling"))
+    if not plain or not ceiling:
+        return 0.0
+    return statistics.mean(plain) - 3 * max(0.0, statistics.mean(ceiling) - statistics.mean(plain))
+
+
 def picture(rows: Rows, title: str) -> Any:
     """Accuracy and agreement against queries on a log axis, a band from the worst seed to the best."""
     import matplotlib.pyplot as plt
@@ -106,6 +114,7 @@ def picture(rows: Rows, title: str) -> Any:
     edge = 2 * max(numbers, default=10_000)  # where unlimited stands
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     for axis, what in zip(axes, ("accuracy", "agreement"), strict=True):
+        below, floor = [], bottom(rows, what)
         for number, name in enumerate(dict.fromkeys(row["row"] for row in rows)):
             points: dict[float, list[float]] = {}
             for row in rows:
@@ -116,6 +125,10 @@ def picture(rows: Rows, title: str) -> Any:
                 axis.axhline(statistics.mean(points[edge]), color="0.4", ls=LEVELS[name], lw=1.2, label=name)
                 axis.axhspan(min(points[edge]), max(points[edge]), color="0.4", alpha=0.12, lw=0)
                 continue
+            means = [statistics.mean(values) for values in points.values()]
+            if max(means) < floor:
+                below.append(f"{name} {max(means):.1f}")
+                continue
             at, colour = sorted(points), f"C{number}"
             axis.plot(at, [statistics.mean(points[x]) for x in at], marker="o", ms=4, color=colour, label=name)
             low, high = ([limit(points[x]) for x in at] for limit in (min, max))
@@ -125,6 +138,8 @@ def picture(rows: Rows, title: str) -> Any:
         axis.set_xticks(ticks, [f"{x // 1000}k" if x >= 1000 else str(x) for x in numbers] + ["unlimited"])
         axis.minorticks_off()
         axis.set(xlabel="queries paid", ylabel=f"{what}, %")
+        if below:
+            axis.set_xlabel(f"queries paid\nfar below, at best: {', '.join(below)}")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)

@@ -99,7 +99,8 @@ def longest(variant: Variant, arch: str) -> int:
     """The longest row that is held in registers: where half as much again would spill."""
     if variant.kernel == "jsd":
         return 4096 if variant.name == SKEWED else 8192
-    return 8192 if arch == "sm_120" and variant.kernel in ("dkd", "tempered_kl_topk") else ONE_PASS
+    half = {"dkd": ("sm_120",), "tempered_kl_topk": ("sm_100", "sm_120")}
+    return 8192 if arch in half.get(variant.kernel, ()) else ONE_PASS
 
 
 @pytest.mark.parametrize("arch", EACH)
