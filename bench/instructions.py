@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+MISSING = "valgrind is not installed: apt-get install valgrind"
 KEPT = Path("bench/results/instructions.csv")
 COLUMNS = ("op", "instructions", "compiler")
 #: One problem of mekd.testing for each way through csrc/.
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--keep", action="store_true", help=f"write {KEPT}, which tests/test_instructions.py holds to")
     options = parser.parse_args(arguments)
     if shutil.which("valgrind") is None:
-        print("valgrind is not installed: apt-get install valgrind")
+        print(MISSING)
         return 1
     found = counted()
     for op, instructions in found.items():

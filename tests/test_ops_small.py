@@ -25,10 +25,10 @@ from op_grid import (
 EXACT = ["jsd", "jsd-skew", "jsd-skew-reverse"]
 
 
-def small(kind: str, classes: int, seed: int) -> Problem:
+def small(kind: str, classes: int, seed: int, device: str) -> Problem:
     """A problem whose loss is as small as its kind can be."""
     shape = (4, 3, classes) if kind in IMAGE_KINDS else (6, classes)
-    problem = make(kind, shape, values="near", seed=seed)
+    problem = make(kind, shape, values="near", device=device, seed=seed)
     random = torch.Generator().manual_seed(seed)
     if kind in TOPK_KINDS:
         # What a top-k answer means is known at tau 1: the student says nearly the same.
@@ -36,11 +36,12 @@ def small(kind: str, classes: int, seed: int) -> Problem:
         others = 0.0 if kind == "drop" else (1 - best.sum(-1, keepdim=True)) / (classes - 3)
         meant = torch.zeros(shape).add(others).scatter(-1, indices, best)
         students = (meant + 1e-30).log() + 1e-3 * torch.randn(shape, generator=random)
-        return Problem(kind, [students], {"topk": (best, indices), "rest": kind}, {"tau": 1.0})
+        answer = best.to(device), indices.to(device)
+        return Problem(kind, [students.to(device)], {"topk": answer, "rest": kind}, {"tau": 1.0})
     if kind == "labels":
         problem.students[0].scatter_(-1, problem.target["labels"][..., None], 50.0)
     if kind in GAN_KINDS:
-        sure = [12 + 8 * torch.rand(len(x), generator=random) for x in problem.students]
+        sure = [12 + 8 * torch.rand(len(x), generator=random).to(device) for x in problem.students]
         problem.students = [-x if i or kind == "minimax" else x for i, x in enumerate(sure)]
     return problem
 
@@ -52,13 +53,8 @@ def test_a_small_loss_is_as_exact_as_plain_arithmetic(kind: str, classes: int, i
     reduction = "sum" if kind == "discriminator" else "none"
     found: list[list[tuple[Tensor, Tensor, Tensor]]] = []
     for seed in range(4):
-        problem = small(kind, classes, seed)
+        problem = small(kind, classes, seed, DEVICES[impl])
         exact, plain = truth(problem, reduction), truth(problem, reduction, torch.float32)
-        problem.students = [x.to(DEVICES[impl]) for x in problem.students]
-        problem.target = {
-            name: tuple(y.to(DEVICES[impl]) for y in x) if isinstance(x, tuple) else x.to(DEVICES[impl])
-            if isinstance(x, Tensor) else x for name, x in problem.target.items()
-        }  # fmt: skip
         found.append(list(zip(result(problem, impl, reduction), exact, plain, strict=True)))
     for name, parts in zip(("loss", "gradient", "other gradient"), zip(*found, strict=True), strict=False):
         # Of four problems together: what plain arithmetic loses in one is luck.

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -187,16 +187,25 @@ def test_the_same_folder_keeps_its_answers_for_another_student(
         assert database.execute("SELECT sum(queries) FROM calls").fetchone() == (170,)
 
 
+def with_fingerprints(paid: Path, out: Path, change: Callable[[str, dict[str, Any]], dict[str, Any]]) -> Path:
+    """A copy of a run whose checkpoints depend on what change makes of their stage and of what they depended on."""
+    shutil.copytree(paid, out)
+    for path in (out / "checkpoints").glob("*.pt"):
+        saved = files.load(path)
+        files.save(path, saved | {"depends": change(path.stem, saved["depends"])})
+    return out
+
+
 def test_answers_that_an_earlier_version_paid_for_are_not_paid_again(
     url: str, asked: None, paid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its checkpoints know nothing of settings that came later."""
-    out = Path(shutil.copytree(paid, tmp_path / "out"))
-    for path in (out / "checkpoints").glob("*.pt"):
-        saved = files.load(path)
-        later = {*LATER, *({"data.flip", "data.shift"} if path.stem == "distill" else ())}
-        saved["depends"] = {key: value for key, value in saved["depends"].items() if key not in later}
-        files.save(path, saved)
+
+    def earlier_ones(stage: str, depends: dict[str, Any]) -> dict[str, Any]:
+        later = {*LATER, *({"data.flip", "data.shift"} if stage == "distill" else ())}
+        return {key: value for key, value in depends.items() if key not in later}
+
+    out = with_fingerprints(paid, tmp_path / "out", earlier_ones)
     lines = (out / "config.yaml").read_text().splitlines()
     earlier = [line for line in lines if not line.strip().startswith("augment:")]
     assert len(earlier) == len(lines) - 2
@@ -213,11 +222,8 @@ def test_answers_that_an_earlier_version_paid_for_are_not_paid_again(
 def test_a_run_that_names_settings_that_were_taken_out_is_not_paid_again(
     url: str, asked: None, paid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = Path(shutil.copytree(paid, tmp_path / "out"))
-    for path in (out / "checkpoints").glob("*.pt"):
-        saved = files.load(path)
-        saved["depends"] |= {key: value for key, value in GONE.items() if path.stem in ("holdout", "replay", "distill")}
-        files.save(path, saved)
+    had = ("holdout", "replay", "distill")
+    out = with_fingerprints(paid, tmp_path / "out", lambda stage, depends: depends | (GONE if stage in had else {}))
     config = yaml.safe_load((out / "config.yaml").read_text())
     config["distill"] |= {key.split(".")[1]: value for key, value in GONE.items()}
     (out / "config.yaml").write_text(yaml.safe_dump(config))
