@@ -106,8 +106,8 @@ BEFORE = {
     "oracle.response", "oracle.output", "oracle.output_name", "oracle.num_classes", "oracle.classes",
     "oracle.mean", "oracle.std", "oracle.transport", "oracle.decimals", "oracle.size", "oracle.input_name",
     "oracle.unknown", "distill.replay",
-    "deprivatize.alpha", "deprivatize.lr", "deprivatize.width", "deprivatize.d_width", "deprivatize.dropout",
-    "distill.lr", "evaluate.enabled", "engine.device",
+    "deprivatize.alpha", "deprivatize.augment", "deprivatize.lr", "deprivatize.width", "deprivatize.d_width",
+    "deprivatize.dropout", "distill.lr", "evaluate.enabled", "engine.device",
 }  # fmt: skip
 
 
