@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from mekd.kernels.aot import Launch
+from mekd.kernels.rows import EVEN
 
 _ACCESS = re.compile(r"tt\.(?:load|store) (%[\w#]+).*? : (?:tensor<([\dx]+)x)?!tt\.ptr<")
 _POINTER = re.compile(r"(%[\w#]+) = (?:tt|arith)\.\w+ (%.*?) : .*!tt\.ptr<")
 _CONSTANT = re.compile(r"(%[\w#]+) = arith\.constant (-?\d+) : i\d+")
 _LOOP = re.compile(r"scf\.for %\w+ = (%\w+) to (%\w+) step (%\w+)")
+#: What a program moves at most in a branch inside a loop: the ends of a row, as kernels/rows.py loads them.
+ENDS = 2 * (EVEN.value - 1)
 _UNKNOWN = re.compile(r"(tt\.atomic\w*|tt\.descriptor_\w+|tt\.gather|scf\.while)\b")
 
 
@@ -40,7 +43,7 @@ def _accesses(code: str) -> Iterator[tuple[str, int]]:
     """The argument that each load or store goes to, and the elements that one program touches by it."""
     origin: dict[str, str] = {name: name[1:] for name in re.findall(r"(%\w+): !tt\.ptr<", code)}
     constants: dict[str, int] = {}
-    inside = [1]
+    inside: list[int | None] = [1]  # how often what is here runs; None for a branch inside a loop
     for raw in code.splitlines():
         line = re.sub(r"\s*loc\(.*\)$", "", raw).strip()
         if unknown := _UNKNOWN.search(line):
@@ -48,13 +51,14 @@ def _accesses(code: str) -> Iterator[tuple[str, int]]:
         if line.startswith("}"):
             inside.pop()
         if line.endswith("{"):
-            loop = _LOOP.search(line)
-            inside.append(inside[-1] * (_trips(loop, constants) if loop else 1))
+            loop, times = _LOOP.search(line), inside[-1]
+            branch = "scf.if" in line and times != 1
+            inside.append(None if branch or times is None else times * (_trips(loop, constants) if loop else 1))
         if constant := _CONSTANT.match(line):
             constants[constant[1]] = int(constant[2])
         if access := _ACCESS.search(line):
             size = math.prod(map(int, access[2].split("x"))) if access[2] else 1
-            yield origin[access[1]], size * inside[-1]
+            yield origin[access[1]], ENDS if inside[-1] is None else size * inside[-1]
         elif pointer := _POINTER.match(line):
             sources = [origin[name] for name in re.findall(r"%[\w#]+", pointer[2]) if name in origin]
             if sources:

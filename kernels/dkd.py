@@ -8,9 +8,11 @@ from torch import Tensor
 from mekd.checks import check_tau, rows_with_label
 from mekd.kernels.gan_generator import softplus_and_sigmoid
 from mekd.kernels.rows import (
+    EVEN,
     MINUS_INF,
     as_rows,
     check_shape,
+    columns,
     flat,
     load,
     load_one,
@@ -25,9 +27,13 @@ from mekd.kernels.softmax import absorb_pair, divergence, pair, product, refer
 
 
 @triton.jit
-def _load_rest(x, row, col, label, on, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.constexpr):
+def _load_rest(
+    x, row, lanes, label, on, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.constexpr, start=0,
+    SHIFTED: tl.constexpr = False,
+):  # fmt: skip
     """The rest is a softmax of its own, in which the target is masked."""
-    return tl.where(col[None, :] == label[:, None], MINUS_INF, load(x, row, col, on, STEP, CLASSES, A))
+    hidden = columns(row, lanes, CLASSES, start, SHIFTED) == label[:, None]
+    return tl.where(hidden, MINUS_INF, load(x, row, lanes, on, STEP, CLASSES, A, start, SHIFTED))
 
 
 @triton.jit
@@ -57,9 +63,9 @@ def _tile(
     row, there, on = rows_here(rows, mask, weights, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
     label = tl.load(labels + row, mask=on, other=0).to(tl.int32)
-    col = tl.arange(0, BLOCK)
-    s = _load_rest(student, row, col, label, on, STEP, CLASSES, A)
-    t = _load_rest(teacher, row, col, label, on, TEACHER_STEP, CLASSES, A)
+    lanes = tl.arange(0, BLOCK)
+    s = _load_rest(student, row, lanes, label, on, STEP, CLASSES, A)
+    t = _load_rest(teacher, row, lanes, label, on, TEACHER_STEP, CLASSES, A)
     hit_s = load_one(student, row, label, on, STEP, CLASSES, A)
     hit_t = load_one(teacher, row, label, on, TEACHER_STEP, CLASSES, A)
     kl, q, p, z_s, z_t = pair(s, t, inverse)
@@ -72,8 +78,8 @@ def _tile(
     if gradient is not None:
         slope = factors * inverse
         grad = q * (slope * (within - pull) / z_s)[:, None] - p * (slope * within / z_t)[:, None]
-        grad = tl.where(col[None, :] == label[:, None], (slope * pull)[:, None], grad)
-        store(gradient, grad, row, col, there, on, CLASSES)
+        grad = tl.where(lanes[None, :] == label[:, None], (slope * pull)[:, None], grad)
+        store(gradient, grad, row, lanes, there, on, CLASSES)
 
 
 @triton.jit
@@ -81,7 +87,7 @@ def _online(
     student, tau, weights, mask, count, losses, gradient, rows, by: tl.float64, teacher, labels,
     alpha: tl.float64, beta: tl.float64,
     CLASSES: tl.constexpr, STEP: tl.constexpr, POWER: tl.constexpr, A: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, TEACHER_STEP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TEACHER_STEP: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     row, there, on = rows_here(rows, mask, weights, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
@@ -94,9 +100,9 @@ def _online(
     z_s = tl.zeros((ROWS, BLOCK), A)
     z_t = z_s
     weighted = z_s
-    for start in range(0, CLASSES, BLOCK):
-        s = _load_rest(student, row, start + lanes, label, on, STEP, CLASSES, A)
-        t = _load_rest(teacher, row, start + lanes, label, on, TEACHER_STEP, CLASSES, A)
+    for start in range(0, CLASSES + EVEN * SHIFTED, BLOCK):
+        s = _load_rest(student, row, lanes, label, on, STEP, CLASSES, A, start, SHIFTED)
+        t = _load_rest(teacher, row, lanes, label, on, TEACHER_STEP, CLASSES, A, start, SHIFTED)
         top_s, top_t, z_s, z_t, weighted = absorb_pair(s, t, top_s, top_t, z_s, z_t, weighted, inverse)
     sum_s = tl.sum(z_s, 1)
     sum_t = tl.sum(z_t, 1)
@@ -111,14 +117,14 @@ def _online(
         slope = factors * inverse
         by_s = (slope * (within - pull) / sum_s)[:, None]
         by_t = (slope * within / sum_t)[:, None]
-        for start in range(0, CLASSES, BLOCK):
-            col = start + lanes
-            s = _load_rest(student, row, col, label, on, STEP, CLASSES, A)
-            t = _load_rest(teacher, row, col, label, on, TEACHER_STEP, CLASSES, A)
+        for start in range(0, CLASSES + EVEN * SHIFTED, BLOCK):
+            s = _load_rest(student, row, lanes, label, on, STEP, CLASSES, A, start, SHIFTED)
+            t = _load_rest(teacher, row, lanes, label, on, TEACHER_STEP, CLASSES, A, start, SHIFTED)
             q = tl.exp((s - refer(top_s)[:, None]) * inverse)
             p = tl.exp((t - refer(top_t)[:, None]) * inverse)
-            grad = tl.where(col[None, :] == label[:, None], (slope * pull)[:, None], q * by_s - p * by_t)
-            store(gradient, grad, row, col, there, on, CLASSES)
+            here = columns(row, lanes, CLASSES, start, SHIFTED) == label[:, None]
+            grad = tl.where(here, (slope * pull)[:, None], q * by_s - p * by_t)
+            store(gradient, grad, row, lanes, there, on, CLASSES, start, SHIFTED)
 
 
 def dkd(

@@ -6,7 +6,19 @@ import triton.language as tl
 from torch import Tensor
 
 from mekd.checks import check_tau
-from mekd.kernels.rows import MINUS_INF, as_rows, check_shape, load, number, rates, rows_here, run, store, store_losses
+from mekd.kernels.rows import (
+    EVEN,
+    MINUS_INF,
+    as_rows,
+    check_shape,
+    load,
+    number,
+    rates,
+    rows_here,
+    run,
+    store,
+    store_losses,
+)
 from mekd.kernels.softmax import absorb, exponents, product, refer
 
 
@@ -76,9 +88,9 @@ def _tile(
 ):  # fmt: skip
     row, there, on = rows_here(rows, mask, weights, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
-    col = tl.arange(0, BLOCK)
-    s = load(student, row, col, on, STEP, CLASSES, A)
-    t = load(teacher, row, col, on, TEACHER_STEP, CLASSES, A)
+    lanes = tl.arange(0, BLOCK)
+    s = load(student, row, lanes, on, STEP, CLASSES, A)
+    t = load(teacher, row, lanes, on, TEACHER_STEP, CLASSES, A)
     if LOGS:
         q = tl.exp(s)
         p = tl.exp(t)
@@ -100,14 +112,15 @@ def _tile(
             grad = slope * factors[:, None]
         else:  # through log softmax
             grad = (slope - q * tl.sum(slope, 1)[:, None]) * (factors * inverse)[:, None]
-        store(gradient, grad, row, col, there, on, CLASSES)
+        store(gradient, grad, row, lanes, there, on, CLASSES)
 
 
 @triton.jit
 def _load_exponents(
-    x, row, col, on, top, inverse, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.constexpr, LOGS: tl.constexpr
-):
-    x = load(x, row, col, on, STEP, CLASSES, A)
+    x, row, lanes, on, top, inverse, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.constexpr, LOGS: tl.constexpr,
+    start, SHIFTED: tl.constexpr,
+):  # fmt: skip
+    x = load(x, row, lanes, on, STEP, CLASSES, A, start, SHIFTED)
     return x if LOGS else (x - refer(top)[:, None]) * inverse
 
 
@@ -117,7 +130,7 @@ def _online(
     beta: tl.float64, other: tl.float64, left: tl.float64, right: tl.float64,
     CLASSES: tl.constexpr, STEP: tl.constexpr, POWER: tl.constexpr, A: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TEACHER_STEP: tl.constexpr, LIMIT: tl.constexpr, LOGS: tl.constexpr,
-    SKEWED: tl.constexpr,
+    SKEWED: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """Normalisers, then the loss, then the gradient, which needs the sum of all slopes: each reads the row."""
     row, there, on = rows_here(rows, mask, weights, ROWS)
@@ -131,9 +144,9 @@ def _online(
     if not LOGS:
         sum_s = zero
         sum_t = zero
-        for start in range(0, CLASSES, BLOCK):
-            s = load(student, row, start + lanes, on, STEP, CLASSES, A)
-            t = load(teacher, row, start + lanes, on, TEACHER_STEP, CLASSES, A)
+        for start in range(0, CLASSES + EVEN * SHIFTED, BLOCK):
+            s = load(student, row, lanes, on, STEP, CLASSES, A, start, SHIFTED)
+            t = load(teacher, row, lanes, on, TEACHER_STEP, CLASSES, A, start, SHIFTED)
             top_s, b, _, kept_s = absorb(s, top_s, inverse)
             top_t, a, _, kept_t = absorb(t, top_t, inverse)
             sum_s = sum_s * kept_s + tl.exp(b)
@@ -143,9 +156,9 @@ def _online(
     log_z = tl.log(z_s / z_t)[:, None]
     parts = zero
     slopes = zero
-    for start in range(0, CLASSES, BLOCK):
-        b = _load_exponents(student, row, start + lanes, on, top_s, inverse, STEP, CLASSES, A, LOGS)
-        a = _load_exponents(teacher, row, start + lanes, on, top_t, inverse, TEACHER_STEP, CLASSES, A, LOGS)
+    for start in range(0, CLASSES + EVEN * SHIFTED, BLOCK):
+        b = _load_exponents(student, row, lanes, on, top_s, inverse, STEP, CLASSES, A, LOGS, start, SHIFTED)
+        a = _load_exponents(teacher, row, lanes, on, top_t, inverse, TEACHER_STEP, CLASSES, A, LOGS, start, SHIFTED)
         q = tl.exp(b) / z_s[:, None]
         p = tl.exp(a) / z_t[:, None]
         part, slope = _parts(q, p, a - b + log_z, beta, other, left, right, LIMIT, LOGS, SKEWED)
@@ -155,14 +168,14 @@ def _online(
     if gradient is not None:
         pull = tl.sum(slopes, 1)[:, None]
         rate = (factors if LOGS else factors * inverse)[:, None]
-        for start in range(0, CLASSES, BLOCK):
-            b = _load_exponents(student, row, start + lanes, on, top_s, inverse, STEP, CLASSES, A, LOGS)
-            a = _load_exponents(teacher, row, start + lanes, on, top_t, inverse, TEACHER_STEP, CLASSES, A, LOGS)
+        for start in range(0, CLASSES + EVEN * SHIFTED, BLOCK):
+            b = _load_exponents(student, row, lanes, on, top_s, inverse, STEP, CLASSES, A, LOGS, start, SHIFTED)
+            a = _load_exponents(teacher, row, lanes, on, top_t, inverse, TEACHER_STEP, CLASSES, A, LOGS, start, SHIFTED)
             q = tl.exp(b) / z_s[:, None]
             p = tl.exp(a) / z_t[:, None]
             _, slope = _parts(q, p, a - b + log_z, beta, other, left, right, LIMIT, LOGS, SKEWED)
             grad = (slope if LOGS else slope - q * pull) * rate
-            store(gradient, grad, row, start + lanes, there, on, CLASSES)
+            store(gradient, grad, row, lanes, there, on, CLASSES, start, SHIFTED)
 
 
 def jsd(

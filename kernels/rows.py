@@ -13,6 +13,8 @@ from mekd.kernels.launch import launch
 
 POWERS = {"one": 0, "tau": 1, "tau2": 2}
 MINUS_INF = tl.constexpr(float("-inf"))
+#: Where rows do not begin at a multiple of 16 bytes, blocks begin at a multiple of so many elements.
+EVEN = tl.constexpr(8)
 
 
 @triton.jit
@@ -36,11 +38,43 @@ def rows_here(rows, mask, weights, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load(x, row, col, on, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.constexpr):
+def columns(row, lanes, CLASSES: tl.constexpr, start=0, SHIFTED: tl.constexpr = False):
+    """The classes of a block: (1, BLOCK), or (ROWS, BLOCK) where it is shifted, and begins before its row does."""
+    col = (start + lanes)[None, :]
+    return col - (row * CLASSES % EVEN)[:, None] if SHIFTED else col
+
+
+@triton.jit
+def _places(row, lanes, start, CLASSES: tl.constexpr):
+    """Elements of a shifted block; which are of the row; which of a piece of EVEN of them that is all of the row; and
+    whether others may be there: at the ends of a row alone."""
+    begin = (row * CLASSES)[:, None]
+    end = begin + CLASSES
+    # Written so that the compiler sees where pieces begin, and that all of a piece is masked or none.
+    at = (row * CLASSES // EVEN * EVEN)[:, None] + (start + lanes)[None, :]
+    piece = at // EVEN * EVEN
+    ends = start == 0 or start + lanes.shape[0] > CLASSES
+    return at, (at >= begin) & (at < end), (piece >= begin) & (piece + EVEN <= end), ends
+
+
+@triton.jit
+def load(
+    x, row, lanes, on, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.constexpr, start=0,
+    SHIFTED: tl.constexpr = False,
+):  # fmt: skip
     """A tile (ROWS, BLOCK); what is no class, or in no row that counts, is not read and is a class that is masked."""
-    at = x + row[:, None] * STEP + col[None, :]
     # Cast at once: interpreted bfloat16 is raw bits.
-    return tl.load(at, mask=on[:, None] & (col < CLASSES)[None, :], other=MINUS_INF).to(A)
+    if SHIFTED:
+        at, inside, whole, ends = _places(row, lanes, start, CLASSES)
+        value = tl.load(x + at, mask=on[:, None] & whole, other=MINUS_INF).to(A)
+        if ends:
+            rest = tl.load(x + at, mask=on[:, None] & inside & (whole == 0), other=MINUS_INF).to(A)
+            value = tl.where(whole, value, rest)
+    else:
+        col = start + lanes
+        at = x + row[:, None] * STEP + col[None, :]
+        value = tl.load(at, mask=on[:, None] & (col < CLASSES)[None, :], other=MINUS_INF).to(A)
+    return value
 
 
 @triton.jit
@@ -71,10 +105,18 @@ def store_losses(losses, loss, factors, row, there, on):
 
 
 @triton.jit
-def store(gradient, grad, row, col, there, on, CLASSES: tl.constexpr):
+def store(gradient, grad, row, lanes, there, on, CLASSES: tl.constexpr, start=0, SHIFTED: tl.constexpr = False):
     """A tile of the gradient, 0 in rows that do not count, whatever was computed there."""
-    at = gradient + row[:, None] * CLASSES + col[None, :]
-    tl.store(at, tl.where(on[:, None], grad, 0), mask=there[:, None] & (col < CLASSES)[None, :])
+    grad = tl.where(on[:, None], grad, 0)
+    if SHIFTED:
+        at, inside, whole, ends = _places(row, lanes, start, CLASSES)
+        tl.store(gradient + at, grad, mask=there[:, None] & whole)
+        if ends:
+            tl.store(gradient + at, grad, mask=there[:, None] & inside & (whole == 0))
+    else:
+        col = start + lanes
+        at = gradient + row[:, None] * CLASSES + col[None, :]
+        tl.store(at, grad, mask=there[:, None] & (col < CLASSES)[None, :])
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -131,6 +173,14 @@ def run(
     by_rows = count if mask is None else 1  # those that count are counted on the device
     divisor = {"mean": count * classes, "batchmean": student.shape[0], "rowmean": by_rows}.get(reduction, 1)
     tile = tuning.tile(name, torch.float64 if wide else student.dtype, classes)
+    if tile.block < classes:
+        # Rows one after another, as blocks of neighbours are read that begin where rows do not.
+        rows = [x for x in (ours, *targets) if x.shape[-1] == classes]
+        constants["SHIFTED"] = (
+            tile.rows == 1
+            and all(x.stride(0) == classes for x in rows)
+            and any(classes * x.itemsize % 16 for x in rows)
+        )
     launch(
         kernels[tile.block < classes],
         (triton.cdiv(count, tile.rows),),

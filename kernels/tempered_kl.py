@@ -5,7 +5,19 @@ import triton.language as tl
 from torch import Tensor
 
 from mekd.checks import check_probabilities, check_tau
-from mekd.kernels.rows import MINUS_INF, as_rows, check_shape, load, rates, rows_here, run, store, store_losses
+from mekd.kernels.rows import (
+    EVEN,
+    MINUS_INF,
+    as_rows,
+    check_shape,
+    columns,
+    load,
+    rates,
+    rows_here,
+    run,
+    store,
+    store_losses,
+)
 from mekd.kernels.softmax import absorb_pair, divergence, pair, refer
 
 
@@ -33,19 +45,20 @@ def named_share(
 
 @triton.jit
 def _load_target(
-    target, indices, share, most, row, col, on, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.constexpr,
-    K: tl.constexpr, PROBS: tl.constexpr,
+    target, indices, share, most, row, lanes, on, STEP: tl.constexpr, CLASSES: tl.constexpr, A: tl.constexpr,
+    K: tl.constexpr, PROBS: tl.constexpr, start=0, SHIFTED: tl.constexpr = False,
 ):  # fmt: skip
     """The target as logits: softmax(log p / tau) is p^(1 / tau), normalised. Of K values, by the most of the row."""
     if K == 0:
-        t = load(target, row, col, on, STEP, CLASSES, A)
+        t = load(target, row, lanes, on, STEP, CLASSES, A, start, SHIFTED)
         t = tl.where(t <= 0, MINUS_INF, tl.log(t)) if PROBS else t
     else:
-        p = tl.where((col < CLASSES)[None, :], share[:, None], 0)
+        col = columns(row, lanes, CLASSES, start, SHIFTED)
+        p = tl.where((col >= 0) & (col < CLASSES), share[:, None], 0)
         for k in range(K):
             index = tl.load(indices + row * K + k, mask=on, other=-1).to(tl.int32)
             value = tl.load(target + row * STEP + k, mask=on & (index >= 0), other=0).to(A)
-            p = tl.where(col[None, :] == index[:, None], value[:, None], p)
+            p = tl.where(col == index[:, None], value[:, None], p)
         t = tl.log(tl.where(p < 0, 0, p) / most[:, None])
     return t
 
@@ -60,16 +73,16 @@ def tile(
     """target: logits or probabilities of all classes where K is 0, else K values, of the classes in indices."""
     row, there, on = rows_here(rows, mask, weights, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
-    col = tl.arange(0, BLOCK)
-    s = load(student, row, col, on, STEP, CLASSES, A)
+    lanes = tl.arange(0, BLOCK)
+    s = load(student, row, lanes, on, STEP, CLASSES, A)
     share, most, _ = named_share(target, indices, row, on, CLASSES, TARGET_STEP, A, K, SPREAD)
-    t = _load_target(target, indices, share, most, row, col, on, TARGET_STEP, CLASSES, A, K, PROBS)
+    t = _load_target(target, indices, share, most, row, lanes, on, TARGET_STEP, CLASSES, A, K, PROBS)
     kl, q, p, z_s, z_t = pair(s, t, inverse)
     store_losses(losses, kl, factors, row, there, on)
     if gradient is not None:
         slope = factors * inverse
         grad = q * (slope / z_s)[:, None] - p * (slope / z_t)[:, None]
-        store(gradient, grad, row, col, there, on, CLASSES)
+        store(gradient, grad, row, lanes, there, on, CLASSES)
 
 
 @triton.jit
@@ -77,7 +90,7 @@ def online(
     student, tau, weights, mask, count, losses, gradient, rows, by: tl.float64, target, indices,
     CLASSES: tl.constexpr, STEP: tl.constexpr, POWER: tl.constexpr, A: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TARGET_STEP: tl.constexpr,
-    K: tl.constexpr, SPREAD: tl.constexpr, PROBS: tl.constexpr,
+    K: tl.constexpr, SPREAD: tl.constexpr, PROBS: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     row, there, on = rows_here(rows, mask, weights, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
@@ -88,9 +101,11 @@ def online(
     z_s = tl.zeros((ROWS, BLOCK), A)
     z_t = z_s
     weighted = z_s
-    for start in range(0, CLASSES, BLOCK):
-        s = load(student, row, start + lanes, on, STEP, CLASSES, A)
-        t = _load_target(target, indices, share, most, row, start + lanes, on, TARGET_STEP, CLASSES, A, K, PROBS)
+    for start in range(0, CLASSES + EVEN * SHIFTED, BLOCK):
+        s = load(student, row, lanes, on, STEP, CLASSES, A, start, SHIFTED)
+        t = _load_target(
+            target, indices, share, most, row, lanes, on, TARGET_STEP, CLASSES, A, K, PROBS, start, SHIFTED
+        )
         top_s, top_t, z_s, z_t, weighted = absorb_pair(s, t, top_s, top_t, z_s, z_t, weighted, inverse)
     sum_s = tl.sum(z_s, 1)
     sum_t = tl.sum(z_t, 1)
@@ -98,12 +113,14 @@ def online(
     if gradient is not None:
         by_s = (factors * inverse / sum_s)[:, None]
         by_t = (factors * inverse / sum_t)[:, None]
-        for start in range(0, CLASSES, BLOCK):
-            s = load(student, row, start + lanes, on, STEP, CLASSES, A)
-            t = _load_target(target, indices, share, most, row, start + lanes, on, TARGET_STEP, CLASSES, A, K, PROBS)
+        for start in range(0, CLASSES + EVEN * SHIFTED, BLOCK):
+            s = load(student, row, lanes, on, STEP, CLASSES, A, start, SHIFTED)
+            t = _load_target(
+                target, indices, share, most, row, lanes, on, TARGET_STEP, CLASSES, A, K, PROBS, start, SHIFTED
+            )
             q = tl.exp((s - refer(top_s)[:, None]) * inverse)
             p = tl.exp((t - refer(top_t)[:, None]) * inverse)
-            store(gradient, q * by_s - p * by_t, row, start + lanes, there, on, CLASSES)
+            store(gradient, q * by_s - p * by_t, row, lanes, there, on, CLASSES, start, SHIFTED)
 
 
 def tempered_kl(

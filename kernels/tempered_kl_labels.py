@@ -6,7 +6,20 @@ import triton.language as tl
 from torch import Tensor
 
 from mekd.checks import check_tau, rows_with_label
-from mekd.kernels.rows import MINUS_INF, check_shape, flat, load, load_one, rates, rows_here, run, store, store_losses
+from mekd.kernels.rows import (
+    EVEN,
+    MINUS_INF,
+    check_shape,
+    columns,
+    flat,
+    load,
+    load_one,
+    rates,
+    rows_here,
+    run,
+    store,
+    store_losses,
+)
 from mekd.kernels.softmax import absorb, exponents, refer
 
 
@@ -19,24 +32,24 @@ def _tile(
     row, there, on = rows_here(rows, mask, weights, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
     label = tl.load(labels + row, mask=on, other=0).to(tl.int32)
-    col = tl.arange(0, BLOCK)
-    s = load(student, row, col, on, STEP, CLASSES, A)
+    lanes = tl.arange(0, BLOCK)
+    s = load(student, row, lanes, on, STEP, CLASSES, A)
     b = exponents(s, inverse)
     q = tl.exp(b)
     z = tl.sum(q, 1)
-    here = col[None, :] == label[:, None]
+    here = lanes[None, :] == label[:, None]
     store_losses(losses, tl.log(z) - tl.sum(tl.where(here, b, 0), 1), factors, row, there, on)
     if gradient is not None:
         slope = factors * inverse
         grad = q * (slope / z)[:, None] - tl.where(here, slope[:, None], 0)
-        store(gradient, grad, row, col, there, on, CLASSES)
+        store(gradient, grad, row, lanes, there, on, CLASSES)
 
 
 @triton.jit
 def _online(
     student, tau, weights, mask, count, losses, gradient, rows, by: tl.float64, labels,
     CLASSES: tl.constexpr, STEP: tl.constexpr, POWER: tl.constexpr, A: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     row, there, on = rows_here(rows, mask, weights, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
@@ -44,8 +57,8 @@ def _online(
     lanes = tl.arange(0, BLOCK)
     top = tl.full((ROWS,), MINUS_INF, A)
     total = tl.zeros((ROWS, BLOCK), A)
-    for start in range(0, CLASSES, BLOCK):
-        s = load(student, row, start + lanes, on, STEP, CLASSES, A)
+    for start in range(0, CLASSES + EVEN * SHIFTED, BLOCK):
+        s = load(student, row, lanes, on, STEP, CLASSES, A, start, SHIFTED)
         top, b, _, kept = absorb(s, top, inverse)
         total = total * kept + tl.exp(b)
     z = tl.sum(total, 1)
@@ -53,13 +66,12 @@ def _online(
     store_losses(losses, tl.log(z) - hit, factors, row, there, on)
     if gradient is not None:
         slope = factors * inverse
-        for start in range(0, CLASSES, BLOCK):
-            col = start + lanes
-            s = load(student, row, col, on, STEP, CLASSES, A)
+        for start in range(0, CLASSES + EVEN * SHIFTED, BLOCK):
+            s = load(student, row, lanes, on, STEP, CLASSES, A, start, SHIFTED)
             q = tl.exp((s - refer(top)[:, None]) * inverse)
-            here = col[None, :] == label[:, None]
+            here = columns(row, lanes, CLASSES, start, SHIFTED) == label[:, None]
             grad = q * (slope / z)[:, None] - tl.where(here, slope[:, None], 0)
-            store(gradient, grad, row, col, there, on, CLASSES)
+            store(gradient, grad, row, lanes, there, on, CLASSES, start, SHIFTED)
 
 
 def tempered_kl_labels(

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from mekd.checks import check_best, check_named_classes, check_tau, rows_with_answer
 from mekd.kernels.rows import (
+    EVEN,
     MINUS_INF,
     as_rows,
     check_shape,
+    columns,
     load,
     load_one,
     rates,
@@ -64,11 +66,11 @@ def _compare(log_w, x, log_rest, top_others, z_others, inverse):
 
 @triton.jit
 def _hidden(indices, row, col, on, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Which classes of a block are named (ROWS, BLOCK)."""
+    """Which classes of a block, of columns, are named (ROWS, BLOCK)."""
     hidden = tl.zeros((ROWS, BLOCK), tl.int1)
     for k in range(K):
         index = tl.load(indices + row * K + k, mask=on, other=-1)
-        hidden = hidden | (col[None, :] == index[:, None])
+        hidden = hidden | (col == index[:, None])
     return hidden
 
 
@@ -84,7 +86,7 @@ def _slopes(
         x = load_one(student, row, index, on, STEP, CLASSES, A)
         w = tl.where(p <= 0, 0, tl.exp(tl.log(p / most) * inverse))
         slope = tl.exp((x - top) * inverse) * by_s - w * by_t
-        grad = tl.where(col[None, :] == index[:, None], slope[:, None], grad)
+        grad = tl.where(col == index[:, None], slope[:, None], grad)
     return grad
 
 
@@ -99,8 +101,9 @@ def tail_tile(
     log_w, x, log_rest, most = _answer(
         student, values, indices, row, on, inverse, CLASSES, STEP, A, VALUES_STEP, K, NAMED
     )
-    col = tl.arange(0, BLOCK)
-    s = load(student, row, col, on, STEP, CLASSES, A)
+    lanes = tl.arange(0, BLOCK)
+    col = columns(row, lanes, CLASSES)
+    s = load(student, row, lanes, on, STEP, CLASSES, A)
     s = tl.where(_hidden(indices, row, col, on, K, BLOCK, ROWS), MINUS_INF, s)
     top_others = tl.max(s, 1)
     e = tl.exp((s - refer(top_others)[:, None]) * inverse)
@@ -114,7 +117,7 @@ def tail_tile(
             grad, student, values, indices, row, col, on, inverse, top, most, slope / z_s, slope / z_t, CLASSES, STEP,
             A, VALUES_STEP, K,
         )  # fmt: skip
-        store(gradient, grad, row, col, there, on, CLASSES)
+        store(gradient, grad, row, lanes, there, on, CLASSES)
 
 
 @triton.jit
@@ -122,6 +125,7 @@ def tail_online(
     student, tau, weights, mask, count, losses, gradient, rows, by: tl.float64, values, indices,
     CLASSES: tl.constexpr, STEP: tl.constexpr, POWER: tl.constexpr, A: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, VALUES_STEP: tl.constexpr, K: tl.constexpr, NAMED: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):  # fmt: skip
     row, there, on = rows_here(rows, mask, weights, ROWS)
     inverse, factors = rates(tau, weights, count, by, row, on, POWER, A)
@@ -131,9 +135,10 @@ def tail_online(
     lanes = tl.arange(0, BLOCK)
     top_others = tl.full((ROWS,), MINUS_INF, A)
     sums = tl.zeros((ROWS, BLOCK), A)
-    for start in range(0, CLASSES, BLOCK):
-        s = load(student, row, start + lanes, on, STEP, CLASSES, A)
-        s = tl.where(_hidden(indices, row, start + lanes, on, K, BLOCK, ROWS), MINUS_INF, s)
+    for start in range(0, CLASSES + EVEN * SHIFTED, BLOCK):
+        s = load(student, row, lanes, on, STEP, CLASSES, A, start, SHIFTED)
+        col = columns(row, lanes, CLASSES, start, SHIFTED)
+        s = tl.where(_hidden(indices, row, col, on, K, BLOCK, ROWS), MINUS_INF, s)
         top_others, b, _, kept = absorb(s, top_others, inverse)
         sums = sums * kept + tl.exp(b)
     z_others = tl.sum(sums, 1)
@@ -142,16 +147,17 @@ def tail_online(
     if gradient is not None:
         slope = factors * inverse
         rate = tl.where(z_others == 0, 0, slope * apart / z_others)
-        for start in range(0, CLASSES, BLOCK):
-            s = load(student, row, start + lanes, on, STEP, CLASSES, A)
+        for start in range(0, CLASSES + EVEN * SHIFTED, BLOCK):
+            s = load(student, row, lanes, on, STEP, CLASSES, A, start, SHIFTED)
             # What is named is too far above to be raised to a power, and is put in its place behind.
             over = (s - refer(top_others)[:, None]) * inverse
             grad = tl.exp(tl.where(over > 0, 0, over)) * rate[:, None]
+            col = columns(row, lanes, CLASSES, start, SHIFTED)
             grad = _slopes(
-                grad, student, values, indices, row, start + lanes, on, inverse, top, most, slope / z_s, slope / z_t,
+                grad, student, values, indices, row, col, on, inverse, top, most, slope / z_s, slope / z_t,
                 CLASSES, STEP, A, VALUES_STEP, K,
             )  # fmt: skip
-            store(gradient, grad, row, start + lanes, there, on, CLASSES)
+            store(gradient, grad, row, lanes, there, on, CLASSES, start, SHIFTED)
 
 
 def tempered_kl_topk(

@@ -95,6 +95,25 @@ def test_a_thousand_classes_and_images_move_128_bits_at_a_time(arch: str) -> Non
     assert not narrow
 
 
+def test_rows_that_begin_anywhere_move_what_a_thread_holds_at_a_time() -> None:
+    # 21841 classes: but for its ends a row is read and written as one of 21840 is.
+    seen, narrow = 0, []
+    for code in compiled("sm_90"):
+        variant, launch = code.variant, code.launch
+        if variant.classes != 21841 or variant.kernel == "gan_generator":
+            continue
+        seen += 1
+        held = launch.arguments["BLOCK"] // (32 * launch.compiled.metadata.num_warps)
+        bits = min(128, 8 * held * variant.dtype.itemsize)
+        passes = 3 if variant.kernel == "jsd" and variant.name != "log_probs" else 2
+        read = passes * (2 if variant.kernel in ("tempered_kl", "dkd", "jsd") else 1)
+        times = 8 * held * variant.dtype.itemsize // bits
+        loads, stores = access_widths(launch)
+        if loads.get(bits, 0) < read * times or stores.get(bits, 0) < times:
+            narrow.append(f"{code}, {loads}, {stores}")
+    assert seen == 24 and not narrow
+
+
 def longest(variant: Variant, arch: str) -> int:
     """The longest row that is held in registers: where half as much again would spill."""
     if variant.kernel == "jsd":

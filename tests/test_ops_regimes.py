@@ -8,6 +8,9 @@ from op_grid import DEVICES, DTYPES, ROW_KINDS, check, make, result
 
 if not extension.INTERPRETED:
     pytest.skip("interpreted alone, with TRITON_INTERPRET=1, as make test does", allow_module_level=True)
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+rows = pytest.importorskip("mekd.kernels.rows")
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 TILES = [
     # Online, with a tail: three rounds over 20 classes.
@@ -39,6 +42,46 @@ def test_each_regime_is_the_truth(
         check(make(kind, (3, 20), values=values, device=DEVICES["triton"]), "triton")
     options = {"weights": torch.tensor([0.5, 3.0, 1.0]), "mask": torch.tensor([True, False, True])}
     check(make(kind, (3, 20), **options), "triton", "batchmean")
+
+
+@pytest.mark.parametrize(("classes", "block"), [(33, 16), (39, 32)])
+@pytest.mark.parametrize("kind", ROW_KINDS)
+def test_a_loop_over_rows_that_begin_anywhere(
+    kind: str, classes: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Blocks begin where memory does: before the row by up to 7 elements, of all numbers here, and a last one may hold
+    # nothing but the end of it.
+    force(monkeypatch, 1, block)
+    if classes == 33:
+        check(make(kind, (4, classes), BF16, device=DEVICES["triton"]), "triton")
+    options = {"weights": torch.arange(4.0), "mask": torch.arange(4) != 2}
+    check(make(kind, (4, classes), **options), "triton", "batchmean")
+    # A neighbour's numbers stay its own.
+    problem = make(kind, (3, classes), device=DEVICES["triton"])
+    clean = result(problem, "triton")
+    problem.students[0][1] = float("nan")
+    loss, grad = result(problem, "triton")
+    assert loss[1].isnan()
+    for i in (0, 2):
+        assert torch.equal(loss[i], clean[0][i]) and torch.equal(grad[i], clean[1][i])
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_a_shifted_loop_writes_between_its_ends(offset: int) -> None:
+    @triton.jit
+    def copy(x, y, count, CLASSES: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+        lanes = tl.arange(0, BLOCK)
+        for start in range(0, CLASSES + 8, BLOCK):
+            tile = rows.load(x, row, lanes, row < count, CLASSES, CLASSES, tl.float32, start, True)
+            rows.store(y, tile, row, lanes, row < count, row < count, CLASSES, start, True)
+
+    memory = torch.full((5 * 19 + 16,), 7.0)
+    out = memory.clone()
+    inside = slice(8 + offset, 8 + offset + 5 * 19)
+    memory[inside] = torch.randn(5 * 19)
+    copy[(5,)](memory[inside], out[inside], 5, CLASSES=19, BLOCK=16)
+    assert torch.equal(out, memory)
 
 
 @pytest.mark.parametrize("first", [0.0, -1e4, float("-inf")])
