@@ -15,8 +15,9 @@ ANSWERS = {
 }  # fmt: skip
 
 
-def card(run: Run, summary: dict[str, Any], pictures: Sequence[tuple[str, str]]) -> str:
-    """The model card in Markdown; summary: as report.summarize gives it; pictures: captions and files in the folder."""
+def card(run: Run, summary: dict[str, Any], pictures: Sequence[tuple[str, str]], audited: Sequence[str] = ()) -> str:
+    """The model card in Markdown; summary: as report.summarize gives it; pictures: captions and files in the folder;
+    audited: the lines about the audit."""
     config, how = run.config, preprocess_of(run)
     classes, teacher = class_names(run), run.teacher_name
     named = ", ".join(classes[:20]) + (f" and {len(classes) - 20:,} more" if len(classes) > 20 else "")
@@ -37,6 +38,7 @@ def card(run: Run, summary: dict[str, Any], pictures: Sequence[tuple[str, str]])
         "",
         _sent(run, summary),
         "",
+        *audited,
         "## Load it",
         "",
         f"An image is prepared so: {how.words()}. The metadata of `student.onnx` says the same, and names the classes. "
@@ -132,7 +134,8 @@ def _sent(run: Run, summary: dict[str, Any]) -> str:
         )
     if run.config.distill.store is not None:
         text += "What was sent for the answers of another run stands in the card of that run. "
-    return text + "That is no promise that no generated image resembles a private one: the generator learned from them."
+    text += "That is no promise that no generated image resembles a private one: the generator learned from them."
+    return text + (" What was measured of it stands under Audit." if (run.out / "audit.json").exists() else "")
 
 
 def _onnx(how: Preprocess, transport: str) -> list[str]:

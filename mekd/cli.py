@@ -17,6 +17,7 @@ stages, in the order in which `mekd run` takes them:
   deprivatize   step 1: a generator learns to invert the teacher; private images stay here
   distill       step 2: the student learns from generated images
   evaluate      a simulation, off unless asked: test accuracy and the plain baseline
+  audit         what can be said of equivalence and privacy, measured at home: audit.json (mekd[audit])
   report        curves, pictures and tables of the run: report.md, and README.md, the student's model card
   run           all of them; each resumes where it stopped
 

@@ -242,6 +242,29 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class AuditConfig:
+    """What the run can say of equivalence and privacy, measured at home when it is done.
+
+    Args:
+        enabled: run it; null: where POT is installed, which measures distances
+        holdout: private images kept away from step 1, and from everything but the audit: whether step 1 betrays which
+            images it saw is known from 300 on; 0 for none
+        budget: queries at most that the audit asks, for answers that chose no student; 0: it asks nothing
+    """
+
+    enabled: bool | None = None
+    holdout: int = 0
+    budget: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("holdout", "budget"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"audit.{name} is {getattr(self, name)}; it must be at least 0")
+        if 0 < self.budget < 50:
+            raise ValueError(f"audit.budget is {self.budget}; it must be 0, or at least 50: fewer answers say nothing")
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """How the work runs: device, batch_norm and compile change a result by rounding and by what dropout draws.
 
@@ -282,6 +305,7 @@ class Config:
         deprivatize: step 1
         distill: step 2
         evaluate: the simulation
+        audit: what can be said of equivalence and privacy
         engine: how the work runs
     """
 
@@ -292,6 +316,7 @@ class Config:
     deprivatize: DeprivatizeConfig = field(default_factory=DeprivatizeConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:

@@ -31,16 +31,17 @@ _COMPUTED = ("engine.device", "engine.batch_norm")
 #: What changes the result of a stage, sections or settings; run.depends() adds the digests of what it begins with.
 _DEPENDS = {
     "teacher": ("seed", "data", "teacher", *_COMPUTED),
-    "deprivatize": ("seed", "data", "deprivatize", "engine.compile", *_COMPUTED),
+    "deprivatize": ("seed", "data", "deprivatize", "audit.holdout", "engine.compile", *_COMPUTED),
     "holdout": ("seed", "distill.holdout", *_ANSWERS),
     "replay": ("seed", *_ANSWERS),  # a store may grow
     "distill": ("seed", "distill", *_ANSWERS, *_COMPUTED),
-    "baseline": ("seed", "data", "distill", "evaluate.baseline_steps", *_ANSWERS, *_COMPUTED),
+    "audit": ("seed", *_ANSWERS),
+    "baseline": ("seed", "data", "audit.holdout", "distill", "evaluate.baseline_steps", *_ANSWERS, *_COMPUTED),
 }
 
 
 #: What was done before there were these settings: an older checkpoint says nothing of them, and its answers are paid.
-LATER: Mapping[str, Any] = {"deprivatize.augment": False, "distill.augment": False}
+LATER: Mapping[str, Any] = {"deprivatize.augment": False, "distill.augment": False, "audit.holdout": 0}
 
 
 def differing(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -161,6 +162,13 @@ def reserve_of(config: Config) -> int:
     return max(math.ceil(oracle.reserve * oracle.budget), 2 * (oracle.concurrency or 1))
 
 
+def reserved_of_audit(config: Config) -> int:
+    """The queries of audit.budget that are left for calls whose fate is unknown."""
+    if not config.teacher.remote:
+        return 0
+    return min(config.audit.budget // 2, max(config.audit.budget // 20, 2 * (config.oracle.concurrency or 1)))
+
+
 def images_a_call(config: Config) -> int:
     """Of a remote teacher, as asked for: pictures go alone, and what is in flight fits twice into the reserve."""
     teacher, oracle = config.teacher, config.oracle
@@ -182,11 +190,12 @@ def store_size(config: Config) -> int:
         )
     reserve = reserve_of(config)
     first = step1.steps * step1.batch if asks(config) else 0
-    count = oracle.budget - config.distill.holdout - reserve - first
+    count = oracle.budget - config.distill.holdout - reserve - first - config.audit.budget
     if count < config.distill.batch:
         raise UsageError(
             f"oracle.budget is {oracle.budget}: after {config.distill.holdout} held out (distill.holdout), {reserve} "
-            f"in reserve (oracle.reserve) and {first} in step 1, {max(count, 0)} are left to learn from; it must be at "
-            f"least {oracle.budget + config.distill.batch - count}, or distill.holdout smaller"
+            f"in reserve (oracle.reserve), {first} in step 1 and {config.audit.budget} for the audit (audit.budget), "
+            f"{max(count, 0)} are left to learn from; it must be at least "
+            f"{oracle.budget + config.distill.batch - count}, or distill.holdout smaller"
         )
     return count

@@ -56,7 +56,10 @@ def draw(run: Run) -> list[tuple[str, str]]:
     ]  # fmt: skip
     for _, name, picture in drawn:
         save(picture(), run.out / name)
-    sent = [("What was sent, each image beside the private one that is nearest to it.", "samples/sent.png")]
+    sent = [
+        ("What was sent, each image beside the private one that is nearest to it.", "samples/sent.png"),
+        ("Of all that was sent, the ten images that come nearest to a private one.", "samples/nearest.png"),
+    ]
     return [(caption, name) for caption, name, _ in drawn] + [one for one in sent if (run.out / one[1]).exists()]
 
 
@@ -94,8 +97,8 @@ def tiles(images: Tensor) -> np.ndarray:
     return canvas[..., 0] if channels == 1 else canvas
 
 
-def contact_sheet(sent: Tensor, nearest: Tensor, apart: Sequence[float], among: Sequence[float]) -> Any:
-    """What will be sent (k, ch, S, S), each beside the private image (k, ch, S, S) that is nearest; k even.
+def contact_sheet(sent: Tensor, nearest: Tensor, apart: Sequence[float], among: Sequence[float], caption: str) -> Any:
+    """Images that are sent (k, ch, S, S), each beside the private image (k, ch, S, S) that is nearest; k even.
 
     apart: how far the two are from each other; among: how far that private image is from its nearest private one.
     """
@@ -112,7 +115,7 @@ def contact_sheet(sent: Tensor, nearest: Tensor, apart: Sequence[float], among: 
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
     figure.suptitle(
-        "What will be sent, beside the nearest of your images. The numbers: how far both are apart, and how far that\n"
+        f"{caption} The numbers: how far both are apart, and how far that\n"
         "image of yours is from the nearest other one of yours (0: the same picture, 1.4: nothing in common)",
         fontsize=8,
     )

@@ -8,8 +8,9 @@ import torch
 
 from mekd import cli
 from mekd.config import Config, DataConfig
+from mekd.distances import nearest
 from mekd.engine import deprivatize
-from mekd.engine.private import _nearest, private_images
+from mekd.engine.private import private_images
 from mekd.engine.run import Run
 
 
@@ -18,11 +19,11 @@ def test_the_nearest_private_image_and_how_far_it_is() -> None:
     private = torch.randint(0, 256, (3000, 3, 8, 8), dtype=torch.uint8, generator=generator)
     same, darker = private[2500], (private[7] * 0.4 + 20).to(torch.uint8)
     other = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=generator)
-    apart, which = _nearest(torch.stack([same, darker, other, torch.full_like(other, 90)]), private)
+    apart, which = nearest(torch.stack([same, darker, other, torch.full_like(other, 90)]), private)
     assert which[:2].tolist() == [2500, 7]
     assert apart[0] < 1e-3 and apart[1] < 0.05, "a picture is the same however dark it is"
     assert 1.0 < apart[2] < 1.42 and apart[3] == pytest.approx(1, abs=0.01), "one colour is like nothing"
-    among, neighbours = _nearest(private[[5, 6]], private, torch.tensor([5, 6]))
+    among, neighbours = nearest(private[[5, 6]], private, torch.tensor([5, 6]))
     assert not {5, 6} & set(neighbours.tolist()) and among.min() > 0.9
 
 

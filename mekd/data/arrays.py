@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mekd.errors import MekdError
 from mekd.files import shown
+from mekd.seeds import generator_at
 
 
 class DataError(MekdError, ValueError):
@@ -86,6 +87,20 @@ def local_images(data: Dataset, fraction: float, seed: int) -> Tensor:
     count = max(1, round(fraction * len(data.train_images)))
     order = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(seed))
     return data.train_images[order[:count].to(data.train_images.device)]
+
+
+def kept_apart(count: int, held: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Numbers of count private images, in order: those that are left, and as many as audit.holdout takes away.
+
+    DataError where nothing would be left.
+    """
+    if held >= count:
+        raise DataError(
+            f"audit.holdout is {held}, and there are {count} private images, of which step 1 needs some: it must be "
+            f"smaller than {count}, or 0"
+        )
+    order = torch.randperm(count, generator=generator_at(seed, "held"))
+    return order[held:].sort().values, order[:held].sort().values
 
 
 def moves(count: int, size: int, flip: bool | None, generator: torch.Generator, shift: bool | None = True) -> Tensor:

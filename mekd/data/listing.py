@@ -13,7 +13,7 @@ import numpy as np
 
 from mekd import files
 from mekd.data import shards
-from mekd.data.arrays import DataError
+from mekd.data.arrays import DataError, kept_apart
 from mekd.data.names import IMAGES, NATIVE, ending, is_hidden, read_names
 
 KINDS = ("folder", *shards.SUFFIXES)
@@ -95,6 +95,21 @@ def part(listing: Listing, fraction: float, seed: int) -> Listing:
     if len(spans) == 0:
         raise DataError(f"{kept[0]}{_more(kept)} hold no sample; choose a larger data.local_fraction")
     return dataclasses.replace(listing, files=kept, spans=spans)
+
+
+def apart(private: Listing, held: int, seed: int) -> tuple[Listing, Listing]:
+    """The images of a folder, or the samples of shards, that are left, and those that audit.holdout takes away."""
+    kept, away = (rows.numpy() for rows in kept_apart(len(private), held, seed))
+    if held == 0:
+        return private, dataclasses.replace(private, files=(), labels=None, spans=None)
+
+    def of(rows: np.ndarray) -> Listing:
+        if private.spans is not None:
+            return dataclasses.replace(private, spans=private.spans[rows])
+        assert private.labels is not None
+        return dataclasses.replace(private, files=tuple(private.files[i] for i in rows), labels=private.labels[rows])
+
+    return of(kept), of(away)
 
 
 def check(listing: Listing, on_error: str = "raise") -> tuple[Listing, int]:

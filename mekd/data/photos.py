@@ -68,6 +68,8 @@ class PhotoSource:
             count = max(1, round(settings.local_fraction * len(self._rows)))
             order = torch.randperm(len(self._rows), generator=generator_at(config.seed, "local"))
             self._rows = self._rows[order[:count]]
+        kept, held = arrays.kept_apart(len(self._rows), config.audit.holdout, config.seed)
+        self._rows, self._held = self._rows[kept], self._rows[held]
         self._notes = [photos.describe(len(self._rows)), *notes]
         if settings.flip or settings.shift:
             ways = " and ".join(word for word, on in (("mirrored", settings.flip), ("shifted", settings.shift)) if on)
@@ -97,7 +99,7 @@ class PhotoSource:
         if part == "test":
             images, rows, labels = self._tested()
         else:
-            images, rows = self._images, self._rows
+            images, rows = self._images, self._held if part == "held" else self._rows
             labels = torch.zeros(len(rows), dtype=torch.int64)
         mine = slice(len(rows) * self._rank // self._world, len(rows) * (self._rank + 1) // self._world)
         for own, named in zip(rows[mine].split(batch), labels[mine].split(batch), strict=True):
@@ -105,7 +107,7 @@ class PhotoSource:
 
     def count(self, part: str) -> int:
         """As Source.count."""
-        return len(self._tested()[1] if part == "test" else self._rows)
+        return len(self._tested()[1] if part == "test" else self._held if part == "held" else self._rows)
 
     def _tested(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._test is None:

@@ -55,11 +55,11 @@ class Source(Protocol):
         ...
 
     def once(self, part: str, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each image of "local" or of "test" once, over all processes."""
+        """Each image of "local", of "held" (audit.holdout) or of "test" once, over all processes."""
         ...
 
     def count(self, part: str) -> int:
-        """The images of "training", "local" or "test"."""
+        """The images of "training", "local", "held" or "test"."""
         ...
 
     def left_out(self) -> set[str]:
@@ -99,7 +99,9 @@ class ArraySource:
         self.data, self.classes, self.image = data, data.classes, data.image
         self._config, self._rank, self._world = config, rank, world
         assert config.data.local_fraction is not None
-        self._local = arrays.local_images(data, config.data.local_fraction, config.seed)
+        private = arrays.local_images(data, config.data.local_fraction, config.seed)
+        kept, held = arrays.kept_apart(len(private), config.audit.holdout, config.seed)
+        self._local, self._held = (private[rows.to(private.device)] for rows in (kept, held))
         self._unlabelled = torch.zeros(len(self._local), dtype=torch.int64, device=self._local.device)
 
     def training(self, batch: int) -> Batches:
@@ -112,14 +114,17 @@ class ArraySource:
 
     def once(self, part: str, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """As Source.once; labels of private images are 0."""
-        test = self.data.test_images, self.data.test_labels
-        images, labels = test if part == "test" else (self._local, self._unlabelled)
+        images, labels = self.data.test_images, self.data.test_labels
+        if part != "test":
+            images = self._held if part == "held" else self._local
+            labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         mine = self._mine(len(images))
         yield from zip(images[mine].split(batch), labels[mine].split(batch), strict=True)
 
     def count(self, part: str) -> int:
         """As Source.count."""
-        return len({"training": self.data.train_images, "local": self._local, "test": self.data.test_images}[part])
+        data, own = self.data, {"local": self._local, "held": self._held}
+        return len({"training": data.train_images, "test": data.test_images, **own}[part])
 
     def left_out(self) -> set[str]:
         """Nothing is ever left out."""
@@ -178,7 +183,8 @@ class TreeSource:
             self._test = listing.read(labelled.parent, settings.name, labelled.name)
             listing.same_classes(self._training, self._test)
         self._loader.check(self._training)
-        self._local = listing.part(self._training, settings.local_fraction, config.seed)
+        private = listing.part(self._training, settings.local_fraction, config.seed)
+        self._local, self._held = listing.apart(private, config.audit.holdout, config.seed)
         self.classes, self.image = self._training.classes, (3, settings.size, settings.size)
         self._left_out: set[str] = set()
 
@@ -201,7 +207,7 @@ class TreeSource:
         return len(self._part(part))
 
     def _part(self, part: str) -> Listing:
-        found = {"training": self._training, "local": self._local, "test": self._test}[part]
+        found = {"training": self._training, "local": self._local, "held": self._held, "test": self._test}[part]
         if found is None:
             raise arrays.DataError(
                 f"{Path(str(self._settings.path)) / 'val'} is missing: labelled images belong there, or give their "

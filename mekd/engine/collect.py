@@ -66,7 +66,8 @@ def collect(run: Run, name: str, draw: nn.Module, count: int, until: int | None 
 
     place: dict[str, Any] = {"rows": stands}
     total = taken + len(bounds) - 1
-    with fresh(run, "distill", name, total, drawn, lambda step: rows(step)[1] - rows(step)[0]) as feed:
+    stage = "audit" if name == "audit" else "distill"
+    with fresh(run, stage, name, total, drawn, lambda step: rows(step)[1] - rows(step)[0]) as feed:
         log = RunLog(run, name, total, per_step, {"queries": feed})
         checkpoint = Checkpoint(run, name, {"store": store, "place": place}, {"queries": feed}, depends)
         checkpoint.restore(log)

@@ -24,11 +24,13 @@ from mekd.metrics import accuracy, confusion
 from mekd.nets import build
 from mekd.oracle.base import Oracle
 from mekd.oracle.replay import Replay
-from mekd.oracle.response import floor_of
+from mekd.oracle.response import concatenate, floor_of
 from mekd.pixels import to_float
 from mekd.seeds import generator_at
 
 BATCH = 256
+#: Test images of which the whole answer is kept, for the audit.
+AUDITED = 2000
 
 
 def evaluate(run: Run) -> None:
@@ -85,9 +87,10 @@ def ask_test(run: Run) -> tuple[Tensor, Tensor]:
     path = _kept(run, "evaluate-test")
     with asking(run, "evaluate-test") as oracle:
         if not path.exists():
-            pairs = [(labels.cpu(), oracle.query(x).labels.cpu()) for x, labels in run.data.once("test", BATCH)]
-            labels, answers = (torch.cat(column) for column in zip(*pairs, strict=True))
-            files.save(path, {"labels": labels, "answers": answers})
+            pairs = [(labels.cpu(), oracle.query(x).to("cpu")) for x, labels in run.data.once("test", BATCH)]
+            labels, answer = torch.cat([labels for labels, _ in pairs]), concatenate([answer for _, answer in pairs])
+            rows = torch.arange(0, len(labels), -(-len(labels) // AUDITED))
+            files.save(path, {"labels": labels, "answers": answer.labels, "rows": rows, "answer": vars(answer[rows])})
         oracle.ledger.settle()
     saved = files.load(path)
     return saved["labels"], saved["answers"]

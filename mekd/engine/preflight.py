@@ -180,8 +180,14 @@ def _check_budgets(run: Run, stages: Sequence[str]) -> None:
             f"deprivatize.budget is {step1.budget}, less than the {step1.batch} queries of one step: raise it, or ask "
             "nothing in step 1 with --deprivatize.alpha 0"
         )
-    budget = run.config.oracle.budget
+    budget, audit = run.config.oracle.budget, run.config.audit.budget
     least = step2.holdout + (step2.replay or step2.batch)
+    stored = step2.store is None and step2.replay
+    if "audit" in stages and budget is not None and stored and audit and budget < least + audit:
+        raise UsageError(
+            f"oracle.budget is {budget}; audit.budget asks {audit} of it beside the {step2.holdout} of the holdout "
+            f"and the {step2.replay} of the store: it must be at least {least + audit}, or audit.budget smaller"
+        )
     if "distill" in stages and budget is not None and budget < least:
         raise UsageError(
             f"oracle.budget is {budget}, but {step2.holdout} queries are held out (distill.holdout) and "

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from mekd import plots
-from mekd.data import TREES
+from mekd.config import Config
+from mekd.data import TREES, Source
+from mekd.distances import nearest
 from mekd.engine.collect import BLOCK, draw_images
 from mekd.engine.run import Run
 from mekd.errors import MekdError
@@ -15,18 +17,24 @@ from mekd.pixels import to_float, to_uint8
 
 #: Private images that are looked at, at most.
 MOST = 5000
+CAPTION = "What will be sent, beside the nearest of your images."
 #: Images of the contact sheet.
 PAIRS = 16
 
 
 def private_images(run: Run, most: int = MOST) -> Tensor:
     """Private images (n, ch, S, S), uint8, in memory: all of a few, else most of them at most, none of them twice."""
-    every = -(-run.data.count("local") // most)
-    if every > 1 and run.config.data.name in TREES:  # it is not decoded whole: an epoch gives each image once
-        batches = run.data.local(250)
+    return images_of(run.data, run.config, "local", most)
+
+
+def images_of(source: Source, config: Config, part: str, most: int) -> Tensor:
+    """The same of the part "local", or "held", of a data set."""
+    every = -(-source.count(part) // most)
+    if every > 1 and part == "local" and config.data.name in TREES:  # not decoded whole: an epoch gives each once
+        batches = source.local(250)
         return torch.cat([batches.take(step)[0].cpu() for step in range(most // 250)])
     kept, passed = [], 0
-    for images, _ in run.data.once("local", 256):
+    for images, _ in source.once(part, 256):
         kept.append(images[-passed % every :: every].cpu())
         passed += len(images)
     return torch.cat(kept)
@@ -35,23 +43,22 @@ def private_images(run: Run, most: int = MOST) -> Tensor:
 def show_what_is_sent(run: Run) -> dict[str, Any]:
     """Write samples/sent.png and sent.json: images that will be sent, each beside the nearest private one.
 
-    A distance is the root mean square difference of two images of mean 0 and deviation 1 each: 0 of the same picture,
-    1.4 of two that have nothing in common, however dark or pale they are. sent.json holds the medians of what will be
-    sent to the nearest private image, and of private images to the nearest other one, and whose images they are.
+    A distance is as in distances.nearest. sent.json holds the medians of what will be sent to the nearest private
+    image, and of private images to the nearest other one, and whose images they are.
     """
     mine = private_images(run)
     first, _ = draw_images(run, freeze(run.load_generator()), "holdout", 0, BLOCK, slice(None))
     sent = to_uint8(first.float()).cpu()
-    apart, nearest = _nearest(sent, mine)
+    apart, which = nearest(sent, mine)
     some = torch.arange(len(mine))[:: max(1, len(mine) // 256)]
     found: dict[str, Any] = {"private_images": len(mine), "sent_to_private": round(float(apart.median()), 3)}
     if len(mine) > 1:
-        found["private_to_private"] = round(float(_nearest(mine[some], mine, some)[0].median()), 3)
+        found["private_to_private"] = round(float(nearest(mine[some], mine, some)[0].median()), 3)
         if plots.there():
             rows = apart.argsort()[:: len(apart) // PAIRS][:PAIRS]  # the nearest ones too
-            own = nearest[rows]
-            among, _ = _nearest(mine[own], mine, own)
-            sheet = plots.contact_sheet(sent[rows], mine[own], apart[rows].tolist(), among.tolist())
+            own = which[rows]
+            among, _ = nearest(mine[own], mine, own)
+            sheet = plots.contact_sheet(sent[rows], mine[own], apart[rows].tolist(), among.tolist(), CAPTION)
             plots.save(sheet, run.out / "samples" / "sent.png")
     found["generator"] = run.generator_digest
     run.write_json("sent.json", found)
@@ -77,29 +84,3 @@ def answers_at_home(run: Run, student: nn.Module) -> dict[str, Any]:
         "private_majority_share": round(int(counts.max()) / len(named), 6),
         "private_confidence": round(float(confidence.mean()), 6),
     }
-
-
-def _nearest(images: Tensor, private: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """For images (k, ...) the distance (k,) to the nearest private one (n, ...), and its number (k,).
-
-    own: the numbers of the images themselves, where they are private ones.
-    """
-    flat, others = _standardized(images), private.flatten(1)
-    best = torch.full((len(images),), float("inf"))
-    which = torch.zeros(len(images), dtype=torch.int64)
-    for first in range(0, len(others), 1024):
-        apart = torch.cdist(flat, _standardized(others[first : first + 1024])) / flat.shape[1] ** 0.5
-        if own is not None:
-            inside = ((own >= first) & (own < first + apart.shape[1])).nonzero().squeeze(1)
-            apart[inside, own[inside] - first] = float("inf")
-        low, at = apart.min(1)
-        nearer = low < best
-        best[nearer], which[nearer] = low[nearer], at[nearer] + first
-    return best, which
-
-
-def _standardized(images: Tensor) -> Tensor:
-    """Images (m, ...) as rows of mean 0 and deviation 1; of an image of one colour, 0."""
-    flat = images.flatten(1).float()
-    centred = flat - flat.mean(1, keepdim=True)
-    return centred / centred.square().mean(1, keepdim=True).sqrt().clamp_min(1e-6)

@@ -30,6 +30,7 @@ def queries_of(config: Config) -> list[tuple[str, int]]:
     return [
         ("deprivatize", step1.steps * step1.batch if asks(config) else 0),
         ("distill", 0 if step2.store else step2.holdout + (step2.replay or step2.steps * step2.batch)),
+        ("audit", 0 if step2.store else config.audit.budget),
     ]
 
 
@@ -91,7 +92,7 @@ def limit(run: Run) -> int:
 
 def confirm(run: Run, stages: Sequence[str], agreed: bool) -> None:
     """Before a remote teacher is paid: print the quote, and have it agreed to, once; UsageError where it is not."""
-    pays = {"distill", "evaluate"} | ({"deprivatize"} if asks(run.config) else set())
+    pays = {"distill", "evaluate", "audit"} | ({"deprivatize"} if asks(run.config) else set())
     if not run.config.teacher.remote or run.config.distill.store or not pays & set(stages):
         return
     path: Path = run.out / "confirmed.json"

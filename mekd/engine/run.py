@@ -37,6 +37,7 @@ ACCOUNTS = {
     "deprivatize": ("deprivatize",),
     "distill": ("holdout", "replay", "distill"),
     "evaluate": ("evaluate-test", "evaluate-private"),
+    "audit": ("audit",),
 }
 
 
@@ -318,7 +319,7 @@ class Run:
             found["classes"] = self.num_classes
         if name == "distill" and self.origin is not None:
             found["store"] = self.origin["seed"]
-        if name in ("holdout", "replay", "distill"):
+        if name in ("holdout", "replay", "distill", "audit"):
             found["generator"] = self.generator_digest
         return found
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from mekd.audit import audit
 from mekd.engine.deprivatize import deprivatize
 from mekd.engine.distill import distill
 from mekd.engine.evaluate import evaluate
@@ -15,5 +16,6 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "deprivatize": deprivatize,
     "distill": distill,
     "evaluate": evaluate,
+    "audit": audit,
     "report": report,
 }
