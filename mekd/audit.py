@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ def _compared(run: Run, student: nn.Module, images: Tensor, answer: Response) ->
     right = named == answer.labels
     paired = 0.5 * (mine - teacher).abs().sum(1)
     classes = class_names(run)
-    by_class = [
+    by_class: list[dict[str, Any]] = [
         {
             "class": classes[c],
             "images": int(of.sum()),
@@ -186,10 +187,10 @@ def _mapping(run: Run, student: nn.Module, drawn: Tensor, private: Tensor) -> di
     found: dict[str, Any] = {}
     if len(private) >= 20:
         for name, of in (("pixels", _pixels), ("features", lambda images: features(student, images, run))):
-            rows = [of(images) for images in (drawn[: 2 * ROWS], private)]
-            if rows[0] is not None:
+            theirs, ours = of(drawn[: 2 * ROWS]), of(private)
+            if theirs is not None and ours is not None:
                 random = generator_at(run.config.seed, "audit", name)
-                found[name] = _rounded(distances.images_apart(rows[0], rows[1], random, ROWS))
+                found[name] = _rounded(distances.images_apart(theirs, ours, random, ROWS))
     flat = found.get("pixels", {"w": None, "noise": None})
     return {"w_images": flat["w"], "w_images_noise": flat["noise"], "mapping": found}
 
@@ -267,14 +268,12 @@ def _membership(run: Run, draw: nn.Module, drawn: Tensor, private: Tensor, held:
     judge.eval().to(run.device)
     members = private[torch.randperm(len(private), generator=generator_at(run.config.seed, "audit-members"))[:ROWS]]
     others = held[:ROWS]
-    scores = {
-        "discriminator": tuple(
-            torch.cat([_on(judge, part, run) for part in images.split(256)]) for images in (members, others)
-        ),
-        "nearest drawn": tuple(-distances.nearest(_pixels(x), _pixels(drawn))[0] for x in (members, others)),
-        "rebuilt by G": tuple(-rebuilding_error(draw, x[:REBUILT], run) for x in (members, others)),
+    by: dict[str, Callable[[Tensor], Tensor]] = {
+        "discriminator": lambda images: torch.cat([_on(judge, part, run) for part in images.split(256)]),
+        "nearest drawn": lambda images: -distances.nearest(_pixels(images), _pixels(drawn))[0],
+        "rebuilt by G": lambda images: -rebuilding_error(draw, images[:REBUILT], run),
     }
-    attacks = {name: distances.attack(*pair, attacks=len(scores))._asdict() for name, pair in scores.items()}
+    attacks = {name: distances.attack(of(members), of(others), len(by))._asdict() for name, of in by.items()}
     best = max(attacks.values(), key=lambda one: one["auc"])
     return {
         "membership_auc": round(best["auc"], 5),

@@ -107,7 +107,7 @@ BEFORE = {
     "oracle.mean", "oracle.std", "oracle.transport", "oracle.decimals", "oracle.size", "oracle.input_name",
     "oracle.unknown", "distill.replay",
     "deprivatize.alpha", "deprivatize.augment", "deprivatize.lr", "deprivatize.width", "deprivatize.d_width",
-    "deprivatize.dropout", "distill.lr", "evaluate.enabled", "engine.device",
+    "deprivatize.dropout", "distill.lr", "evaluate.enabled", "audit.holdout", "engine.device",
 }  # fmt: skip
 
 
