@@ -64,6 +64,9 @@ ROWS = {
     "no-augment-d": "--deprivatize.augment false",
     "narrow-d": "--deprivatize.d_width 1",
     "image-20": "--distill.image 20",
+    # As many steps on the private images at home as with answers (STEPS is those).
+    "pretrain": "--distill.pretrain STEPS",
+    "plain-pretrain": "--distill.pretrain STEPS",
     "second": "",  # mekd's student is asked, which costs nothing: a second one, of its probabilities
     "plain": "",  # every private image is sent once
     "ceiling": "--data.local_fraction 1",  # every training image is sent once
@@ -151,7 +154,7 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
         for private in options.private:
             for response in options.response:
                 for row in options.rows:
-                    fixed = {"plain": ["private"], "ceiling": ["all"]}.get(row)
+                    fixed = {"plain": ["private"], "plain-pretrain": ["private"], "ceiling": ["all"]}.get(row)
                     for queries in fixed or options.queries:
                         if not (row.startswith("pool") and queries == "unlimited"):
                             yield Job(options.data, private, row, response, queries, seed)
@@ -160,13 +163,15 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
 def measure(job: Job, place: Path, words: list[str], pool: str | None) -> dict[str, Any]:
     """Make what the row needs, train its student, look at the test images; returns the row."""
     own = f"--data.local_fraction {job.private} --oracle.response {job.response} --seed {job.seed} {ROWS[job.row]}"
-    parsed = cli.parse(["--config", CONFIGS[job.data], *QUIET.split(), *words, *own.split()])
+    parsed = cli.parse(["--config", CONFIGS[job.data], *QUIET.split(), *words, *own.replace("STEPS", "1").split()])
     assert parsed is not None
     config = parsed[0]
+    if "STEPS" in own:
+        config = replace(config, distill=replace(config.distill, pretrain=config.distill.steps))
     teacher = teacher_of(replace(config, seed=0), place)
     config = replace(config, teacher=replace(config.teacher, onnx=str(teacher.teacher_onnx)))
     without = replace(config, deprivatize=replace(config.deprivatize, generator=None))
-    if job.row in ("plain", "ceiling"):
+    if job.row in ("plain", "plain-pretrain", "ceiling"):
         student, run = sent(without, place)
     elif job.row == "second":
         student, run = taught_again(config, place, job.queries)
@@ -259,7 +264,7 @@ def taught_again(config: Config, place: Path, queries: str) -> tuple[nn.Module, 
 def seconds(run: Run) -> float:
     """How long a row's stages took: their checkpoints lie in its own folder, its generator's, store's and teacher's."""
     config, own, asked = run.config, run.out, Path(run.config.distill.store or run.out)
-    taken = [own / "checkpoints/distill.pt", own / "checkpoints/baseline.pt"]
+    taken = [own / f"checkpoints/{stage}.pt" for stage in ("pretrain", "distill", "baseline")]
     taken += [asked / f"checkpoints/{stage}.pt" for stage in ("holdout", "replay")]
     if config.deprivatize.generator is not None:
         taken.append(run.checkpoint("deprivatize"))

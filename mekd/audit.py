@@ -26,6 +26,7 @@ from mekd.errors import MekdError
 from mekd.fingerprint import reserved_of_audit
 from mekd.metrics import confusion
 from mekd.nets import Discriminator
+from mekd.nets.features import Features, last_linear
 from mekd.nets.frozen import freeze
 from mekd.oracle.replay import Replay
 from mekd.oracle.response import Response
@@ -63,7 +64,7 @@ def audit(run: Run) -> None:
         "student": hashlib.sha256((run.out / "student.pt").read_bytes()).hexdigest()[:16],
         "generator": run.generator_digest,
     }
-    belongs |= {"settings": [run.config.audit.holdout, run.config.audit.budget], "version": 1}
+    belongs["settings"] = [run.config.audit.holdout, run.config.audit.budget]
     kept = run.read_json("audit.json")
     if parallel.rank() == 0 and (kept is None or kept["of"] != belongs):
         _measure(run, own, belongs)
@@ -331,17 +332,16 @@ def _pixels(images: Tensor) -> Tensor:
 @torch.no_grad()
 def features(student: nn.Module, images: Tensor, run: Run) -> Tensor | None:
     """What the student's last linear layer reads (n, D); None of a network without one."""
-    last = [module for module in student.modules() if isinstance(module, nn.Linear)][-1:]
-    if not last:
-        return None
-    seen: list[Tensor] = []
-    hook = last[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
     try:
+        last_linear(student)
+    except ValueError:
+        return None
+    kept = []
+    with Features(student) as seen:
         for part in images.split(256):
             _on(student, part, run)
-    finally:
-        hook.remove()
-    return torch.cat(seen) if sum(map(len, seen)) == len(images) else None
+            kept.append(seen.value.float().cpu())
+    return torch.cat(kept)
 
 
 @torch.no_grad()

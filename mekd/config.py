@@ -134,6 +134,8 @@ class DistillConfig:
         student: resnet8, 20, 32, 56, 110, torchvision:NAME, timm:NAME, or your own: package.module:factory or
             FILE.py:factory, called with num_classes and channels
         checkpoint: a state_dict that the student begins with; null for random weights
+        pretrain: steps in which the student first learns of the private images alone, at home, without an answer: two
+            views of an image are nearer to each other than to other images (SimCLR); 0 for none
         steps: SGD steps with a cosine learning rate
         batch: images a step
         lr: peak learning rate
@@ -166,6 +168,7 @@ class DistillConfig:
 
     student: str = "resnet8"
     checkpoint: str | None = None
+    pretrain: int = 0
     steps: int = 20000
     batch: int = 128
     lr: float = 0.1
@@ -212,6 +215,13 @@ class DistillConfig:
         above_zero("distill", self, "steps", "batch", "lr", "holdout", "eval_every")
         if self.replay is not None and self.replay < 0:
             raise ValueError(f"distill.replay is {self.replay}; it must be at least 0")
+        if self.pretrain < 0:
+            raise ValueError(f"distill.pretrain is {self.pretrain}; it must be at least 0 steps")
+        if self.pretrain and self.checkpoint is not None:
+            raise ValueError(
+                f"distill.pretrain is {self.pretrain} and distill.checkpoint {self.checkpoint!r}: a student begins "
+                "with one of them; leave out the other"
+            )
 
     def loss_options(self) -> dict[str, Any]:
         """The keyword arguments of MEKDLoss: the preset's, and what was set besides."""

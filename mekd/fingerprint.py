@@ -36,18 +36,36 @@ _DEPENDS = {
     "replay": ("seed", *_ANSWERS),  # a store may grow
     "distill": ("seed", "distill", *_ANSWERS, *_COMPUTED),
     "audit": ("seed", *_ANSWERS),
+    "pretrain": (
+        "seed",
+        "data",
+        "audit.holdout",
+        "distill.student",
+        "distill.pretrain",
+        "distill.batch",
+        "distill.lr",
+        "distill.weight_decay",
+        "distill.precision",
+        *_COMPUTED,
+    ),
     "baseline": ("seed", "data", "audit.holdout", "distill", "evaluate.baseline_steps", *_ANSWERS, *_COMPUTED),
 }
 
 
 #: What was done before there were these settings: an older checkpoint says nothing of them, and its answers are paid.
-LATER: Mapping[str, Any] = {"deprivatize.augment": False, "distill.augment": False, "audit.holdout": 0}
+LATER: Mapping[str, Any] = {"deprivatize.augment": False, "distill.augment": False}
+#: Settings that came later and are left out at these values, so that a fingerprint is what it was before them.
+ABSENT: Mapping[str, Any] = {"audit.holdout": 0, "distill.pretrain": 0}
 
 
 def differing(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What two fingerprints do not have alike, by name: what it was and what it is."""
     saved = {key: value for key, value in saved.items() if key not in GONE or value != GONE[key]}
-    pairs = {key: (saved.get(key, LATER.get(key)), wanted.get(key)) for key in sorted(saved.keys() | wanted.keys())}
+    before = {**LATER, **ABSENT}
+    pairs = {
+        key: (saved.get(key, before.get(key)), wanted.get(key, ABSENT.get(key)))
+        for key in sorted(saved.keys() | wanted.keys())
+    }
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -64,9 +82,11 @@ def fingerprint(config: Config, stage: str) -> dict[str, Any]:
         depends = (*depends, *_ANSWERS)
     if stage == "distill" and config.distill.augment:
         depends = (*depends, "data.flip", "data.shift")
+    if stage == "distill" and config.distill.pretrain:
+        depends = (*depends, "data", "audit.holdout")
     flat = dict(flatten(dataclasses.asdict(config)))
     chosen = {key: value for key, value in flat.items() if key in depends or key.split(".")[0] in depends}
-    found = {key: value for key, value in chosen.items() if key not in FREE}
+    found = {key: value for key, value in chosen.items() if key not in FREE and (key, value) not in ABSENT.items()}
     if "engine.device" in found:
         found["engine.device"] = found["engine.device"].split(":")[0]  # one card rounds as another
     return found

@@ -14,7 +14,7 @@ from mekd.engine.run import Run, StageError
 from mekd.errors import MekdError
 from mekd.plots import draw
 
-STAGES = ("teacher", "deprivatize", "holdout", "replay", "distill", "baseline")
+STAGES = ("teacher", "deprivatize", "pretrain", "holdout", "replay", "distill", "baseline")
 
 
 def report(run: Run) -> None:

@@ -109,7 +109,7 @@ def set_aside_student(run: Run, saved: Mapping[str, Any], why: str) -> None:
         results = [run.out / f"student.{suffix}" for suffix in ("pt", "onnx", "safetensors")]
         measured = [run.checkpoint("baseline"), run.out / "evaluate.json"]
         # The checkpoint is last: while it is there, a run that was killed here begins this again.
-        for path in (*results, *measured, run.checkpoint("distill")):
+        for path in (*results, *measured, run.checkpoint("pretrain"), run.checkpoint("distill")):
             if path.exists():
                 path.rename(path.with_stem(f"{path.stem}-{label}"))
     parallel.barrier()

@@ -106,7 +106,7 @@ def check_depends(run: Run, name: str, saved: Mapping[str, Any], wanted: Mapping
     differs = [f"{key} was {was!r} and is {now!r}" for key, (was, now) in differing(saved, wanted).items()]
     if differs:
         # Where nothing was paid for the file itself, it may go.
-        kept = name in ("teacher", "baseline") or (name == "distill" and bool(run.config.distill.replay))
+        kept = name in ("teacher", "baseline", "pretrain") or (name == "distill" and bool(run.config.distill.replay))
         anew = "; or delete the file, to make it anew from the same answers" if kept else ""
         raise StageError(
             f"{run.checkpoint(name)} is of another configuration: {'; '.join(differs)}. Set that back, or start anew "

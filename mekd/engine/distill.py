@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mekd import files
 from mekd.engine import again, coverage, parallel
 from mekd.engine.checkpoint import Checkpoint, steps
 from mekd.engine.collect import collect, draw_images
 from mekd.engine.feeds import Feed, Fresh, Replayed, fresh
 from mekd.engine.pictures import Pictures
+from mekd.engine.pretrain import pretrain
 from mekd.engine.result import STUDENT, write_student
 from mekd.engine.run import Run
 from mekd.engine.runlog import RunLog
@@ -68,6 +70,7 @@ def distill(run: Run) -> None:
 def train_student(run: Run) -> tuple[nn.Module, dict[str, Any], bool]:
     """The student after its last step, the best one's agreement, step and weights, and whether a step was taken."""
     config = run.config.distill
+    pretrain(run)
     exact = freeze(run.load_generator())  # draws what is asked once, and kept for other students
     draw = copy.deepcopy(exact).to(getattr(torch, config.precision))
     loss = MEKDLoss(draw, floor=floor_of(run.config.oracle.decimals), **config.loss_options())
@@ -123,6 +126,8 @@ def new_student(run: Run) -> nn.Module:
     student = build(run.config.distill.student, run.num_classes, run.image[0])
     if run.config.distill.checkpoint is not None:
         run.load_weights(student, "distill.checkpoint", run.config.distill.checkpoint)
+    if run.config.distill.pretrain:
+        student.load_state_dict(files.load(run.checkpoint("pretrain"))["state"]["student"])
     parallel.dropout_apart(run.config.seed)
     return run.place(student)
 

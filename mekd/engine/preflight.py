@@ -19,6 +19,7 @@ from mekd.errors import UsageError
 from mekd.fingerprint import asks
 from mekd.nets import build
 from mekd.nets.check import check_network
+from mekd.nets.features import last_linear
 from mekd.nets.registry import is_users
 from mekd.oracle import identity
 from mekd.oracle.export import Classifier, ExportError, export
@@ -47,6 +48,7 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
         parallel.share(f"{stage}.batch", getattr(config, stage).batch)
     notes = []  # written when nothing speaks against the run
     private = "deprivatize" in stages and config.deprivatize.generator is None
+    private |= "distill" in stages and config.distill.pretrain > 0
     if trains or simulates or private:
         with parallel.first_alone():  # photos are decoded by one process, which the others find done
             notes += [f"data: {note}" for note in run.data.notes()]
@@ -101,6 +103,14 @@ def _check_distill(run: Run, classes: int) -> None:
     if importlib.util.find_spec("safetensors") is None:
         raise UsageError("safetensors is missing, as which the student is written: pip install 'mekd[run]'")
     student = _check_student(run, classes)
+    if config.pretrain:
+        try:
+            last_linear(student)
+        except ValueError as error:
+            raise UsageError(
+                f"distill.pretrain is {config.pretrain}, and distill.student {config.student!r} cannot: {error}. Say "
+                "--distill.pretrain 0"
+            ) from error
     if config.checkpoint is not None:
         run.load_weights(student, "distill.checkpoint", config.checkpoint)
     if run.config.deprivatize.generator is not None:

@@ -135,6 +135,7 @@ def dry_run(run: Run, stages: Sequence[str]) -> None:
         "holdout": min(config.distill.holdout, 16),
         "replay": min(config.distill.replay or 0, 64),
         "eval_every": 2,
+        "pretrain": min(config.distill.pretrain, 2),
         "coverage": 0.0,
     }
     short = dataclasses.replace(
