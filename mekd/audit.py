@@ -60,11 +60,11 @@ def audit(run: Run) -> None:
     if not (run.out / "student.pt").exists():
         raise StageError(f"{run.out / 'student.pt'} is missing: run `mekd distill` first")
     own = _asked_for_it(run)
-    belongs = {
+    belongs: dict[str, Any] = {
         "student": hashlib.sha256((run.out / "student.pt").read_bytes()).hexdigest()[:16],
         "generator": run.generator_digest,
+        "settings": [run.config.audit.holdout, run.config.audit.budget],
     }
-    belongs["settings"] = [run.config.audit.holdout, run.config.audit.budget]
     kept = run.read_json("audit.json")
     if parallel.rank() == 0 and (kept is None or kept["of"] != belongs):
         _measure(run, own, belongs)
