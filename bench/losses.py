@@ -183,7 +183,24 @@ def measure(case: Case, backward: bool, repeats: int, compiled: bool, exp_s: flo
                 "vs_copy": median[name] / copy,
             }
         )
-    return rows
+    # Six figures of what noise changes by a tenth are enough.
+    return [{key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in row.items()} for row in rows]
+
+
+def ranges(rows: list[dict[str, Any]]) -> list[str]:
+    """Of each op the smallest and the largest ratio over its shapes, against eager and, where it ran, torch.compile."""
+    ours = [r for r in rows if r["impl"] == "cpp"]
+    columns = list(dict.fromkeys((r["direction"], r["dtype"]) for r in ours))
+    head = [f"{direction}, {dtype}" for direction, dtype in columns]
+    lines = [f"| op | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    for op in dict.fromkeys(r["op"] for r in ours):
+        cells = []
+        for direction, dtype in columns:
+            chosen = [r for r in ours if (r["op"], r["direction"], r["dtype"]) == (op, direction, dtype)]
+            spans = [[r[key] for r in chosen if r[key]] for key in ("vs_eager", "vs_compile")]
+            cells.append("; ".join(f"{min(span):.1f} to {max(span):.1f}" for span in spans if span))
+        lines.append(f"| {op} | {' | '.join(cells)} |")
+    return lines
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -296,6 +313,12 @@ def main(arguments: Sequence[str]) -> int:
                       f"{own['vs_copy']:7.2f}{own['vs_limit']:7.2f}{own['vs_limit_alloc']:7.2f}{own['peak_mb']:8.1f}{own['gb_s']:7.1f}",
                       flush=True)  # fmt: skip
     draw(rows, options.out / "losses.png")
+    if not options.quick:
+        print(
+            "\n".join(
+                ["", "smallest to largest over the shapes, times eager; times torch.compile:", "", *ranges(rows), ""]
+            )
+        )
     if options.json:
         write_json(options.json, rows)
     print("eager, compile: times faster than those; copy: times what moving the least bytes takes; limit, alloc: times")
