@@ -207,27 +207,38 @@ def teacher_of(config: Config, place: Path) -> Run:
 
 def distilled(config: Config, place: Path, queries: str) -> tuple[nn.Module, Run]:
     """The student of mekd, with its generator and its store."""
-    if config.deprivatize.generator is None:
-        trained = named(config, place, "generator", "deprivatize", config.deprivatize.steps)
-        with locked(trained.out):
-            trained.save_config()
-            deprivatize(trained)
-        config = replace(config, deprivatize=replace(config.deprivatize, generator=str(trained.out)))
+    config = with_generator(config, place)
     if queries != "unlimited":
-        replayed = int(queries) - HOLDOUT
-        config = replace(config, distill=replace(config.distill, replay=replayed, holdout=HOLDOUT))
-        asked = named(config, place, "answers", "replay", HOLDOUT)
-        exact = freeze(asked.load_generator())
-        with locked(asked.out):
-            kept = asked.read_json("replay/replay.json")
-            collect(asked, "holdout", exact, HOLDOUT)
-            collect(asked, "replay", exact, max(replayed, kept["count"] if kept else 0))
-        config = replace(config, distill=replace(config.distill, store=str(asked.out)))
+        _, config = stored(config, place, int(queries))
     run = named(config, place, "student", "distill")
     with locked(run.out):
         student, best, _ = train_student(run)
     student.load_state_dict(best["weights"])
     return student, run
+
+
+def with_generator(config: Config, place: Path) -> Config:
+    """The configuration with its generator, which is trained where it is not there."""
+    if config.deprivatize.generator is not None:
+        return config
+    trained = named(config, place, "generator", "deprivatize", config.deprivatize.steps)
+    with locked(trained.out):
+        trained.save_config()
+        deprivatize(trained)
+    return replace(config, deprivatize=replace(config.deprivatize, generator=str(trained.out)))
+
+
+def stored(config: Config, place: Path, queries: int) -> tuple[Run, Config]:
+    """The run whose store has so many answers, and the configuration that learns from it."""
+    config, replayed = with_generator(config, place), queries - HOLDOUT
+    config = replace(config, distill=replace(config.distill, replay=replayed, holdout=HOLDOUT))
+    asked = named(config, place, "answers", "replay", HOLDOUT)
+    exact = freeze(asked.load_generator())
+    with locked(asked.out):
+        kept = asked.read_json("replay/replay.json")
+        collect(asked, "holdout", exact, HOLDOUT)
+        collect(asked, "replay", exact, max(replayed, kept["count"] if kept else 0))
+    return asked, replace(config, distill=replace(config.distill, store=str(asked.out)))
 
 
 def sent(config: Config, place: Path) -> tuple[nn.Module, Run]:

@@ -43,6 +43,7 @@ def prepare(words: Sequence[str]) -> "tuple[uvicorn.Server, socket.socket, str]"
     import uvicorn
 
     from mekd.serve.app import Service
+    from mekd.serve.defence import Defence
     from mekd.serve.faults import Faults
     from mekd.serve.model import Model
 
@@ -65,6 +66,7 @@ def prepare(words: Sequence[str]) -> "tuple[uvicorn.Server, socket.socket, str]"
         std=options.std,
         batch=options.batch,
         provider=options.provider,
+        defence=Defence(options.noise, options.mislead, options.seed),
     )
     faults = Faults(
         options.refuse_rate, options.fail_rate, options.cut_rate, options.latency_ms / 1e3, options.drip_ms / 1e3,
@@ -149,6 +151,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--k", type=count, help="of topk (5, or all classes if there are fewer)")
     add("--decimals", type=_number(0, 15, whole=True), help="what scores are rounded to")
     add("--threshold", type=share, default=0.0, help="/hf leaves out what is below it (0)")
+    add("--noise", type=share, default=0.0, help="share of a random distribution in each answer; the best class stays")
+    add("--mislead", type=share, default=0.0, help="answers less sure than this name another class, on purpose (0)")
 
     limits = parser.add_argument_group("limits")
     add = limits.add_argument
@@ -162,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
 
     tests = parser.add_argument_group("for tests: what goes wrong with requests for an answer")
     add = tests.add_argument
-    add("--seed", type=_number(0, whole=True), default=0, help="draws which requests, by their number")
+    add("--seed", type=_number(0, whole=True), default=0, help="draws which requests, by their number; and --noise")
     add("--latency_ms", type=_number(0), default=0.0, help="added to each of them")
     add("--fail_rate", type=share, default=0.0, help="computed, then 500")
     add("--cut_rate", type=share, default=0.0, help="computed, then the connection is cut in mid-body")

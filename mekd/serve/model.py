@@ -14,6 +14,7 @@ from mekd.oracle.meaning import Reading, probe, probe_images, read
 from mekd.oracle.ort import feeder, find_input
 from mekd.oracle.response import AnswerError
 from mekd.oracle.session import ModelError, ProviderError, open_session
+from mekd.serve.defence import Defence
 from mekd.serve.protocol import Spec
 
 #: The protocol's names of ONNX Runtime's types.
@@ -35,8 +36,9 @@ class Model:
 
     response: "logits", "probs", "topk" (the best k), "label", or None for the file's own output as it is. output,
     output_name, num_classes, classes, mean and std are read as by OnnxOracle. image: (ch, H, W) where the file leaves
-    it open. batch: images of one run at most. takes and gives are its tensors, as the protocol describes them. Raises
-    UsageError, ModelError, ProviderError.
+    it open. batch: images of one run at most. defence: what is done to probabilities before they are
+    given. takes and gives are its tensors, as the protocol describes them. Raises UsageError, ModelError,
+    ProviderError.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Model:
         std: Sequence[float] | None = None,
         batch: int = 64,
         provider: str = "auto",
+        defence: Defence | None = None,
     ) -> None:
         if not path.exists():
             raise UsageError(f"FILE.onnx is {str(path)!r}; no such file. Give the path of an ONNX classifier")
@@ -63,6 +66,12 @@ class Model:
         if classes and num_classes not in (None, len(classes)):
             raise UsageError(f"--num_classes is {num_classes}, and --classes lists {len(classes)}: give one of them")
         self.response, self.decimals, self.classes = response, decimals, list(classes or ())
+        self._defence = defence
+        if defence and response in (None, "logits"):
+            raise UsageError(
+                f"--noise and --mislead change probabilities, and --response is {response or 'not given'}: it must be "
+                "probs, topk or label"
+            )
         try:
             self._open(path, image, mean, std, batch, provider)
             self._reading = self._read(path, output, output_name, num_classes or len(self.classes) or None)
@@ -74,6 +83,10 @@ class Model:
         self.k = min(DEFAULT_K, count) if k is None else k
         if self.k > count:
             raise UsageError(f"--k is {k}; {path} has {count} classes: it must be between 1 and {count}")
+        if defence and self._reading.kind in ("index", "names"):
+            raise UsageError(
+                f"--noise and --mislead change probabilities; {path} answers classes alone: leave them out"
+            )
         self._as_it_is = response in (None, "logits") or self._reading.kind in ("index", "names")
         self.gives = self._gives(count)
 
@@ -205,7 +218,8 @@ class Model:
 
     def _probs(self, raw: np.ndarray) -> Tensor:
         scores = self._reading.scores(torch.from_numpy(raw))
-        return scores.softmax(-1) if self._reading.kind == "logits" else scores
+        probs = scores.softmax(-1) if self._reading.kind == "logits" else scores
+        return self._defence(probs) if self._defence else probs
 
     def _rounded(self, values: Tensor) -> Tensor:
         return values if self.decimals is None else values.round(decimals=self.decimals)
