@@ -7,6 +7,7 @@ to those that it is for, by its answers to the test images.
 
 import argparse
 import csv
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,7 @@ def measure(options: argparse.Namespace, words: list[str], response: str, name: 
             Replay(changed / part, count, origin=origin).write(
                 0, images, given(answer.target["probs"], response, decimals, defence), n
             )
+    shutil.copytree(asked.out / "checkpoints", changed / "checkpoints", dirs_exist_ok=True)  # how many are there
     config = replace(
         config,
         oracle=replace(config.oracle, response=response, decimals=decimals),

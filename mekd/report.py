@@ -206,9 +206,15 @@ def audited(run: Run) -> list[str]:
         )
     else:
         told = "can be told" if found["membership_low"] > 0.5 else "could not be told by these attacks"
+        by = ", ".join(
+            f"{name} {one['auc']:.3f} ({one['low']:.3f} to {one['high']:.3f})"
+            for name, one in found["membership"].items()
+            if isinstance(one, dict)
+        )
         said.append(
-            f"- **Membership.** Which private images step 1 saw {told}. The strongest attack asks the "
-            "discriminator, which stays at home; stronger attacks may exist."
+            f"- **Membership.** Which private images step 1 saw {told}: {by}. The discriminator stays at home; the "
+            "distance to the nearest drawn image is what whoever gets enough of them can try. Stronger attacks may be "
+            "there."
         )
     return [*lines, "", *said, ""]
 
