@@ -7,6 +7,7 @@ from typing import Any
 from mekd.engine.result import architecture, class_names, preprocess_of
 from mekd.engine.run import Run
 from mekd.nets.registry import file_of
+from mekd.plots import PRIVATE
 from mekd.student import Preprocess
 
 #: What reaches a student's teacher, by response, in words.
@@ -21,7 +22,7 @@ def card(run: Run, summary: dict[str, Any], pictures: Sequence[tuple[str, str]],
     config, how = run.config, preprocess_of(run)
     classes, teacher = class_names(run), run.teacher_name
     named = ", ".join(classes[:20]) + (f" and {len(classes) - 20:,} more" if len(classes) > 20 else "")
-    there = [(caption, name) for caption, name in pictures if (run.out / name).is_file()]
+    there = [(caption, name) for caption, name in pictures if name not in PRIVATE and (run.out / name).is_file()]
     shown = [line for caption, name in there for line in (f"![{caption}]({name})", "", caption, "")]
     lines = [
         f"# {config.distill.student.rpartition(':')[2]}, distilled from {teacher}",
@@ -134,8 +135,13 @@ def _sent(run: Run, summary: dict[str, Any]) -> str:
         )
     if run.config.distill.store is not None:
         text += "What was sent for the answers of another run stands in the card of that run. "
+    if noise := run.read_json("dp.json"):
+        text += (
+            f"The generator learned by DP-SGD: it, what it draws and the student are ({noise['epsilon']:.2f}, "
+            f"{noise['delta']:.1e})-differentially private with respect to one of {noise['images']:,} private images. "
+        )
     text += "That is no promise that no generated image resembles a private one: the generator learned from them."
-    return text + (" What was measured of it stands under Audit." if (run.out / "audit.json").exists() else "")
+    return text
 
 
 def _onnx(how: Preprocess, transport: str) -> list[str]:

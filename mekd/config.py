@@ -93,6 +93,9 @@ class DeprivatizeConfig:
         augment: D sees some of the private and of the drawn images shifted, and without a square of half the side: the
             more, the better it knows the private ones by heart; null: true, but as it was in a run that is there
         ema: decay of an average of G's weights, used in step 2; 0 for the last weights
+        dp: epsilon: D learns by DP-SGD, so that G and whatever it draws are (epsilon, delta)-differentially private for
+            each private image, delta = 1 / (10 images); null: without noise, and without such a number
+        clip: the norm to which DP-SGD clips the gradient of each private image
         latents: D and G learn from the same images of a step (shared), or G from others of its own (fresh)
         budget: queries at most; null for no limit
         generator: the folder of another run, whose trained generator is used instead of training one
@@ -111,13 +114,17 @@ class DeprivatizeConfig:
     dropout: float = 0.25
     augment: bool | None = None
     ema: float = 0.999
+    dp: float | None = None
+    clip: float = 1.0
     budget: int | None = None
     generator: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("deprivatize.latents", self.latents, ("shared", "fresh"))
         check_choice("deprivatize.precision", self.precision, PRECISIONS)
-        above_zero("deprivatize", self, "steps", "batch", "lr", "width", "d_width")
+        above_zero("deprivatize", self, "steps", "batch", "lr", "width", "d_width", "clip")
+        if self.dp is not None:
+            above_zero("deprivatize", self, "dp")
         if self.nuisance < 0:
             raise ValueError(f"deprivatize.nuisance is {self.nuisance}; it must be at least 0 entries")
         within("deprivatize.dropout", self.dropout, 0, 1)

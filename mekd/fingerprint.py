@@ -55,7 +55,9 @@ _DEPENDS = {
 #: What was done before there were these settings: an older checkpoint says nothing of them, and its answers are paid.
 LATER: Mapping[str, Any] = {"deprivatize.augment": False, "distill.augment": False}
 #: Settings that came later and are left out at these values, so that a fingerprint is what it was before them.
-ABSENT: Mapping[str, Any] = {"audit.holdout": 0, "distill.pretrain": 0}
+ABSENT: Mapping[str, Any] = {
+    "audit.holdout": 0, "distill.pretrain": 0, "deprivatize.dp": None, "deprivatize.clip": 1.0,
+}  # fmt: skip
 
 
 def differing(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -128,7 +130,7 @@ def resolve(config: Config, kept: Mapping[str, Any], faster: Callable[[str], boo
     for stage in ("deprivatize", "distill"):
         section, key = getattr(config, stage), f"{stage}.augment"
         if section.augment is None:  # an earlier version's run goes on as it began
-            augment = kept.get(key, LATER[key]) if kept else True
+            augment = kept.get(key, LATER[key]) if kept else stage == "distill" or config.deprivatize.dp is None
             config = dataclasses.replace(config, **{stage: dataclasses.replace(section, augment=augment)})
     step2 = config.distill
     if step2.image is None and step2.preset == "default" and config.oracle.response == "label":
@@ -149,8 +151,9 @@ def _asked_as_it_is_reached(config: Config, kept: Mapping[str, Any]) -> Config:
         oracle = dataclasses.replace(oracle, concurrency=1 if teacher.python else 8)
     if simulation.ask_teacher is None:
         simulation = dataclasses.replace(simulation, ask_teacher=not teacher.remote and oracle.price is None)
-    if simulation.baseline is None:
-        simulation = dataclasses.replace(simulation, baseline=bool(simulation.ask_teacher))
+    if simulation.baseline is None:  # it sends private images, of which dp counts none
+        baseline = bool(simulation.ask_teacher) and config.deprivatize.dp is None
+        simulation = dataclasses.replace(simulation, baseline=baseline)
     config = dataclasses.replace(config, teacher=teacher, oracle=oracle, evaluate=simulation)
     if step2.replay is None:
         count = store_size(config) if teacher.remote or oracle.budget is not None else 0

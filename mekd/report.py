@@ -28,8 +28,9 @@ def report(run: Run) -> None:
     files.write_text(run.out / "summary.csv", _csv(summary))
     pictures = draw(run)
     files.write_text(run.out / "report.md", markdown(run, summary, pictures))
+    dp = run.config.deprivatize.dp is not None  # whose epsilon does not count what the audit says of private images
     if (run.out / "student.onnx").exists():
-        files.write_text(run.out / "README.md", card(run, summary, pictures, audited(run)))
+        files.write_text(run.out / "README.md", card(run, summary, pictures, [] if dp else audited(run)))
     run.log("")
     for line in table(run, summary):
         run.log(line)
@@ -65,6 +66,7 @@ def summarize(run: Run) -> dict[str, Any]:
     summary["simulation_queries"] = evaluated.get("simulation_queries", 0)
     saved = {name: run.checkpoint(name) for name in STAGES}
     seconds = {name: round(files.load(path)["seconds"], 1) for name, path in saved.items() if path.exists()}
+    summary["epsilon"] = (run.read_json("dp.json") or {}).get("epsilon")
     summary["seconds"] = seconds
     summary["seed"] = run.config.seed
     summary["response"] = run.config.oracle.response

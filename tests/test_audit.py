@@ -43,7 +43,11 @@ def test_a_run_ends_with_an_audit_that_asked_nothing(tiny: list[str], tmp_path: 
     for page in ("report.md", "README.md"):
         text = (tmp_path / page).read_text()
         assert "## Audit" in text and "Not known: it takes 300 private images or more" in text
-    assert "samples/nearest.png" in (tmp_path / "report.md").read_text()
+    # Pictures of private images stay in the folder: the card is what is handed on.
+    report, card = ((tmp_path / page).read_text() for page in ("report.md", "README.md"))
+    for picture in ("samples/sent.png", "samples/nearest.png"):
+        assert picture in report and picture not in card.replace(f"{picture} shows", "")
+    assert "samples/classes.png" in card
     # A second time nothing is measured, and what another student says is.
     before = (tmp_path / "audit.json").stat().st_mtime_ns
     assert cli.main(["audit", *tiny, "--distill.replay", "40", "--out", str(tmp_path)]) == 0

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mekd.config import DeprivatizeConfig
 from mekd.data import arrays
-from mekd.engine import parallel, private
+from mekd.engine import dp, parallel, private
 from mekd.engine.checkpoint import Checkpoint, steps
 from mekd.engine.feeds import Draw, Fresh, Images, Unasked, fresh
 from mekd.engine.run import Run
@@ -95,14 +95,20 @@ def take_step(
     adam_d.zero_grad()
     loss_d.backward()
     adam_d.step()
+    return {"loss_d": loss_d, "loss_g": step_generator(compute, discriminator, adam_g, fake, confidence)}
 
+
+def step_generator(
+    compute: Passes, discriminator: nn.Module, adam_g: torch.optim.Optimizer, fake: Tensor, confidence: Tensor | None
+) -> Tensor:
+    """One step of G, which learns from fake, its graph attached; returns the loss."""
     discriminator.requires_grad_(False)
     loss_g = compute.loss_g(fake, confidence)
     adam_g.zero_grad()
     loss_g.backward()
     adam_g.step()
     discriminator.requires_grad_(True)
-    return {"loss_d": loss_d, "loss_g": loss_g}
+    return loss_g
 
 
 def deprivatize(run: Run) -> None:
@@ -115,7 +121,8 @@ def deprivatize(run: Run) -> None:
                 _show_what_is_sent(run)
             parallel.barrier()
         return
-    images = Images(run.data.local(config.batch))
+    images = Images(run.data.local(config.batch))  # with deprivatize.dp unused: there each image is drawn by chance
+    noisy = None if config.dp is None else dp.Noisy(run)
     torch.manual_seed(run.config.seed + 1)
     generator = run.place(run.new_generator())
     discriminator = run.place(Discriminator(run.config.data.size, run.image[0], config.dropout, config.d_width))
@@ -129,6 +136,8 @@ def deprivatize(run: Run) -> None:
     seen: dict[str, Any] = {"share": 0.0}  # of the images that D sees augmented
     if config.augment:
         state["seen"] = seen
+    if noisy is not None:
+        state["dp"] = noisy.state
     parallel.dropout_apart(run.config.seed)
 
     def drawn(step: int) -> tuple[Tensor, Tensor]:
@@ -140,10 +149,20 @@ def deprivatize(run: Run) -> None:
         log = RunLog(run, "deprivatize", config.steps, config.batch, feeds, lr="deprivatize.lr")
         checkpoint = Checkpoint(run, "deprivatize", state, feeds, run.depends("deprivatize"))
         checkpoint.restore(log)
+        if noisy is not None:
+            noisy.check(run)
         for step in steps(checkpoint, log):
             if step == max(config.steps // 5, run.config.engine.log_every):
                 _say_chance(run, step, log.means.get("loss_d", 0.0))
             torch.compiler.cudagraph_mark_step_begin()
+            if noisy is not None:
+                asked = feed.take(step)
+                losses = {"loss_d": noisy.step_discriminator(run, discriminator, adam_d, asked.images.detach(), step)}
+                losses["loss_g"] = step_generator(compute, discriminator, adam_g, asked.images, asked.confidence)
+                if config.ema:
+                    average.update_parameters(generator)
+                log.add(**losses)
+                continue
             real = to_float(images.take(step)[0])
             other: Tensor | None = None
             if config.latents == "fresh":
@@ -167,8 +186,12 @@ def deprivatize(run: Run) -> None:
     run.log(
         f"deprivatize: {config.steps} steps, {run.data.count('local')} private images, {log.seconds:.0f} s, "
         f"{describe(run.asked('deprivatize'))}"
+        + ("" if noisy is None else f"; (epsilon, delta) = {dp.words(noisy.spent, config.steps)}")
     )
-    _show_what_is_sent(run)
+    if noisy is not None:
+        run.write_json("dp.json", noisy.about(config.steps))
+    else:
+        _show_what_is_sent(run)
     parallel.barrier()
     run.log_skipped()
 

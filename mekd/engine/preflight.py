@@ -11,7 +11,7 @@ import torch
 
 from mekd import files
 from mekd.codes import resolve_code
-from mekd.engine import again, parallel
+from mekd.engine import again, dp, parallel
 from mekd.engine.checkpoint import check_depends
 from mekd.engine.run import Run, StageError
 from mekd.engine.train import computed_in
@@ -31,6 +31,7 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
     agree(): may refuse too, before anything is written.
     """
     config = run.config
+    dp.check(config)
     trains = "teacher" in stages and not (run.given_teacher or config.teacher.checkpoint)
     simulates = "evaluate" in stages and config.evaluate.enabled
     if run.device.type == "cuda":

@@ -1,0 +1,164 @@
+"""Step 1 with a number for its privacy: D learns by DP-SGD (Abadi et al., 2016).
+
+Whatever is computed from D alone, G, every image that is sent, the student, is (epsilon, delta)-differentially private
+with respect to one private image. Logs, reports and pictures of the private images are not: they stay at home.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from mekd.config import Config
+from mekd.data import TREES, arrays
+from mekd.engine import parallel
+from mekd.engine.run import Run, StageError
+from mekd.errors import UsageError
+from mekd.pixels import to_float
+from mekd.seeds import generator_at
+
+#: Per-sample gradients that are in memory at once.
+CHUNK = 16
+
+
+class Spent(NamedTuple):
+    """Each step draws each private image with probability rate, and adds noise of sigma * clip to their gradients."""
+
+    sigma: float
+    rate: float
+    delta: float
+
+    def epsilon(self, steps: int) -> float:
+        """After so many steps, by Renyi differential privacy (Mironov, 2017; Opacus)."""
+        from opacus.accountants import RDPAccountant
+
+        accountant = RDPAccountant()
+        accountant.history = [(self.sigma, self.rate, steps)]
+        return float(accountant.get_epsilon(self.delta)) if steps else 0.0
+
+
+def check(config: Config) -> None:
+    """UsageError for what uses private images besides, or cannot be combined with deprivatize.dp."""
+    if config.deprivatize.dp is None:
+        return
+    others = {
+        "deprivatize.augment": (bool(config.deprivatize.augment), "looks at D's answers to private images", "false"),
+        "distill.pretrain": (config.distill.pretrain > 0, "trains the student on private images", "0"),
+        "evaluate.baseline": (bool(config.evaluate.baseline), "sends the private images to the teacher", "false"),
+        "data.name": (config.data.name in TREES, "streams images, of which none can be drawn by chance", "photos"),
+        "deprivatize.generator": (
+            config.deprivatize.generator is not None,
+            "is another run's, with its own epsilon",
+            None,
+        ),
+    }
+    for name, (there, does, instead) in others.items():
+        if there:
+            raise UsageError(
+                f"deprivatize.dp is {config.deprivatize.dp:g}, and {name} {does}, which its epsilon does not count: "
+                + (f"say --{name} {instead}" if instead else f"leave {name} out")
+                + ", or leave deprivatize.dp out"
+            )
+    if parallel.world() > 1:
+        raise UsageError("deprivatize.dp takes one process: its noise is added once; start without torchrun")
+    try:
+        import opacus  # noqa: F401
+    except ImportError as error:
+        raise UsageError("deprivatize.dp takes Opacus, which counts epsilon: pip install 'mekd[dp]'") from error
+
+
+class Noisy:
+    """The private images of a run whose D learns by DP-SGD, and the noise, which stays what the run began with."""
+
+    def __init__(self, run: Run) -> None:
+        from opacus.accountants.utils import get_noise_multiplier
+
+        config = run.config.deprivatize
+        self.images = torch.cat([images for images, _ in run.data.once("local", 256)])
+        rate, delta = min(1.0, config.batch / len(self.images)), 1 / (10 * len(self.images))
+        sigma = get_noise_multiplier(
+            target_epsilon=config.dp, target_delta=delta, sample_rate=rate, steps=config.steps, accountant="rdp"
+        )
+        self.state: dict[str, Any] = Spent(float(sigma), rate, delta)._asdict()
+
+    @property
+    def spent(self) -> Spent:
+        """What the checkpoint says, once it is read."""
+        return Spent(**self.state)
+
+    def check(self, run: Run) -> None:
+        """StageError where the noise that the run began with does not last for deprivatize.steps."""
+        config = run.config.deprivatize
+        assert config.dp is not None
+        total = self.spent.epsilon(config.steps)
+        if total > 1.01 * config.dp:
+            raise StageError(
+                f"deprivatize.steps is {config.steps}, which spends epsilon {total:.2f} with the noise that this run "
+                f"began with, and deprivatize.dp is {config.dp:g}: take fewer steps, or start anew with another --out"
+            )
+
+    def step_discriminator(
+        self, run: Run, discriminator: nn.Module, adam_d: torch.optim.Optimizer, fake: Tensor, step: int
+    ) -> Tensor:
+        """One step of D; each private image takes part with probability rate. Returns the loss."""
+        config, spent, data = run.config.deprivatize, self.spent, run.config.data
+        random = generator_at(run.config.seed, "dp", step)
+        chosen = self.images[(torch.rand(len(self.images), generator=random) < spent.rate).to(self.images.device)]
+        moves = arrays.moves(len(chosen), chosen.shape[-1], data.flip, random, data.shift)
+        real = to_float(arrays.moved(chosen, moves))
+        loss = set_gradients(discriminator, real, fake, spent, config.clip, spent.rate * len(self.images), random)
+        adam_d.step()
+        return loss
+
+    def about(self, steps: int) -> dict[str, Any]:
+        """What dp.json says."""
+        epsilon = round(self.spent.epsilon(steps), 4)
+        return {"epsilon": epsilon, "steps": steps, "images": len(self.images), "accountant": "RDP", **self.state}
+
+
+def set_gradients(
+    discriminator: nn.Module, real: Tensor, fake: Tensor, spent: Spent, clip: float, expected: float,
+    random: torch.Generator,
+) -> Tensor:  # fmt: skip
+    """Set D's gradients: of mean softplus(-d(x)) each image's clipped to clip, summed, with noise; of mean
+    softplus(d(G(z))) as it is. Returns the loss, which is no part of what is private.
+
+    real (k, ch, S, S), k of them by chance; expected: how many on the average, which the sum is divided by.
+    """
+    weights = dict(discriminator.named_parameters())
+
+    def lost(weights: dict[str, Tensor], image: Tensor) -> Tensor:
+        return F.softplus(-functional_call(discriminator, weights, (image[None],))).squeeze(0)
+
+    one: Callable[..., Any] = functools.partial(
+        vmap(_with_loss(lost), (None, 0), randomness="different", chunk_size=CHUNK)
+    )
+    losses = F.softplus(discriminator(fake)).mean()
+    of_fake = torch.autograd.grad(losses, list(weights.values()))
+    summed = [torch.zeros_like(x) for x in weights.values()]
+    total = losses.detach()
+    if len(real):
+        gradients, of_real = one({name: x.detach() for name, x in weights.items()}, real)
+        norms = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()
+        factors = (clip / norms.clamp_min(1e-12)).clamp_max(1)
+        summed = [torch.einsum("i,i...->...", factors, g) for g in gradients.values()]
+        total = total + of_real.mean()
+    for x, part, theirs in zip(weights.values(), summed, of_fake, strict=True):
+        noise = torch.randn(x.shape, generator=random).to(x.device)
+        x.grad = (part + spent.sigma * clip * noise) / expected + theirs
+    return total
+
+
+def _with_loss(lost: Callable[..., Tensor]) -> Callable[..., tuple[dict[str, Tensor], Tensor]]:
+    return grad(lambda weights, image: (loss := lost(weights, image), loss.detach()), has_aux=True)
+
+
+def words(spent: Spent, steps: int) -> str:
+    """Epsilon and delta, for the log, the report and the card."""
+    epsilon = spent.epsilon(steps)
+    return f"({epsilon if math.isfinite(epsilon) else math.inf:.2f}, {spent.delta:.1e})"
