@@ -5,7 +5,7 @@ import sys
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is used for memory alone
 
 NAMES = (
-    "breadth", "compare", "curves", "data", "defences", "instructions", "kernels", "ledger", "limits", "linear",
+    "breadth", "compare", "curves", "data", "defences", "fuzz", "instructions", "kernels", "ledger", "limits", "linear",
     "losses", "matrix", "oracle", "photos", "seeds", "servers", "steps", "students", "tree", "tune",
 )  # fmt: skip
 

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from mekd.config import Config
 from mekd.errors import UsageError
@@ -34,7 +34,7 @@ def check_keys(tree: Mapping[str, Any], source: str) -> None:
     for key, value in tree.items():
         if key in sections and key not in known and not isinstance(value, Mapping):
             raise UsageError(f"{source}: {key} must be a section of settings, not {value!r}")
-    for key, _ in flatten(tree):
+    for key, value in flatten(tree):
         if key in GONE:
             raise UsageError(
                 f"{source}: {key} was taken out, as it made no student better (docs/results.md); leave it out, and "
@@ -42,6 +42,16 @@ def check_keys(tree: Mapping[str, Any], source: str) -> None:
             )
         if key not in known:
             raise UsageError(f"{source}: there is no setting {key!r}; {nearest(key)}")
+        if value is None and not may_be_null(key):
+            raise UsageError(f"{source}: {key} is null, which it may not be; leave the line out for its default")
+
+
+def may_be_null(key: str) -> bool:
+    """Whether a setting, by its dotted name, has a meaning without a value."""
+    kind: Any = Config
+    for name in key.split("."):
+        kind = get_type_hints(kind)[name]
+    return type(None) in get_args(kind)
 
 
 def nearest(key: str) -> str:

@@ -66,14 +66,22 @@ def load_student(run: str | os.PathLike) -> Classifier:
     if file_of(name):
         name = str(path.parent / name)
     try:
-        net = build(name, int(about["num_classes"]), int(about["channels"]))
+        # Not made larger than its weights are: a number that is damaged may be any.
+        most = max((max(x.shape, default=0) for x in weights.values()), default=0)
+        classes, channels = int(about["num_classes"]), int(about["channels"])
+        if not (1 <= classes <= most and channels in (1, 3)):
+            raise ValueError(f"num_classes is {classes} and channels {channels}, which its weights do not have")
+        net = build(name, classes, channels)
         net.load_state_dict(weights)
+        names = json.loads(about["classes"])
+        if not (isinstance(names, list) and all(isinstance(x, str) for x in names)):
+            raise ValueError("classes is no list of names")
     except (ImportError, ValueError, RuntimeError) as error:
         if isinstance(error, MekdError):
             raise
         raise StudentError(f"{path} cannot be loaded as {about['architecture']}: {error}") from error
     classifier = Classifier(net)
-    classifier.classes = tuple(json.loads(about["classes"]))
+    classifier.classes = tuple(names)
     return classifier.eval()
 
 

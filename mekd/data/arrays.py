@@ -21,6 +21,9 @@ from mekd.errors import MekdError
 from mekd.files import shown
 from mekd.seeds import generator_at
 
+#: Bytes of a data set's file, unpacked, at most: Fashion-MNIST's largest is 47 million.
+LARGEST = 1 << 30
+
 
 class DataError(MekdError, ValueError):
     """A data file is missing, damaged, or holds what it must not."""
@@ -160,8 +163,13 @@ def _read(path: Path) -> bytes:
     for candidate in (path, path.with_name(path.name + ".gz")):
         if candidate.is_file():
             try:
-                raw = candidate.read_bytes()
-                return gzip.decompress(raw) if candidate.suffix == ".gz" else raw
+                if candidate.suffix != ".gz":
+                    return candidate.read_bytes()
+                with gzip.open(candidate) as file:
+                    raw = file.read(LARGEST + 1)  # a small file can unpack to any size
+                if len(raw) > LARGEST:
+                    raise OSError(f"it unpacks to more than {LARGEST:,} bytes, and no data set here does")
+                return raw
             except (OSError, EOFError, zlib.error) as error:
                 raise DataError(f"{candidate} cannot be read ({error}); it may be cut short: fetch it again") from error
     raise DataError(f"{path} is missing, and so is {path.name}.gz; data.path must hold it")
@@ -204,12 +212,17 @@ def _fashion(path: Path) -> Arrays:
     return arrays[0], arrays[1], arrays[2], arrays[3], names
 
 
-#: All that a pickle of CIFAR's may call, under the names that numpy 1 and numpy 2 give it.
-_RECONSTRUCT = np.empty(0).__reduce__()[0]
+def _array(kind: Any, shape: Any, dtype: Any) -> np.ndarray:
+    """What numpy's pickles begin with, whatever they say: the numbers come after it, as many as the file has."""
+    return np.empty(0, np.uint8)
+
+
+#: All that a pickle of CIFAR's may call, under the names that numpy 1 and numpy 2 give it. The class of arrays is no
+#: class here: called with a shape it would take any memory.
 _CALLABLES: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy", "ndarray"): np.ndarray,
+    ("numpy.core.multiarray", "_reconstruct"): _array,
+    ("numpy._core.multiarray", "_reconstruct"): _array,
+    ("numpy", "ndarray"): "numpy.ndarray",
     ("numpy", "dtype"): np.dtype,
     ("_codecs", "encode"): codecs.encode,
 }

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from mekd import files
 from mekd.errors import MekdError
-from mekd.oracle.response import Response
+from mekd.oracle.response import KINDS, Response
+
+ARRAYS = {"images", "values", "indices", "nuisance"}
 
 
 class StoreError(MekdError, ValueError):
@@ -37,13 +39,13 @@ class Replay:
         self._arrays: dict[str, np.ndarray] = {}
         self._kind: dict[str, Any] = {}
         if (folder / "replay.json").exists():
-            self._kind = json.loads((folder / "replay.json").read_text("utf-8"))
+            self._kind = _described(folder)
             for name in self._kind["arrays"]:
                 path = folder / f"{name}.npy"
                 try:
                     np.load(path, mmap_mode="r", allow_pickle=False)  # "r+" would fill a file that is cut short with 0
                     array = np.load(path, mmap_mode="r+" if os.access(path, os.W_OK) else "r", allow_pickle=False)
-                except (OSError, ValueError, EOFError) as error:
+                except Exception as error:  # numpy's parser of a header has errors of its own
                     raise StoreError(
                         f"{path} cannot be read ({error}); it is missing or cut short. Put a copy of {folder} back, or "
                         "start anew with another --out"
@@ -132,6 +134,21 @@ class Replay:
 
     def _describe(self) -> None:
         files.write_text(self.folder / "replay.json", json.dumps({**self._kind, "count": self.count}) + "\n")
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """What replay.json says; StoreError where it is damaged."""
+    path = folder / "replay.json"
+    try:
+        kind = json.loads(path.read_text("utf-8"))
+        decimals = kind["decimals"]
+        if kind["kind"] not in KINDS or not set(kind["arrays"]) <= ARRAYS or not isinstance(decimals, int | None):
+            raise ValueError("it names no answers")
+        return dict(kind)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StoreError(
+            f"{path} is damaged ({error}). Put a copy of {folder} back, or start anew with another --out"
+        ) from error
 
 
 def _grown(path: Path, array: np.ndarray, count: int) -> np.ndarray:
