@@ -155,30 +155,27 @@ def deprivatize(run: Run) -> None:
             if step == max(config.steps // 5, run.config.engine.log_every):
                 _say_chance(run, step, log.means.get("loss_d", 0.0))
             torch.compiler.cudagraph_mark_step_begin()
-            if noisy is not None:
-                asked = feed.take(step)
-                losses = {"loss_d": noisy.step_discriminator(run, discriminator, adam_d, asked.images.detach(), step)}
-                losses["loss_g"] = step_generator(compute, discriminator, adam_g, asked.images, asked.confidence)
-                if config.ema:
-                    average.update_parameters(generator)
-                log.add(**losses)
-                continue
-            real = to_float(images.take(step)[0])
             other: Tensor | None = None
             if config.latents == "fresh":
                 with torch.no_grad():
                     other = compute.draw(*run.latents("discriminator", step, config.batch)).clone()
             asked = feed.take(step)
             fake, share = asked.images, seen["share"]
-            if config.augment:
-                real, fake = (augmented(run, x, step, kind, share) for x, kind in ((real, "real"), (fake, "fake")))
-                if other is not None:
-                    other = augmented(run, other, step, "other", share)
-            losses = take_step(compute, discriminator, adam_g, adam_d, real, fake, asked.confidence, other)
-            if config.augment:
-                losses["augmented"] = torch.tensor(share)
-                if step % EVERY == 0:
-                    seen["share"] = adapted(share, discriminator, real, config)
+            if noisy is not None:
+                judged = fake.detach() if other is None else other
+                losses = {"loss_d": noisy.step_discriminator(run, discriminator, adam_d, judged, step)}
+                losses["loss_g"] = step_generator(compute, discriminator, adam_g, fake, asked.confidence)
+            else:
+                real = to_float(images.take(step)[0])
+                if config.augment:
+                    real, fake = (augmented(run, x, step, kind, share) for x, kind in ((real, "real"), (fake, "fake")))
+                    if other is not None:
+                        other = augmented(run, other, step, "other", share)
+                losses = take_step(compute, discriminator, adam_g, adam_d, real, fake, asked.confidence, other)
+                if config.augment:
+                    losses["augmented"] = torch.tensor(share)
+                    if step % EVERY == 0:
+                        seen["share"] = adapted(share, discriminator, real, config)
 
             if config.ema:
                 average.update_parameters(generator)
