@@ -254,9 +254,8 @@ def queries(config: Config, classes: int, image: tuple[int, int, int]) -> list[s
     up = pixel * image[0] * image[1] * image[2]
     down = {"label": 8, "topk": 12 * config.oracle.k}.get(config.oracle.response, 4 * classes)
     lines = []
-    for (stage, count), budget in zip(
-        queries_of(config), (config.deprivatize.budget, config.distill.budget), strict=True
-    ):
+    for stage, count in queries_of(config):
+        budget = getattr(config, stage).budget
         line = f"{stage}: {count:,} queries, {count * up / 1e9:.2f} GB up, {count * down / 1e9:.2f} GB down"
         if config.oracle.price is not None:
             line += f", cost {count * config.oracle.price:.2f}"

@@ -30,7 +30,7 @@ def queries_of(config: Config) -> list[tuple[str, int]]:
     return [
         ("deprivatize", step1.steps * step1.batch if asks(config) else 0),
         ("distill", 0 if step2.store else step2.holdout + (step2.replay or step2.steps * step2.batch)),
-        ("audit", 0 if step2.store else config.audit.budget),
+        *([("audit", config.audit.budget)] if config.audit.budget and not step2.store else []),
     ]
 
 
