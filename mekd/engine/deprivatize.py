@@ -155,18 +155,20 @@ def deprivatize(run: Run) -> None:
             if step == max(config.steps // 5, run.config.engine.log_every):
                 _say_chance(run, step, log.means.get("loss_d", 0.0))
             torch.compiler.cudagraph_mark_step_begin()
+            private_images = None if noisy is not None else images.take(step)[0]  # before anything is paid
             other: Tensor | None = None
             if config.latents == "fresh":
                 with torch.no_grad():
                     other = compute.draw(*run.latents("discriminator", step, config.batch)).clone()
             asked = feed.take(step)
             fake, share = asked.images, seen["share"]
-            if noisy is not None:
+            if private_images is None:
+                assert noisy is not None
                 judged = fake.detach() if other is None else other
                 losses = {"loss_d": noisy.step_discriminator(run, discriminator, adam_d, judged, step)}
                 losses["loss_g"] = step_generator(compute, discriminator, adam_g, fake, asked.confidence)
             else:
-                real = to_float(images.take(step)[0])
+                real = to_float(private_images)
                 if config.augment:
                     real, fake = (augmented(run, x, step, kind, share) for x, kind in ((real, "real"), (fake, "fake")))
                     if other is not None:
