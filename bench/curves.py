@@ -84,6 +84,10 @@ def spread(values: Iterable[float]) -> str:
     return f"{mean:.2f}" + (f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else "")
 
 
+#: Per cent that a picture shows at least.
+SPAN = 4.0
+
+
 def draw(rows: Rows, data: str, folder: Path) -> list[Path]:
     """A picture for each share of private images and kind of answer; none where matplotlib is missing."""
     from mekd import plots
@@ -133,6 +137,9 @@ def picture(rows: Rows, title: str) -> Any:
             axis.plot(at, [statistics.mean(points[x]) for x in at], marker="o", ms=4, color=colour, label=name)
             low, high = ([limit(points[x]) for x in at] for limit in (min, max))
             axis.fill_between(at, low, high, color=colour, alpha=0.2, lw=0)
+        low, high = axis.get_ylim()
+        if high - low < SPAN:  # two points of one row would look like all the difference in the world
+            axis.set_ylim((low + high - SPAN) / 2, (low + high + SPAN) / 2)
         axis.set_xscale("log")
         ticks = [*numbers, edge]
         axis.set_xticks(ticks, [f"{x // 1000}k" if x >= 1000 else str(x) for x in numbers] + ["unlimited"])
