@@ -11,6 +11,8 @@ SETTINGS = {
     "deprivatize.steps": 3, "deprivatize.batch": 8, "deprivatize.width": 0.1,
     "oracle.batch": 8, "oracle.concurrency": 4, "oracle.budget": 200,
     "distill.student": "resnet8", "distill.steps": 6, "distill.batch": 8, "distill.holdout": 20, "distill.coverage": 0,
+    # Not auto: which one is faster is measured as a run begins, and a busy machine may say another one to the next run.
+    "deprivatize.precision": "float32", "distill.precision": "float32",
     "distill.eval_every": 3, "engine.checkpoint_every": 2, "engine.log_every": 2, "engine.device": "cpu",
 }  # fmt: skip
 
