@@ -6,7 +6,6 @@ to those that it is for, by its answers to the test images.
 """
 
 import argparse
-import csv
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +26,7 @@ from mekd.oracle.response import Response
 from mekd.serve.defence import Defence
 
 COLUMNS = ("data", "private", "response", "defence", "queries", "seed", "accuracy", "agreement", "teacher", "changed")
-#: What is done to an answer: decimals, what a top-1 answer keeps, and mekd serve's --noise and --mislead.
+#: What is done to an answer: the decimals it is rounded to, and mekd serve's --noise and --mislead.
 DEFENCES: dict[str, tuple[int | None, Defence]] = {
     "none": (None, Defence()),
     "two decimals": (2, Defence()),
@@ -59,7 +58,9 @@ def main(arguments: Sequence[str]) -> int:
                     key = (options.data, options.private, response, name, str(options.queries), str(seed))
                     if key not in {tuple(row[column] for column in COLUMNS[:6]) for row in read(table)}:
                         found = measure(options, words, response, name, seed)
-                        append(table, dict(zip(COLUMNS[:6], key, strict=True)) | found)
+                        row = dict(zip(COLUMNS[:6], key, strict=True)) | found
+                        students.append(table, row, COLUMNS)
+                        print(" ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     for row in read(table):
         print("| " + " | ".join(row[column] for column in COLUMNS) + " |")
     return 0
@@ -109,7 +110,7 @@ def measure(options: argparse.Namespace, words: list[str], response: str, name: 
 
 def given(probs: torch.Tensor, response: str, decimals: int | None, defence: Defence) -> Response:
     """What a server that defends itself gives away of probabilities (m, C)."""
-    p = defence(probs) if defence else probs
+    p = defence(probs)
     if response == "label":
         return Response("label", None, p.argmax(1))
     return Response("probs", p if decimals is None else p.round(decimals=decimals), None, decimals)
@@ -119,23 +120,11 @@ def defended_test(teacher: Run, labels: torch.Tensor, defence: Defence) -> float
     """The accuracy of the defended teacher on the labelled test images."""
     with evaluate.asking(teacher, "defence-test") as oracle:
         probs = torch.cat([oracle.query(x).target["probs"].cpu() for x, _ in teacher.data.once("test", 256)])
-    return accuracy((defence(probs) if defence else probs).argmax(1), labels)
+    return accuracy(defence(probs).argmax(1), labels)
 
 
 def changed_share(asked: Run, count: int, defence: Defence) -> float:
     """The share of the store's answers whose best class is another one."""
     _, answer, _ = Replay(asked.out / "replay", count, part=True).read(slice(None))
     probs = answer.target["probs"]
-    return 1 - accuracy((defence(probs) if defence else probs).argmax(1), probs.argmax(1))
-
-
-def append(table: Path, row: dict[str, Any]) -> None:
-    """Add a row to the table."""
-    table.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not table.exists()
-    with open(table, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
-    print(" ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    return 1 - accuracy(defence(probs).argmax(1), probs.argmax(1))

@@ -318,15 +318,15 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def append(table: Path, row: dict[str, Any]) -> None:
-    """Add a row to the table, which other processes add to as well."""
+def append(table: Path, row: dict[str, Any], columns: Sequence[str] = COLUMNS) -> None:
+    """Add a row to the table, which other processes add to as well; its first six columns say what was measured."""
     table.parent.mkdir(parents=True, exist_ok=True)
     with open(table, "a", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        key = [str(row[name]) for name in COLUMNS[:6]]
-        if key in [[other[name] for name in COLUMNS[:6]] for other in curves.read(table)]:
+        key = [str(row[name]) for name in columns[:6]]
+        if key in [[other[name] for name in columns[:6]] for other in curves.read(table)]:
             return  # another process was faster
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if not os.fstat(file.fileno()).st_size:
             writer.writeheader()
         writer.writerow(row)

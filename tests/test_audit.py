@@ -20,7 +20,7 @@ from mekd.oracle.ledger import totals
 from mekd.oracle.response import Response
 from test_run import Recorder, run_stages
 
-pytest.importorskip("ot", reason="POT measures distances, and is not installed")
+pytest.importorskip("ot", reason="POT measures distances, and cannot be imported: pip install 'mekd[audit]'")
 FIELDS = (
     "w_answers", "w_answers_noise", "w_images", "w_images_noise", "nearest_share", "membership_auc", "membership_low",
     "membership_high",

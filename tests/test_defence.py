@@ -13,6 +13,7 @@ from serve_requests import infer
 from served import inside
 
 pytest.importorskip("starlette", reason="starlette is not installed: pip install 'mekd[serve]'")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'mekd[serve]'")
 
 
 def probs(sharp: float = 3.0, rows: int = 400) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from mekd import distances
 
-ot = pytest.importorskip("ot", reason="POT measures distances, and is not installed")
+ot = pytest.importorskip("ot", reason="POT measures distances, and cannot be imported: pip install 'mekd[audit]'")
 
 
 def random(seed: int = 0) -> torch.Generator:

@@ -17,7 +17,7 @@ from mekd.errors import UsageError
 from mekd.fingerprint import fingerprint, resolve
 from mekd.nets import Discriminator
 
-pytest.importorskip("opacus", reason="Opacus counts epsilon, and is not installed: pip install 'mekd[dp]'")
+pytest.importorskip("opacus", reason="Opacus counts epsilon, and cannot be imported: pip install 'mekd[dp]'")
 
 
 def random(seed: int = 0) -> torch.Generator:

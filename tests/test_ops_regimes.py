@@ -1,5 +1,7 @@
 """The Triton kernels over rows in their three regimes, each forced, and at its true boundary."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -8,9 +10,7 @@ from op_grid import DEVICES, DTYPES, ROW_KINDS, check, make, result
 
 if not extension.INTERPRETED:
     pytest.skip("interpreted alone, with TRITON_INTERPRET=1, as make test does", allow_module_level=True)
-triton = pytest.importorskip("triton")
-tl = pytest.importorskip("triton.language")
-rows = pytest.importorskip("mekd.kernels.rows")
+triton, tl, rows = map(importlib.import_module, ("triton", "triton.language", "mekd.kernels.rows"))
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 TILES = [
     # Online, with a tail: three rounds over 20 classes.

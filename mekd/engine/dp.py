@@ -5,7 +5,6 @@ with respect to one private image. Logs, reports and pictures of the private ima
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -162,5 +161,4 @@ def _with_loss(lost: Callable[..., Tensor]) -> Callable[..., tuple[dict[str, Ten
 
 def words(spent: Spent, steps: int) -> str:
     """Epsilon and delta, for the log, the report and the card."""
-    epsilon = spent.epsilon(steps)
-    return f"({epsilon if math.isfinite(epsilon) else math.inf:.2f}, {spent.delta:.1e})"
+    return f"({spent.epsilon(steps):.2f}, {spent.delta:.1e})"

@@ -25,7 +25,9 @@ class Defence:
         return bool(self.noise or self.mislead)
 
     def __call__(self, probs: Tensor) -> Tensor:
-        """Probabilities (m, C) as they are given away, float32."""
+        """Probabilities (m, C) as they are given away, float32; without a defence as they are."""
+        if not self:
+            return probs
         return torch.stack([self._row(row) for row in probs.float()]) if len(probs) else probs.float()
 
     def _row(self, p: Tensor) -> Tensor:
