@@ -26,7 +26,7 @@ from mekd.errors import MekdError
 from mekd.fingerprint import reserved_of_audit
 from mekd.metrics import confusion
 from mekd.nets import Discriminator
-from mekd.nets.features import Features, last_linear
+from mekd.nets.features import Features
 from mekd.nets.frozen import freeze
 from mekd.oracle.replay import Replay
 from mekd.oracle.response import Response
@@ -333,11 +333,11 @@ def _pixels(images: Tensor) -> Tensor:
 def features(student: nn.Module, images: Tensor, run: Run) -> Tensor | None:
     """What the student's last linear layer reads (n, D); None of a network without one."""
     try:
-        last_linear(student)
+        reading = Features(student)
     except ValueError:
         return None
     kept = []
-    with Features(student) as seen:
+    with reading as seen:
         for part in images.split(256):
             _on(student, part, run)
             kept.append(seen.value.float().cpu())

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mekd import files
 from mekd.engine import again, coverage, parallel
 from mekd.engine.checkpoint import Checkpoint, steps
 from mekd.engine.collect import collect, draw_images
 from mekd.engine.feeds import Feed, Fresh, Replayed, fresh
 from mekd.engine.pictures import Pictures
-from mekd.engine.pretrain import pretrain
+from mekd.engine.pretrain import load_pretrained, pretrain
 from mekd.engine.result import STUDENT, write_student
 from mekd.engine.run import Run
 from mekd.engine.runlog import RunLog
@@ -127,7 +126,7 @@ def new_student(run: Run) -> nn.Module:
     if run.config.distill.checkpoint is not None:
         run.load_weights(student, "distill.checkpoint", run.config.distill.checkpoint)
     if run.config.distill.pretrain:
-        student.load_state_dict(files.load(run.checkpoint("pretrain"))["state"]["student"])
+        load_pretrained(run, student)
     parallel.dropout_apart(run.config.seed)
     return run.place(student)
 

@@ -17,7 +17,7 @@ from mekd.data import Source, arrays
 from mekd.engine import parallel
 from mekd.engine.checkpoint import Checkpoint, steps
 from mekd.engine.feeds import open_account
-from mekd.engine.pretrain import pretrain
+from mekd.engine.pretrain import load_pretrained, pretrain
 from mekd.engine.run import Run, StageError
 from mekd.engine.runlog import RunLog
 from mekd.engine.train import computed_in, predict, set_cosine_lr, sgd
@@ -141,7 +141,7 @@ def train_plain(run: Run, store: Replay, count: int) -> nn.Module:
     student = build(config.student, run.num_classes, run.image[0])
     if config.pretrain:  # as MEKD's begins
         pretrain(run)
-        student.load_state_dict(files.load(run.checkpoint("pretrain"))["state"]["student"])
+        load_pretrained(run, student)
     student = run.place(student)
     optimizer = sgd(student, config.lr, config.weight_decay)
     batch = min(config.batch // parallel.world(), count)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mekd import files
 from mekd.engine import parallel
 from mekd.engine.checkpoint import Checkpoint, steps
 from mekd.engine.feeds import Images
@@ -72,6 +73,11 @@ def pretrain(run: Run) -> None:
         run.log(
             f"pretrain: {config.pretrain} steps on {run.data.count('local')} private images, which stay here; {path}"
         )
+
+
+def load_pretrained(run: Run, student: nn.Module) -> None:
+    """Let a new student begin with what pretrain() taught."""
+    student.load_state_dict(files.load(run.checkpoint("pretrain"))["state"]["student"])
 
 
 def contrastive_loss(one: Tensor, other: Tensor) -> Tensor:
