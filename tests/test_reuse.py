@@ -19,13 +19,13 @@ from mekd.fingerprint import LATER
 from mekd.nets import build
 from mekd.oracle.export import Classifier, export
 from mekd.settings import GONE
-from remote_run import contents, total, words
+from remote_run import SETTINGS, contents, total, words
 from served import inside, metrics
 
 #: A run that learns from what another one paid for: no teacher, no data.
 LEARNING = {
     "distill.steps": 4, "distill.batch": 8, "distill.eval_every": 2, "distill.student": "resnet8",
-    "engine.device": "cpu",
+    "distill.precision": SETTINGS["distill.precision"], "engine.device": "cpu",
 }  # fmt: skip
 
 
