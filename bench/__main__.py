@@ -5,8 +5,8 @@ import sys
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is used for memory alone
 
 NAMES = (
-    "breadth", "compare", "curves", "data", "defences", "fuzz", "instructions", "kernels", "ledger", "limits", "linear",
-    "losses", "matrix", "oracle", "photos", "seeds", "servers", "steps", "students", "tree", "tune",
+    "breadth", "compare", "curves", "data", "defences", "faults", "fuzz", "instructions", "kernels", "ledger", "limits",
+    "linear", "losses", "matrix", "oracle", "photos", "seeds", "servers", "steps", "students", "tree", "tune",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -90,6 +91,10 @@ def load(path: Path) -> dict[str, Any]:
     """A checkpoint of ours, tensors and plain values only; DamagedError where it is damaged or none."""
     with open(path, "rb") as file:  # what cannot be opened says so itself
         try:
+            with zipfile.ZipFile(file) as parts:  # torch itself looks at no checksum
+                if (part := parts.testzip()) is not None:
+                    raise zipfile.BadZipFile(part)
+            file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             raise DamagedError(

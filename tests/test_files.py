@@ -186,17 +186,20 @@ def test_a_missing_file_is_called_missing(tmp_path: Path) -> None:
         files.load(tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "cut", "half", "zeros"])
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "half", "zeros", "a bit of a weight"])
 def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "a.pt"
-    files.save(path, {"weights": torch.randn(1000)})
+    weights = torch.randn(1000)
+    files.save(path, {"weights": weights})
     whole = path.read_bytes()
+    at = whole.index(weights.numpy().tobytes()) + 2001
     changed = {
         "empty": b"",
         "text": b"not a checkpoint\n",
         "cut": whole[:-1],
         "half": whole[: len(whole) // 2],
         "zeros": bytes(len(whole)),
+        "a bit of a weight": bytes(byte ^ (i == at) for i, byte in enumerate(whole)),
     }
     path.write_bytes(changed[damage])
     with pytest.raises(ValueError, match=r"is damaged or no checkpoint .*; put a copy back, or start") as caught:

@@ -105,6 +105,35 @@ def test_the_space_is_taken_at_the_first_answer(tmp_path: Path) -> None:
         assert status.st_blocks * 512 >= status.st_size
 
 
+@pytest.mark.parametrize("name", ["images", "values", "indices", "nuisance", "checks"])
+def test_a_row_that_is_not_what_was_written_is_refused(tmp_path: Path, name: str) -> None:
+    images, response = drawn("topk")
+    n = torch.randn(COUNT, 3)
+    Replay(tmp_path, COUNT).write(0, images, response, n)
+    array = np.load(tmp_path / f"{name}.npy", mmap_mode="r+")
+    array.view(np.uint8).reshape(COUNT, -1)[7, -1] ^= 1
+    array.flush()
+    store = Replay(tmp_path, COUNT)
+    check(store.read(slice(0, 7)), images[:7], response[:7])
+    for rows in (slice(5, 9), torch.tensor([10, 7])):
+        with pytest.raises(ValueError, match=rf"row 7 of {tmp_path} is not what was written.*Put a copy"):
+            store.read(rows)
+    store.write(7, images[7:8], response[7:8], n[7:8])
+    check(store.read(slice(None)), images, response)
+
+
+def test_a_store_of_an_earlier_version_has_no_checks(tmp_path: Path) -> None:
+    images, response = drawn()
+    fill(Replay(tmp_path, COUNT), images, response)
+    path = tmp_path / "replay.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps(about | {"arrays": [name for name in about["arrays"] if name != "checks"]}))
+    (tmp_path / "checks.npy").unlink()
+    check(Replay(tmp_path, COUNT).read(slice(None)), images, response)
+    fill(Replay(tmp_path, COUNT + 2, grows=True), images, response)
+    check(Replay(tmp_path, COUNT + 2).read(slice(0, COUNT)), images, response)
+
+
 @pytest.mark.parametrize("damage", ["cut", "emptied", "gone"])
 def test_a_file_that_is_cut_short_is_named(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "replay"

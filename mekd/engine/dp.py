@@ -4,14 +4,11 @@ Whatever is computed from D alone, G, every image that is sent, the student, is 
 with respect to one private image. Logs, reports and pictures of the private images are not: they stay at home.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 
 from mekd.config import Config
 from mekd.data import TREES, arrays
@@ -21,8 +18,6 @@ from mekd.errors import UsageError
 from mekd.pixels import to_float
 from mekd.seeds import generator_at
 
-#: Per-sample gradients that are in memory at once.
-CHUNK = 16
 #: Renyi's orders, of which the best bounds epsilon: few steps of much noise want large ones.
 ORDERS = [*(1 + x / 10 for x in range(1, 100)), *range(12, 64), *range(64, 1025, 32)]
 
@@ -131,32 +126,63 @@ def set_gradients(
 
     real (k, ch, S, S), k of them by chance; expected: how many on the average, which the sum is divided by.
     """
-    weights = dict(discriminator.named_parameters())
-
-    def lost(weights: dict[str, Tensor], image: Tensor) -> Tensor:
-        return F.softplus(-functional_call(discriminator, weights, (image[None],))).squeeze(0)
-
-    one: Callable[..., Any] = functools.partial(
-        vmap(_with_loss(lost), (None, 0), randomness="different", chunk_size=CHUNK)
-    )
+    weights = list(discriminator.parameters())
     losses = F.softplus(discriminator(fake)).mean()
-    of_fake = torch.autograd.grad(losses, list(weights.values()))
-    summed = [torch.zeros_like(x) for x in weights.values()]
-    total = losses.detach()
+    of_fake = torch.autograd.grad(losses, weights)
+    sums: dict[Any, Tensor] = {
+        x: spent.sigma * clip * torch.randn(x.shape, generator=random).to(x.device) for x in weights
+    }
+    of_real = torch.zeros((), device=fake.device)
     if len(real):
-        gradients, of_real = one({name: x.detach() for name, x in weights.items()}, real)
-        norms = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()
-        factors = (clip / norms.clamp_min(1e-12)).clamp_max(1)
-        summed = [torch.einsum("i,i...->...", factors, g) for g in gradients.values()]
-        total = total + of_real.mean()
-    for x, part, theirs in zip(weights.values(), summed, of_fake, strict=True):
-        noise = torch.randn(x.shape, generator=random).to(x.device)
-        x.grad = (part + spent.sigma * clip * noise) / expected + theirs
-    return total
+        layers, of_real = per_layer(discriminator, real)
+        norms = torch.stack([squares(back, read) + back.sum(2).square().sum(1) for _, back, read in layers]).sum(0)
+        factors = (clip / norms.sqrt().clamp_min(1e-12)).clamp_max(1)
+        for layer, back, read in layers:
+            back = back * factors[:, None, None]
+            sums[layer.weight] += torch.einsum("iop,iqp->oq", back, read).view_as(layer.weight)
+            sums[layer.bias] += back.sum((0, 2))
+    for x, theirs in zip(weights, of_fake, strict=True):
+        x.grad = sums[x] / expected + theirs
+    return losses.detach() + of_real
 
 
-def _with_loss(lost: Callable[..., Tensor]) -> Callable[..., tuple[dict[str, Tensor], Tensor]]:
-    return grad(lambda weights, image: (loss := lost(weights, image), loss.detach()), has_aux=True)
+def per_layer(discriminator: nn.Module, real: Tensor) -> tuple[list[tuple[Any, Tensor, Tensor]], Tensor]:
+    """Each layer with what its weights' gradients of softplus(-d(x)) are made of, and the mean loss.
+
+    real (k, ch, S, S). An image's gradient of a layer is back @ read.T: of what the layer gave (k, outputs, places),
+    and what it read (k, inputs, places).
+    """
+    kept: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def keep(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        kept.append((layer, inputs[0].detach(), output))
+        return output.clone()  # an activation in place would change what was kept
+
+    layers = [x for x in discriminator.modules() if any(True for _ in x.parameters(recurse=False))]
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        losses = F.softplus(-discriminator(real))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    gradients = torch.autograd.grad(losses.sum(), [output for *_, output in kept])
+    found: list[tuple[Any, Tensor, Tensor]] = []
+    for (layer, read, _), back in zip(kept, gradients, strict=True):
+        if isinstance(layer, nn.Conv2d):
+            read = F.unfold(read, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+        else:
+            assert isinstance(layer, nn.Linear), layer
+            read = read[:, :, None]
+        found.append((layer, back.reshape(len(real), back.shape[1], -1), read))
+    return found, losses.detach().mean()
+
+
+def squares(back: Tensor, read: Tensor) -> Tensor:
+    """The squared norms (k,) of back @ read.T (k, outputs, inputs), by the smaller of two products (Li et al., 2022)."""
+    places = back.shape[2]
+    if places * places < back.shape[1] * read.shape[1]:
+        return ((back.mT @ back) * (read.mT @ read)).sum((1, 2))
+    return (back @ read.mT).square().sum((1, 2))
 
 
 def words(spent: Spent, steps: int) -> str:

@@ -3,7 +3,8 @@
 import json
 import mmap
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from mekd import files
 from mekd.errors import MekdError
 from mekd.oracle.response import KINDS, Response
 
-ARRAYS = {"images", "values", "indices", "nuisance"}
+PARTS = ("images", "values", "indices", "nuisance")
+CHECKS = "checks"  # a CRC-32 of each row; stores of the first versions have none
 
 
 class StoreError(MekdError, ValueError):
@@ -26,9 +28,10 @@ class Replay:
     """N images as they were sent and the teacher's answers to them, in a folder.
 
     Images are uint8 (or float32 where they were sent so) (N, ch, H, W); answers as in Response; and, where there is
-    one, the nuisance (N, entries) that G drew each image with. grows: a shorter store is made longer. part: of a
-    longer one the first N are read. origin: what the answers are a result of, kept with them. The files are allocated
-    in full when the first answer arrives, so that a full disk is known before the queries are paid.
+    one, the nuisance (N, entries) that G drew each image with. A row that is not what was written is an error. grows: a
+    shorter store is made longer. part: of a longer one the first N are read. origin: what the answers are a result of,
+    kept with them. The files are allocated in full when the first answer arrives, so that a full disk is known before
+    the queries are paid.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Replay:
                         "set that back; a store can grow, and does not shrink"
                     )
                 self._arrays[name] = array
+            self._whole = np.zeros(count, bool)
             if grows and self._kind.get("count") != count:
                 self._describe()
 
@@ -70,6 +74,7 @@ class Replay:
         """Keep images (m, ch, H, W), their answer and their nuisance (m, entries) as rows start to start + m."""
         parts = {"images": images, "values": response.values, "indices": response.indices, "nuisance": n}
         rows = {name: part.cpu().numpy() for name, part in parts.items() if part is not None and part.numel()}
+        rows[CHECKS] = np.fromiter(_checks(rows), np.uint32, len(images))
         if not self._arrays:
             self._allocate(rows, response)
         elif (response.kind, response.decimals) != (self._kind["kind"], self._kind["decimals"]):
@@ -77,13 +82,27 @@ class Replay:
                 f"{self.folder} holds answers of kind {self._kind['kind']} with decimals {self._kind['decimals']}, the "
                 f"teacher gave {response.kind} with {response.decimals}; start anew with another --out"
             )
-        for name, part in rows.items():
-            self._arrays[name][start : start + len(part)] = part
+        for name in rows.keys() & self._arrays.keys():
+            self._arrays[name][start : start + len(images)] = rows[name]
+        self._whole[start : start + len(images)] = False
 
     def read(self, rows: Tensor | slice) -> tuple[Tensor, Response, Tensor]:
-        """Images, answers and nuisances of some rows (indices (m,) int64, or a slice), copied out of the map."""
+        """Images, answers and nuisances of some rows (indices (m,) int64, or a slice), copied out of the map.
+
+        StoreError where one of them is damaged: each row is looked at when it is first read.
+        """
         index = rows if isinstance(rows, slice) else rows.numpy()
-        parts = {name: torch.from_numpy(np.array(array[index])) for name, array in self._arrays.items()}
+        copied = {name: np.array(array[index]) for name, array in self._arrays.items()}
+        if CHECKS in copied and not self._whole[index].all():
+            wrong = np.fromiter(_checks(copied), np.uint32) != copied[CHECKS]
+            if wrong.any():
+                row = int(np.arange(self.count)[index][wrong][0])
+                raise StoreError(
+                    f"row {row} of {self.folder} is not what was written: a file of it is damaged. Put a copy of "
+                    "the folder back, or start anew with another --out"
+                )
+            self._whole[index] = True
+        parts = {name: torch.from_numpy(part) for name, part in copied.items() if name != CHECKS}
         response = Response(self._kind["kind"], parts.get("values"), parts.get("indices"), self._kind["decimals"])
         images = parts["images"]
         return images, response, parts.get("nuisance", torch.empty(len(images), 0))
@@ -127,7 +146,7 @@ class Replay:
                     path.unlink(missing_ok=True)
                 size = part[:1].nbytes * self.count / 1e6
                 raise files.WriteError(f"{paths[name]} needs {size:.0f} MB ({error}); free some space") from error
-        self._arrays = arrays
+        self._arrays, self._whole = arrays, np.zeros(self.count, bool)
         self._kind = {"kind": response.kind, "decimals": response.decimals, "arrays": list(rows)}
         self._kind |= {} if self._origin is None else {"origin": self._origin}
         self._describe()
@@ -142,13 +161,24 @@ def _described(folder: Path) -> dict[str, Any]:
     try:
         kind = json.loads(path.read_text("utf-8"))
         decimals = kind["decimals"]
-        if kind["kind"] not in KINDS or not set(kind["arrays"]) <= ARRAYS or not isinstance(decimals, int | None):
+        known = kind["kind"] in KINDS and set(kind["arrays"]) <= {*PARTS, CHECKS}
+        if not known or not isinstance(decimals, int | None):
             raise ValueError("it names no answers")
         return dict(kind)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(
             f"{path} is damaged ({error}). Put a copy of {folder} back, or start anew with another --out"
         ) from error
+
+
+def _checks(rows: Mapping[str, np.ndarray]) -> Iterable[int]:
+    """A CRC-32 of each row of some parts."""
+    parts = [np.ascontiguousarray(rows[name]) for name in PARTS if name in rows]
+    for row in range(len(parts[0])):
+        crc = 0
+        for part in parts:
+            crc = zlib.crc32(part[row].tobytes(), crc)
+        yield crc
 
 
 def _grown(path: Path, array: np.ndarray, count: int) -> np.ndarray:
