@@ -43,7 +43,7 @@ SETTINGS = {
     "distill.coverage": 0, "distill.eval_every": 4, "distill.precision": "float32", "audit.enabled": "false",
     "engine.checkpoint_every": 2, "engine.log_every": 2, "engine.device": "cpu", "engine.progress": "false",
 }  # fmt: skip
-QUERIES, LATENCY_MS = 360, 30
+QUERIES, LATENCY_MS = 360, 100
 #: Seconds after which a process hangs, and how often the same command is given at most.
 HANGS, TRIES = 120, 8
 COLUMNS = ("case", "runs", "same", "lost", "paid_twice", "refused", "in_flight")
@@ -217,10 +217,20 @@ class Run:
             process.join()
         return [process.exitcode or 0 for process in processes]
 
-    def killed(self, processes: list[BaseProcess], after: float) -> None:
-        """Kill one of them after so many seconds, if it is still there."""
+    def reached(self, process: BaseProcess, seconds: float) -> None:
+        """Wait for a random moment of the run, if it lasts so long: of its time, or twice as often of what it pays."""
+        if self.chance.random() < 1 / 3:
+            process.join(self.chance.uniform(0, seconds))
+            return
+        computed = self.teacher.computed() + self.chance.randrange(QUERIES // 2)
+        while process.is_alive() and self.teacher.computed() < computed:
+            time.sleep(0.01)
+        time.sleep(self.chance.uniform(0, 2 * LATENCY_MS / 1000))
+
+    def killed(self, processes: list[BaseProcess], seconds: float) -> None:
+        """Kill one of them at a random moment, if it is still there."""
         chosen = self.chance.choice(processes)
-        chosen.join(after)
+        self.reached(chosen, seconds)
         chosen.kill()
         self.end(processes)
 
@@ -302,7 +312,7 @@ Disturb = Callable[[Run, float], bool]
 
 def _kill(run: Run, seconds: float) -> bool:
     for _ in range(run.chance.choice((1, 1, 2, 3))):
-        run.killed(run.begin(), run.chance.uniform(0, seconds))
+        run.killed(run.begin(), seconds)
     return False
 
 
@@ -313,7 +323,7 @@ def _kill_rank(run: Run, seconds: float) -> bool:
 def _kill_server(run: Run, seconds: float) -> bool:
     processes = run.begin()
     for _ in range(run.chance.choice((1, 1, 2, 3))):
-        processes[0].join(run.chance.uniform(0, seconds / 2))
+        run.reached(processes[0], seconds)
         run.teacher.end()
         time.sleep(run.chance.uniform(0, 0.5))
         run.teacher.begin()
@@ -350,7 +360,7 @@ def _take_memory(run: Run, seconds: float) -> bool:
 
 
 def _step_clock(run: Run, seconds: float) -> bool:
-    run.killed(run.begin(clock=str(run.chance.random())), run.chance.uniform(0, 1.5 * seconds))
+    run.killed(run.begin(clock=str(run.chance.random())), seconds)
     run.end(run.begin(clock=str(run.chance.random())))
     return False
 
@@ -361,7 +371,7 @@ def _damage(folders: Sequence[str]) -> Disturb:
     def disturb(run: Run, seconds: float) -> bool:
         found: list[Path] = []
         while not found:
-            run.killed(run.begin(), run.chance.uniform(0.2 * seconds, seconds))
+            run.killed(run.begin(), seconds)
             found = sorted(p for f in folders for p in (run.out / f).glob("*") if p.is_file() and p.stat().st_size)
         path = run.chance.choice(found)
         content = bytearray(path.read_bytes())

@@ -51,6 +51,11 @@ CONFIGS = {
     "cifar10": "configs/cifar10.yaml",
     "tree": "configs/fashion_mnist_tree.yaml",
 }
+#: What D learns by where its privacy has a number: of large batches, as the noise is added once for each.
+DP = (
+    "--deprivatize.augment false --deprivatize.d_width 1 --deprivatize.batch 512 --deprivatize.steps 3000 "
+    "--evaluate.baseline false"
+)
 #: What each row changes of the experiment's settings.
 ROWS = {
     "mekd": "",
@@ -67,6 +72,8 @@ ROWS = {
     # As many steps on the private images at home as with answers (STEPS is those).
     "pretrain": "--distill.pretrain STEPS",
     "plain-pretrain": "--distill.pretrain STEPS",
+    "dp-none": DP,
+    **{f"dp-{epsilon}": f"{DP} --deprivatize.dp {epsilon}" for epsilon in (10, 3, 1)},
     "second": "",  # mekd's student is asked, which costs nothing: a second one, of its probabilities
     "plain": "",  # every private image is sent once
     "ceiling": "--data.local_fraction 1",  # every training image is sent once

@@ -178,7 +178,7 @@ def per_layer(discriminator: nn.Module, real: Tensor) -> tuple[list[tuple[Any, T
 
 
 def squares(back: Tensor, read: Tensor) -> Tensor:
-    """The squared norms (k,) of back @ read.T (k, outputs, inputs), by the smaller of two products (Li et al., 2022)."""
+    """The squared norms (k,) of back @ read.T (k, outputs, inputs), by the smaller product (Li et al., 2022)."""
     places = back.shape[2]
     if places * places < back.shape[1] * read.shape[1]:
         return ((back.mT @ back) * (read.mT @ read)).sum((1, 2))
