@@ -53,7 +53,7 @@ CONFIGS = {
 }
 #: What D learns by where its privacy has a number: of large batches, as the noise is added once for each.
 DP = (
-    "--deprivatize.augment false --deprivatize.d_width 1 --deprivatize.batch 512 --deprivatize.steps 3000 "
+    "--deprivatize.augment false --deprivatize.d_width 0.5 --deprivatize.batch 256 --deprivatize.steps 1500 "
     "--evaluate.baseline false"
 )
 #: What each row changes of the experiment's settings.

@@ -63,6 +63,25 @@ def test_no_image_moves_it_by_more_than_the_clip() -> None:
     assert torch.equal(of(many[:0]), of(images(0, 3))), "a step may draw none"
 
 
+def test_each_image_is_clipped_as_one_by_one() -> None:
+    net, real, fake, clip = discriminator(), images(7), images(5, 2), 0.3
+    expected = torch.zeros_like(gradients_of(net, real[:1], -1))
+    for x, sign, count in ((real, -1, 8.0), (fake, 1, 5)):
+        for image in x.split(1):
+            one = gradients_of(net, image, sign)
+            assert one.norm() > clip, "nothing is clipped here"
+            expected += one * clip / one.norm() / count
+    net.zero_grad()
+    dp.set_gradients(net, real, fake, dp.Spent(0.0, 0.5, 1e-5), clip, 8.0, random())
+    assert torch.allclose(gradients(net), expected, atol=1e-6)
+
+
+def gradients_of(net: Discriminator, image: torch.Tensor, sign: int) -> torch.Tensor:
+    net.zero_grad()
+    F.softplus(sign * net(image)).sum().backward()
+    return gradients(net)
+
+
 def test_the_noise_has_its_size_and_is_the_step_s_own() -> None:
     net, fake = discriminator(), images(12, 2)
     quiet, loud = (

@@ -121,36 +121,43 @@ def set_gradients(
     discriminator: nn.Module, real: Tensor, fake: Tensor, spent: Spent, clip: float, expected: float,
     random: torch.Generator,
 ) -> Tensor:  # fmt: skip
-    """Set D's gradients: of mean softplus(-d(x)) each image's clipped to clip, summed, with noise; of mean
-    softplus(d(G(z))) as it is. Returns the loss, which is no part of what is private.
+    """Set D's gradients: of mean softplus(-d(x)) and mean softplus(d(G(z))), each image's clipped to clip; the private
+    ones' sum with noise. Returns the loss, which is no part of what is private.
 
-    real (k, ch, S, S), k of them by chance; expected: how many on the average, which the sum is divided by.
+    real (k, ch, S, S), k of them by chance; expected: how many on the average, which their sum is divided by. What is
+    drawn needs no clipping: but clipped on one side alone, D learns that everything is drawn.
     """
     weights = list(discriminator.parameters())
-    losses = F.softplus(discriminator(fake)).mean()
-    of_fake = torch.autograd.grad(losses, weights)
-    sums: dict[Any, Tensor] = {
-        x: spent.sigma * clip * torch.randn(x.shape, generator=random).to(x.device) for x in weights
-    }
-    of_real = torch.zeros((), device=fake.device)
-    if len(real):
-        layers, of_real = per_layer(discriminator, real)
-        norms = torch.stack([squares(back, read) + back.sum(2).square().sum(1) for _, back, read in layers]).sum(0)
-        factors = (clip / norms.sqrt().clamp_min(1e-12)).clamp_max(1)
-        for layer, back, read in layers:
-            back = back * factors[:, None, None]
-            sums[layer.weight] += torch.einsum("iop,iqp->oq", back, read).view_as(layer.weight)
-            sums[layer.bias] += back.sum((0, 2))
-    for x, theirs in zip(weights, of_fake, strict=True):
-        x.grad = sums[x] / expected + theirs
-    return losses.detach() + of_real
+    sums, of_real = clipped(discriminator, real, clip, -1)
+    others, of_fake = clipped(discriminator, fake, clip, 1)
+    for x in weights:
+        noise = spent.sigma * clip * torch.randn(x.shape, generator=random).to(x.device)
+        x.grad = (sums[x] + noise) / expected + others[x] / len(fake)
+    return of_real + of_fake
 
 
-def per_layer(discriminator: nn.Module, real: Tensor) -> tuple[list[tuple[Any, Tensor, Tensor]], Tensor]:
-    """Each layer with what its weights' gradients of softplus(-d(x)) are made of, and the mean loss.
+def clipped(
+    discriminator: nn.Module, images: Tensor, clip: float, sign: int
+) -> tuple[dict[nn.Parameter, Tensor], Tensor]:
+    """The sum over images (k, ch, S, S) of the gradients of softplus(sign * d(x)), each clipped, and the mean loss."""
+    weights = {x: torch.zeros_like(x) for x in discriminator.parameters()}
+    if not len(images):
+        return weights, torch.zeros((), device=images.device)
+    layers, loss = per_layer(discriminator, images, sign)
+    norms = torch.stack([squares(back, read) + back.sum(2).square().sum(1) for _, back, read in layers]).sum(0).sqrt()
+    factors = (clip / norms.clamp_min(1e-12)).clamp_max(1)
+    for layer, back, read in layers:
+        back = back * factors[:, None, None]
+        weights[layer.weight] = torch.einsum("iop,iqp->oq", back, read).view_as(layer.weight)
+        weights[layer.bias] = back.sum((0, 2))
+    return weights, loss
 
-    real (k, ch, S, S). An image's gradient of a layer is back @ read.T: of what the layer gave (k, outputs, places),
-    and what it read (k, inputs, places).
+
+def per_layer(discriminator: nn.Module, images: Tensor, sign: int) -> tuple[list[tuple[Any, Tensor, Tensor]], Tensor]:
+    """Each layer with what its weights' gradients of softplus(sign * d(x)) are made of, and the mean loss.
+
+    An image's gradient of a layer is back @ read.T: of what the layer gave (k, outputs, places), and what it read (k,
+    inputs, places).
     """
     kept: list[tuple[nn.Module, Tensor, Tensor]] = []
 
@@ -161,7 +168,7 @@ def per_layer(discriminator: nn.Module, real: Tensor) -> tuple[list[tuple[Any, T
     layers = [x for x in discriminator.modules() if any(True for _ in x.parameters(recurse=False))]
     hooks = [layer.register_forward_hook(keep) for layer in layers]
     try:
-        losses = F.softplus(-discriminator(real))
+        losses = F.softplus(sign * discriminator(images))
     finally:
         for hook in hooks:
             hook.remove()
@@ -173,7 +180,7 @@ def per_layer(discriminator: nn.Module, real: Tensor) -> tuple[list[tuple[Any, T
         else:
             assert isinstance(layer, nn.Linear), layer
             read = read[:, :, None]
-        found.append((layer, back.reshape(len(real), back.shape[1], -1), read))
+        found.append((layer, back.reshape(len(images), back.shape[1], -1), read))
     return found, losses.detach().mean()
 
 
