@@ -1,6 +1,8 @@
 """The ledger's file: answers are kept to the bit, and nothing is counted that is not known."""
 
+import contextlib
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 
 from ledger_teacher import Teacher, ask, batch, connect, counts, lose, same, total
 from mekd.files import WriteError
-from mekd.oracle.ledger import Ledger, LedgerError
+from mekd.oracle.ledger import Ledger, LedgerError, totals
 from mekd.oracle.response import KINDS, Response
 
 
@@ -154,6 +156,32 @@ def test_a_flipped_byte_is_noticed_or_changes_nothing(killed: Path, tmp_path: Pa
             allowed = [whole, total(3)] if name.endswith("wal") else [whole]  # the last one, a call in flight
             assert found in allowed, f"byte {at} of {name}"
     assert min(refused.values()) > 10
+
+
+@pytest.mark.parametrize("schema", [False, True])
+def test_what_a_killed_process_left_in_the_middle_of_a_transaction_is_read(tmp_path: Path, schema: bool) -> None:
+    """It made its tables, or took the write-ahead log away, which leaves a journal that must be rolled back."""
+    folder, left = tmp_path / "whole", tmp_path / "left"
+    left.mkdir()
+    if schema:
+        ask(folder, 1, 2)
+    folder.mkdir(exist_ok=True)
+    database = sqlite3.connect(folder / "s.sqlite", isolation_level=None)
+    database.execute("PRAGMA cache_size = 1")  # so that pages are written before the transaction ends
+    if not schema:
+        database.execute("PRAGMA journal_mode = WAL")
+    database.execute("BEGIN")
+    database.execute("CREATE TABLE more (x)")
+    database.executemany("INSERT INTO more VALUES (?)", [("x" * 1000,)] * 200)
+    for path in folder.glob("s.sqlite*"):
+        shutil.copy(path, left)
+    database.close()
+    assert (left / "s.sqlite-journal").exists() == schema
+    assert totals(left, "s") == total(2 if schema else 0)
+    with contextlib.closing(sqlite3.connect(left / "s.sqlite")) as kept:
+        assert not kept.execute("SELECT 1 FROM sqlite_master WHERE name = 'more'").fetchall()
+    assert len(ask(left, 1, 2, 3)) == 3
+    assert totals(left, "s") == total(3), "what was answered is not asked again"
 
 
 def test_a_missing_row_is_noticed(tmp_path: Path) -> None:

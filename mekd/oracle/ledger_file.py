@@ -3,6 +3,7 @@
 A power cut can take what was booked since the last checkpoint; a copy of the file alone is whole once it is closed.
 """
 
+import contextlib
 import fcntl
 import io
 import shutil
@@ -104,15 +105,26 @@ def totals(folder: Path, *names: str) -> dict[str, int]:
     counts = dict.fromkeys(COUNTS, 0)
     patterns = [f"{name}{more}.sqlite" for name in names for more in ("", ".rank*", "@*")]
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60)
         try:
-            row = database.execute("SELECT * FROM totals").fetchone()
+            try:
+                row = _total(path, "ro")
+            except sqlite3.OperationalError as error:
+                if "readonly" not in str(error):
+                    raise
+                row = _total(path, "rw")  # a killed process left a transaction, which reading has to take back first
         except sqlite3.DatabaseError as error:
             raise LedgerError(f"{path} cannot be read ({error})") from error
-        finally:
-            database.close()
         counts = {key: counts[key] + more for key, more in zip(COUNTS, row, strict=True)}
     return counts
+
+
+def _total(path: Path, mode: str) -> tuple[int, ...]:
+    with contextlib.closing(
+        sqlite3.connect(f"{path.resolve().as_uri()}?mode={mode}", uri=True, timeout=60)
+    ) as database:
+        if not database.execute("SELECT 1 FROM sqlite_master").fetchone():  # killed before it had made its tables
+            return (0,) * len(COUNTS)
+        return tuple(database.execute("SELECT * FROM totals").fetchone())
 
 
 def insert(database: sqlite3.Connection, table: str, row: tuple[Any, ...]) -> None:
