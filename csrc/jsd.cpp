@@ -5,6 +5,9 @@
 namespace mekd {
 namespace {
 
+// Logits of the tops that a row's are compared from one by one.
+constexpr double kFarApart = 16;
+
 // What is left of each class when log p and log q are known: its part of the loss, and of the derivative in log q.
 template <typename A>
 struct Weigher {
@@ -98,8 +101,12 @@ Result jsd(
         pair = read_pair<A>(classes, unit, scratch, ahead, read_s, read_t);
         by = 1 / tau;
       }
-      // Of the logits' difference, which is exact where they are close: log p - log q = (x - top) * by - log z of both.
-      const V scale_v(static_cast<A>(by)), apart(pair.top_t - pair.top_s), two(static_cast<A>(kLog2e));
+      // log p - log q = (x - top) * by - log z of both: of the logits' difference, which is exact where they are close, or
+      // from both tops where the rows are so far apart that the difference loses what is behind it.
+      const A apart = pair.top_t - pair.top_s;
+      const bool far = std::abs(apart) > kFarApart;
+      const V from_t(far ? pair.top_t : 0), from_s(far ? pair.top_s : 0), rest(far ? 0 : apart);
+      const V scale_v(static_cast<A>(by)), two(static_cast<A>(kLog2e));
       const V less(static_cast<A>(std::log(pair.zt / pair.zs)));
       double loss = 0, slopes = 0, spared = 0;
       A read_of_s[kBlock], read_of_t[kBlock];
@@ -119,7 +126,7 @@ Result jsd(
           V some_l(0), some_g(0), some_h(0);
           for (int64_t j = part; j < std::min(part + kPart, n); j += kWidth<A>) {
             const V ours = V::load(x + j, n - j, -kInf<A>), theirs = V::load(y + j, n - j, -kInf<A>);
-            const V gap = (theirs - ours - apart) * scale_v - less;
+            const V gap = (theirs - from_t - (ours - from_s) - rest) * scale_v - less;
             const V q = log_probs ? exp2(ours * two) : V::load(keep_q + j) * of_q;
             const V p = log_probs ? exp2(theirs * two) : V::load(keep_slope + j) * of_p;
             V slope, spare;

@@ -16,13 +16,16 @@ from mekd.checks import (
     check_choice,
     check_device,
     check_floor,
+    check_index,
     check_labels,
     check_named_classes,
+    check_number,
     check_positive,
     check_probabilities,
     check_rows,
     check_student,
     check_teacher,
+    check_tensor,
     check_weight,
     rows_with_answer,
     slack_of,
@@ -48,6 +51,8 @@ def kd_arguments(
     check_choice("scale", scale, SCALES)
     check_choice("reduction", reduction, REDUCTIONS)
     check_floor(floor)
+    check_number("skew", skew)
+    check_index(ignore_index)
     mixed = direction != "forward" or skew != 0
     if not 0 <= skew < 1:
         raise ValueError(f"skew is {skew}; it must be at least 0 and below 1")
@@ -61,7 +66,7 @@ def kd_arguments(
         if logits is None and probs is None:
             raise ValueError("tau_teacher is given without logits or probs, which alone it softens: leave it out")
         check_positive("tau_teacher", tau_teacher)
-    student = classes_last(student, dim)
+    student = classes_last("student", student, dim)
     tau = tau_tensor(tau, student.device)
     check_student("student", student)
     rows = student.shape[:-1]
@@ -72,7 +77,11 @@ def kd_arguments(
         check_labels("labels", labels, rows, student)
         return "tempered_kl_labels", (student, labels, tau, weights, mask, ignore_index, scale)
     if topk is not None:
-        values, indices = (classes_last(x, dim) for x in topk)
+        if not isinstance(topk, tuple | list) or len(topk) != 2:
+            raise TypeError(f"topk is a {type(topk).__name__}; it must be a pair (values, indices)")
+        values, indices = (
+            classes_last(f"topk {name}", x, dim) for name, x in zip(("values", "indices"), topk, strict=True)
+        )
         check_choice("rest", rest, TOPK_RESTS)
         check_labels("topk indices", indices, values.shape, student)
         if values.shape[:-1] != rows or not 1 <= values.shape[-1] <= student.shape[-1]:
@@ -95,7 +104,7 @@ def kd_arguments(
         return "tempered_kl_topk", (student, values, indices, tau, weights, mask, rest, slack, scale)
     target = logits if logits is not None else probs
     assert target is not None
-    target = classes_last(target, dim)
+    target = classes_last("probs" if logits is None else "logits", target, dim)
     check_teacher("probs" if logits is None else "logits", target, student)
     slack = slack_of(target, floor)
     if logits is None and (mixed or tau_teacher is not None):
@@ -127,7 +136,8 @@ def dkd_arguments(
     check_choice("reduction", reduction, REDUCTIONS)
     check_weight("alpha", alpha)
     check_weight("beta", beta)
-    student, teacher = classes_last(student, dim), classes_last(teacher, dim)
+    check_index(ignore_index)
+    student, teacher = classes_last("student", student, dim), classes_last("teacher", teacher, dim)
     check_student("student", student)
     check_teacher("teacher", teacher, student)
     check_labels("labels", labels, student.shape[:-1], student)
@@ -143,9 +153,10 @@ def jsd_arguments(
     """What jsd_loss runs, checked."""
     check_choice("scale", scale, SCALES)
     check_choice("reduction", reduction, REDUCTIONS)
+    check_number("beta", beta)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta is {beta}; it must lie between 0 and 1")
-    student, teacher = classes_last(student, dim), classes_last(teacher, dim)
+    student, teacher = classes_last("student", student, dim), classes_last("teacher", teacher, dim)
     check_student("student", student)
     check_teacher("teacher", teacher, student)
     check_rows(weights, mask, student.shape[:-1], student)
@@ -154,5 +165,10 @@ def jsd_arguments(
     return "jsd", (student, teacher, tau, weights, mask, float(beta), left, right, log_probs, scale)
 
 
-def classes_last(x: Tensor, dim: int) -> Tensor:
+def classes_last(name: str, x: Tensor, dim: int) -> Tensor:
+    check_tensor(name, x)
+    if not isinstance(dim, int) or (dim != -1 and not -x.dim() <= dim < x.dim()):
+        raise ValueError(
+            f"dim is {dim!r}; it must be one of the {x.dim()} dimensions of {name}, the one of the classes"
+        )
     return x if dim in (-1, x.dim() - 1) else x.movedim(dim, -1)

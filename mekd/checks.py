@@ -17,8 +17,34 @@ TOPK_RESTS = ("spread", "drop", "tail")
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raise ValueError unless value is one of the allowed names."""
-    if value not in allowed:
+    if isinstance(value, Tensor) or value not in allowed:  # a tensor is compared by its elements
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise TypeError unless value is a number, of Python's or NumPy's, or a tensor of one."""
+    if not hasattr(value, "__float__") or (isinstance(value, Tensor) and value.numel() != 1):
+        raise TypeError(f"{name} is {_shown(value)}; it must be a number")
+
+
+def check_index(ignore_index: object) -> None:
+    """Raise TypeError unless ignore_index is a whole number."""
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index is {_shown(ignore_index)}; it must be an int")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Raise TypeError unless x is a tensor of rows and columns in memory."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {_shown(x)}; it must be a tensor")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has the layout {x.layout}; it must be dense: pass {name}.to_dense()")
 
 
 def check_positive(name: str, value: float | Tensor) -> None:
@@ -30,12 +56,14 @@ def check_positive(name: str, value: float | Tensor) -> None:
             raise ValueError(f"{name} requires grad, which the losses do not give; pass {name}.detach()")
         if not checks_values(value):
             return
+    check_number(name, value)
     if not value > 0:
         raise ValueError(f"{name} is {float(value)}; it must be above 0")
 
 
 def check_weight(name: str, value: float) -> None:
     """Raise ValueError unless value is a finite number from 0 on."""
+    check_number(name, value)
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} is {value}; it must be at least 0 and finite")
 
@@ -46,6 +74,7 @@ def tau_tensor(tau: float | Tensor, device: torch.device) -> Tensor:
         if tau.dim() != 0 or tau.requires_grad:
             check_positive("tau", tau)
         return tau if tau.device == device else tau.to(device)
+    check_number("tau", tau)
     # Neither a fake tensor, nor one of torch.func, nor one in a CUDA graph that is being captured may be kept.
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if _nothing_to_see() or capturing:
@@ -63,6 +92,7 @@ def _constant(tau: float, device: torch.device) -> Tensor:
 
 def check_teacher(name: str, target: Tensor, student: Tensor) -> None:
     """Raise unless target is a floating tensor of the student's shape and device that wants no gradient."""
+    check_tensor(name, target)
     if target.requires_grad:
         raise ValueError(f"{name} requires grad; a teacher gets no gradient: pass {name}.detach()")
     if target.shape != student.shape:
@@ -72,7 +102,8 @@ def check_teacher(name: str, target: Tensor, student: Tensor) -> None:
 
 
 def check_floating(name: str, x: Tensor) -> None:
-    """Raise TypeError unless x holds floating-point numbers."""
+    """Raise TypeError unless x is a tensor of floating-point numbers."""
+    check_tensor(name, x)
     if not x.is_floating_point():
         raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating dtype")
 
@@ -94,6 +125,7 @@ def check_student(name: str, student: Tensor) -> None:
 
 def check_labels(name: str, labels: Tensor, shape: torch.Size, student: Tensor) -> None:
     """Raise unless labels are int64, of the given shape and where the student is."""
+    check_tensor(name, labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"{name} has dtype {labels.dtype}; it must be torch.int64")
     if labels.shape != shape:
@@ -112,6 +144,7 @@ def check_rows(weights: Tensor | None, mask: Tensor | None, shape: torch.Size, s
             )
         check_device("weights", weights, student)
     if mask is not None:
+        check_tensor("mask", mask)
         if mask.dtype != torch.bool or mask.shape != shape:
             raise ValueError(
                 f"mask has dtype {mask.dtype} and shape {tuple(mask.shape)}; it must be torch.bool {tuple(shape)}, "
@@ -151,6 +184,7 @@ SLACK = 1e-2
 
 def check_floor(floor: float) -> None:
     """Raise ValueError unless floor is a number from 0 on and below 1."""
+    check_number("floor", floor)
     if not 0 <= floor < 1:
         raise ValueError(f"floor is {floor}; it must be at least 0 and below 1: half the step of rounded probabilities")
 

@@ -92,7 +92,7 @@ def logit_standardized_kd_loss(
     student, logits: (..., C) with C at least 2; a class of logit -inf is left out of its row's mean and deviation.
     Others as in kd_loss.
     """
-    student, logits = classes_last(student, dim), classes_last(logits, dim)
+    student, logits = classes_last("student", student, dim), classes_last("logits", logits, dim)
     check_student("student", student)
     check_teacher("logits", logits, student)
     if student.shape[-1] < 2:

@@ -77,10 +77,10 @@ def _formula(op: Op, impl: str | None) -> Callable[..., Tensor]:
 
 
 def _backend(op: Op, impl: str, on: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    if not isinstance(impl, str) or impl not in IMPLS:
+        raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(map(repr, IMPLS))}, or None to choose")
     if impl == "reference":
         return op.reference
-    if impl not in IMPLS:
-        raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(map(repr, IMPLS))}, or None to choose")
     if impl == "triton":
         _check_triton(on)
         return op.dispatch

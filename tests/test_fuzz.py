@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench import fuzz
-from mekd import cli
+from bench import fuzz, loss_calls
+from mekd import checks, cli, testing
 from mekd.data import DataError, arrays
 from mekd.data.upright import decode
 from mekd.oracle.replay import Replay, StoreError
@@ -24,6 +24,20 @@ def test_damaged_files_are_read_or_refused(name: str) -> None:
     counts, examples = fuzz.run(name, 12, seed=1)
     assert set(counts) <= {"read", "refused"}, examples
     assert counts["refused"] > 0
+
+
+def test_random_calls_of_the_losses_are_right_or_refused() -> None:
+    counts, examples = loss_calls.run(600, seed=2)
+    assert set(counts) <= {"right", "refused", "answered"}, examples
+    assert counts["right"] > 300 and counts["refused"] > 100
+
+
+def test_a_wrong_value_and_an_unclear_error_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = testing.result
+    monkeypatch.setattr(testing, "result", lambda *given: [x + 0.1 for x in kept(*given)])
+    monkeypatch.setattr(checks, "check_tensor", lambda name, x: None)
+    counts, examples = loss_calls.run(300, seed=2)
+    assert counts["wrong"] > 60 and counts["AttributeError"] > 0, examples
 
 
 def test_the_fuzzer_sees_what_must_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
