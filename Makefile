@@ -9,7 +9,7 @@ INTERPRETED := $(filter-out tests/test_ops_extension.py,$(wildcard tests/test_op
 INTERPRETED_ALONE := tests/test_ops_regimes.py
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: setup demo test compiled processes interpreted slow wheel gpu matrix lint bench servers kernels asan clean
+.PHONY: setup demo test compiled processes interpreted slow wheel gpu matrix lint docs notebooks bench servers kernels asan clean
 
 setup: .venv/ready
 
@@ -58,6 +58,17 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy mekd
 
+# The documentation as a site, in site/: nothing is downloaded. A missing page, link or anchor is an error.
+docs: setup
+	$(BIN)/python docs/build.py
+
+# The notebooks run again, with the output that the site shows.
+notebooks: setup
+	rm -rf build/notebooks && mkdir -p build && cp -r notebooks build/notebooks
+	cd build/notebooks && PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m nbconvert --execute --to notebook --inplace \
+		--ExecutePreprocessor.record_timing=False *.ipynb
+	cp build/notebooks/*.ipynb notebooks
+
 bench: setup
 	$(BIN)/python -m bench limits
 	$(BIN)/python -m bench losses --quick
@@ -84,4 +95,4 @@ asan: setup
 		$(BIN)/python -m pytest -q tests/test_ops_*.py -k "not compile and not stable_abi"
 
 clean:
-	rm -rf .venv .venv-servers build mekd/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-servers build site .cache mekd/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -109,7 +109,10 @@ def dkd() -> plt.Figure:
     other = TEACHER.repeat(len(MOVED), 1)
     other[:, 1] += MOVED
     target = torch.zeros(len(MOVED), dtype=torch.long)
-    for axes, student, what in ((left, students(), "the target's logit moves"), (right, other, "another class's moves")):
+    for axes, student, what in (
+        (left, students(), "the target's logit moves"),
+        (right, other, "another class's moves"),
+    ):
         for style, alpha, beta in (("-", 1.0, 0.0), ("-", 0.0, 1.0), ("--", 1.0, 4.0)):
             teacher = TEACHER.expand_as(student)
             loss = dkd_loss(student, teacher, target, alpha=alpha, beta=beta, tau=1.0, reduction="none")

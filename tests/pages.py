@@ -1,6 +1,5 @@
 """A page's code blocks as one script: what a reader would save, run and type, in the order of the page."""
 
-import os
 import re
 import shlex
 import socket
@@ -31,36 +30,37 @@ def without_numbers(text: str) -> str:
     return " ".join(NUMBER.sub("#", text).split())
 
 
-def follow(path: Path, folder: Path, **replaced: str) -> str:
-    """Do in folder what the page at path says, on a free port; what it printed.
+def commands(folder: Path) -> dict[str, str]:
+    """An environment in which python, mekd and torchrun are this interpreter's and this checkout's, from folder/bin."""
+    programs = folder / "bin"
+    programs.mkdir()
+    for name, words in {"python": "", "mekd": "-m mekd", "torchrun": "-m torch.distributed.run"}.items():
+        (programs / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {words} "$@"\n')
+        (programs / name).chmod(0o755)
+    return {
+        "PATH": f"{programs}:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(folder), "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def follow(path: Path, folder: Path) -> str:
+    """Do in folder what the page at path says, with a free port in place of 8000; what it printed.
 
     Raises AssertionError if a command fails, or a line of a text block is not printed, whatever its numbers.
     """
-    page = path.read_text("utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    for old, new in {"8000": port, **replaced}.items():
-        assert old not in replaced or old in page, f"{path.name} does not say {old}"
-        page = page.replace(old, new)
-    commands = folder / "bin"
-    commands.mkdir()
-    for name, words in {"python": "", "mekd": "-m mekd", "torchrun": "-m torch.distributed.run"}.items():
-        (commands / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {words} "$@"\n')
-        (commands / name).chmod(0o755)
-    work = folder / "work"
-    work.mkdir()
-    environment = {
-        "PATH": f"{commands}:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(folder),
-        "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1",
-    }  # fmt: skip
+    page = path.read_text("utf-8").replace("8000", free_port())
     (folder / "page.sh").write_text(script(page))
-    # Of its own file: whoever is at no terminal must not read what is left of the script.
-    typed = ["bash", str(folder / "page.sh")]
-    with open(os.devnull) as nothing:
-        done = subprocess.run(
-            typed, cwd=work, env=environment, text=True, stdin=nothing, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900
-        )
+    (folder / "work").mkdir()
+    done = subprocess.run(
+        ["bash", str(folder / "page.sh")], cwd=folder / "work", env=commands(folder), text=True, timeout=1800,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout
     said = without_numbers(done.stdout)
     for kind, _, body in BLOCK.findall(page):
