@@ -59,6 +59,7 @@ lint: setup
 	$(BIN)/mypy mekd
 
 # The documentation as a site, in site/: nothing is downloaded. A missing page, link or anchor is an error.
+# python -m http.server -d site shows it.
 docs: setup
 	$(BIN)/python docs/build.py
 

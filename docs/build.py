@@ -1,7 +1,7 @@
 """The documentation as a site: python docs/build.py [--with zensical|mkdocs]. Nothing is downloaded.
 
-The pages are the repository's own Markdown, laid out in build/pages as it lies in the repository, so that a link works on
-both; notebooks become Markdown, with the output that is stored in them.
+The pages are the repository's own Markdown, laid out in build/pages as it lies in the repository, so that a link works
+in both; notebooks become Markdown, with the output that is stored in them.
 """
 
 import argparse

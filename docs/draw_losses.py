@@ -185,8 +185,8 @@ def gan() -> plt.Figure:
 
 
 PICTURES = {
-    "temperature": temperature, "direction": direction, "rest": rest, "standardized": standardized, "dkd": dkd, "jsd": jsd,
-    "image-l1": image_l1, "gan": gan,
+    "temperature": temperature, "direction": direction, "rest": rest, "standardized": standardized, "dkd": dkd,
+    "jsd": jsd, "image-l1": image_l1, "gan": gan,
 }  # fmt: skip
 
 
