@@ -67,7 +67,7 @@ docs: setup
 notebooks: setup
 	rm -rf build/notebooks && mkdir -p build && cp -r notebooks build/notebooks
 	cd build/notebooks && PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m nbconvert --execute --to notebook --inplace \
-		--ExecutePreprocessor.record_timing=False *.ipynb
+		--coalesce-streams --ExecutePreprocessor.record_timing=False *.ipynb
 	cp build/notebooks/*.ipynb notebooks
 
 bench: setup
