@@ -26,7 +26,7 @@ def lay_out() -> None:
             shutil.copytree(part, target, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(part, target)
-    to_markdown = [sys.executable, "-m", "nbconvert", "--to", "markdown", "--coalesce-streams", "--log-level", "WARN"]
+    to_markdown = [sys.executable, "-m", "nbconvert", "--to", "markdown", "--log-level", "WARN"]
     for notebook in sorted(ROOT.glob("notebooks/*.ipynb")):
         subprocess.run([*to_markdown, "--output-dir", PAGES / "notebooks", notebook], check=True)
 
