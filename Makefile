@@ -9,7 +9,7 @@ INTERPRETED := $(filter-out tests/test_ops_extension.py,$(wildcard tests/test_op
 INTERPRETED_ALONE := tests/test_ops_regimes.py
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: setup demo test compiled processes interpreted slow wheel gpu matrix lint docs notebooks bench servers kernels asan clean
+.PHONY: setup demo test compiled processes interpreted slow wheel gpu matrix lint bench servers kernels asan clean
 
 setup: .venv/ready
 
@@ -58,6 +58,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy mekd
 
+.PHONY: docs notebooks
 # The documentation as a site, in site/: nothing is downloaded. A missing page, link or anchor is an error.
 # python -m http.server -d site shows it.
 docs: setup

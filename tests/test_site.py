@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from pages import ROOT
+from follow_page import ROOT
 
 #: What is no page and nothing that a page is made of.
 LEFT_OUT = (

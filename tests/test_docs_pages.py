@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from follow_page import ROOT, commands, follow, free_port, script
 from mekd.functional import jsd_loss, kd_loss
-from pages import ROOT, commands, follow, free_port, script
 
 START = sorted((ROOT / "docs" / "start").glob("*.md"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
