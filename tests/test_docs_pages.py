@@ -34,6 +34,24 @@ def test_there_are_pages_and_notebooks() -> None:
     assert all("mekd" in script(page.read_text("utf-8")) for page in START)
 
 
+def test_a_page_that_does_not_hold_is_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    for number, (text, why) in enumerate((
+        ("```sh\necho it took 3.5 s\n```\n```text\nit took 9 s\n```\n", ""),
+        ("```sh\necho it took 3.5 s\n```\n```text\nit cost 9\n```\n", "not printed: it cost 9"),
+        ('```yaml title="a.yaml"\nkey: 1\n```\n```sh\ngrep other a.yaml\n```\n', ""),
+        ("```python\nraise SystemExit('stopped')\n```\n```sh\necho after\n```\n", "stopped"),
+    )):  # fmt: skip
+        page.write_text(text)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        if number == 0:
+            assert "3.5" in follow(page, folder)
+        else:
+            with pytest.raises(AssertionError, match=why):
+                follow(page, folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=[notebook.stem for notebook in NOTEBOOKS])
 def test_notebook(notebook: Path, tmp_path: Path) -> None:
