@@ -58,6 +58,19 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy mekd
 
+.PHONY: docs notebooks
+# The documentation as a site, in site/: nothing is downloaded. A missing page, link or anchor is an error.
+# python -m http.server -d site shows it.
+docs: setup
+	$(BIN)/python docs/build.py
+
+# The notebooks run again, with the output that the site shows.
+notebooks: setup
+	rm -rf build/notebooks && mkdir -p build && cp -r notebooks build/notebooks
+	cd build/notebooks && PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m nbconvert --execute --to notebook --inplace \
+		--coalesce-streams --ExecutePreprocessor.record_timing=False *.ipynb
+	cp build/notebooks/*.ipynb notebooks
+
 bench: setup
 	$(BIN)/python -m bench limits
 	$(BIN)/python -m bench losses --quick
@@ -84,4 +97,4 @@ asan: setup
 		$(BIN)/python -m pytest -q tests/test_ops_*.py -k "not compile and not stable_abi"
 
 clean:
-	rm -rf .venv .venv-servers build mekd/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-servers build site .cache mekd/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -3,15 +3,18 @@
 Of logits that never exist as a whole, the losses are in mekd.linear.
 
 Common to all: losses come as float32 (float64 for float64 inputs) whatever the inputs' dtype; a teacher that requires
-grad is refused, and so are second derivatives. weights (...) multiplies each row's loss, mask (...) is True for the
-rows that count; a row that does not, or has a weight of 0, may hold anything. reduction: "none" gives (...), "sum" adds
-up, "rowmean" divides that by the rows that count, whatever their weights, and "batchmean" by the size of dimension 0
-and "mean" by all elements, both as F.kl_div does. dim: where the classes are, 1 for dense predictions (B, C, H, W).
-tau: a float or a 0-d tensor; under torch.compile only the tensor changes without a recompile. impl names a backend,
-"reference", "cpp" or "triton", and is an error where that cannot run. Raises ValueError or TypeError naming the
-argument; values (labels, probabilities, indices, tau) are checked while they are read: on the CPU always, on a GPU with
-MEKD_CHECK=1 in the environment. Within torch.func and forward-mode differentiation the formula runs, which has
-derivatives of every order; within torch.func values are not checked.
+grad is refused, and so are second derivatives. Raises ValueError or TypeError naming the argument; values (labels,
+probabilities, indices, tau) are checked while they are read: on the CPU always, on a GPU with MEKD_CHECK=1 in the
+environment. Within torch.func and forward-mode differentiation the formula runs, which has derivatives of every order;
+within torch.func values are not checked. Arguments that several have:
+
+- `weights` (...) multiplies each row's loss, `mask` (...) is True for the rows that count; a row that does not, or has
+  a weight of 0, may hold anything.
+- `reduction`: "none" gives (...), "sum" adds up, "rowmean" divides that by the rows that count, whatever their weights,
+  "batchmean" by the size of dimension 0 and "mean" by all elements, both as F.kl_div does.
+- `dim`: where the classes are, 1 for dense predictions (B, C, H, W).
+- `tau`: a float or a 0-d tensor; under torch.compile only the tensor changes without a recompile.
+- `impl` names a backend, "reference", "cpp" or "triton", and is an error where that cannot run.
 """
 
 import math
@@ -60,18 +63,25 @@ def kd_loss(
 ) -> Tensor:
     """scale * KL(p_t^tau || softmax(student / tau)), the loss of Hinton et al. (2015), for any kind of answer.
 
-    student: logits (..., C). Exactly one target: logits (..., C); probs (..., C), re-tempered as p^(1/tau);
-    labels (...) int64, one-hot and not softened, ignore_index for rows that do not count; topk=(values, indices),
-    both (..., K), whose missing mass is spread over the other classes (rest="spread"), dropped (rest="drop") or held
-    against what the student gives to all of them together (rest="tail"). An index of -1 is an
-    absent entry, whose value may be anything; a row of such is uniform when spread, and else does not count.
-    A row of probs sums to 1, and one of values to 1 at most, give or take 1e-2 and floor a class: half the step of
-    values that were rounded (0.005 for two decimals). scale: "tau2", "tau" or "one", of tau. tau_teacher: a temperature
-    of the teacher's own, with logits and probs; they are copied then, in float32.
+    Exactly one target is given: logits, probs, labels or topk. The rest is common to all losses: see the module.
 
-    direction: "forward" is KL(p || q), "reverse" KL(q || p), q the student's, "symmetric" their mean. skew in [0, 1):
-    what the second is mixed with of the first, KL(p || (1 - skew) q + skew p), and so in reverse (Lee, 2001).
-    Directions other than forward, and a skew, take no labels, nor rest="drop". For the rest see mekd.functional.
+    Args:
+        student: logits (..., C).
+        logits: the teacher's (..., C).
+        probs: (..., C), re-tempered as p^(1/tau). A row sums to 1, give or take 1e-2 and floor a class.
+        labels: (...) int64, one-hot and not softened.
+        topk: values and indices, both (..., K). A row of values sums to 1 at most. An index of -1 is an absent entry,
+            whose value may be anything; a row of such is uniform when spread, and else does not count.
+        tau_teacher: a temperature of the teacher's own, with logits and probs; they are copied then, in float32.
+        scale: "tau2", "tau" or "one", of tau.
+        direction: "forward" is KL(p || q), "reverse" KL(q || p), q the student's, "symmetric" their mean. Others than
+            forward take no labels, nor rest="drop".
+        skew: in [0, 1), what the second is mixed with of the first, KL(p || (1 - skew) q + skew p), and so in reverse
+            (Lee, 2001). It takes no labels, nor rest="drop".
+        rest: what becomes of the mass that topk leaves out: "spread" over the other classes, "drop", or "tail": held
+            against what the student gives to all of them together.
+        floor: half the step of probabilities that were rounded, 0.005 for two decimals.
+        ignore_index: the label of rows that do not count.
     """
     check_choice("direction", direction, DIRECTIONS)
     losses = []
@@ -130,7 +140,12 @@ def dkd_loss(
 ) -> Tensor:
     """scale * (alpha * KL of target against rest + beta * KL within the rest): decoupled KD (Zhao et al., 2022).
 
-    student, teacher: logits (..., C); labels (...) int64, the target classes. For the rest see mekd.functional.
+    Args:
+        student: logits (..., C).
+        teacher: logits (..., C).
+        labels: the target classes (...), int64.
+        alpha: the weight of the target against the rest.
+        beta: the weight of the part within the rest.
     """
     name, arguments = dkd_arguments(
         student, teacher, labels, alpha, beta, tau, scale, ignore_index, weights, mask, dim, reduction
@@ -154,8 +169,11 @@ def jsd_loss(
 ) -> Tensor:
     """scale * (beta KL(p || m) + (1 - beta) KL(q || m)), m = beta p + (1 - beta) q: generalised Jensen-Shannon.
 
-    student (q), teacher (p): logits (..., C); with log_probs=True log-probabilities, taken as they are. beta in
-    [0, 1]: 0 is KL(p || q) and 1 is KL(q || p) (Agarwal et al., 2024). For the rest see mekd.functional.
+    Args:
+        student: logits (..., C), of q.
+        teacher: logits (..., C), of p.
+        beta: in [0, 1]; 0 is KL(p || q) and 1 is KL(q || p) (Agarwal et al., 2024).
+        log_probs: both sides are log-probabilities, taken as they are.
     """
     name, arguments = jsd_arguments(student, teacher, beta, log_probs, tau, scale, weights, mask, dim, reduction)
     return ops.run(name, *arguments, reduction=reduction, impl=impl)
@@ -174,11 +192,17 @@ def image_l1_loss(
 ) -> Tensor:
     """L1 distance of the images that the generator draws from the student's and from the teacher's code.
 
-    student, teacher: pre-activations (m, ch, H, W), to which tanh is applied here; finished=True says that
-    teacher already is an image, tanh=False that both are. reduction: "mean" over elements, "batchmean" (sum
-    over pixels, mean over images: the paper's), "sum", "none" (m,). inplace=True writes the gradient over student,
-    which spares an allocation of its size: nothing else may read student, and backward runs once. A float16 student
-    keeps a gradient of its own, in float32; so does one that torch negates when it is read, or that has a tangent.
+    Args:
+        student: pre-activations (m, ch, H, W), to which tanh is applied here.
+        teacher: likewise.
+        tanh: False says that both are images already.
+        finished: True says that teacher is.
+        weights: (m,), each image's.
+        reduction: "mean" over elements, "batchmean" (sum over pixels, mean over images: the paper's), "sum", or "none",
+            which gives (m,).
+        inplace: write the gradient over student, which spares an allocation of its size: nothing else may read student,
+            and backward runs once. A float16 student keeps a gradient of its own, in float32; so does one that torch
+            negates when it is read, or that has a tangent.
     """
     check_choice("reduction", reduction, SAMPLE_REDUCTIONS)
     check_floating("student", student)
@@ -207,10 +231,17 @@ def generator_loss(
 ) -> Tensor:
     """L_G of deprivatisation: the mean of (1 + alpha y_i) softplus(-d_i) (Ma et al., 2024, with the sign set right).
 
-    d_fake: the discriminator's logits (m,) for generated images. y is the teacher's top probability: given as
-    confidence (m,), or taken from its answer, logits or probs (m, C); 1 when nothing is given (a teacher that
-    answers labels). minimax=True: G minimises log(1 - sigmoid(d)) instead of softplus(-d). ValueError for a confidence
-    above 1 or a row of probs that does not sum to 1, give or take 1e-2.
+    Args:
+        d_fake: the discriminator's logits (m,) for generated images.
+        confidence: y (m,), the teacher's top probability; 1 where neither it nor an answer is given (a teacher that
+            answers labels).
+        logits: the teacher's answer (m, C), of which y is taken.
+        probs: the same as probabilities.
+        alpha: the weight of the information term.
+        minimax: G minimises log(1 - sigmoid(d)) instead of softplus(-d).
+
+    Raises:
+        ValueError: a confidence above 1, or a row of probs that does not sum to 1, give or take 1e-2.
     """
     return _generator(d_fake, confidence, logits, probs, 1.0, alpha, minimax, reduction, impl)
 
