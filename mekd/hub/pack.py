@@ -198,7 +198,7 @@ def _check_private(run: Path, items: list[Item]) -> None:
     """PackError naming a file that tells a secret of the run, or a folder of this machine; never what it tells."""
     words = _private_words(run)
     for item in items:
-        content = item.path.read_bytes()
+        content = _text_in(item.path)
         for word, what in words.items():
             # Of more than a word's end: a teacher's name may end as a folder begins.
             if re.search(rb"(?<![\w.-])" + re.escape(word.encode()), content):
@@ -206,6 +206,14 @@ def _check_private(run: Path, items: list[Item]) -> None:
                     f"{item.name} holds {what}, which is not to be handed on; nothing was sent. Take it out of "
                     f"{run / item.name}, or have it written again (`mekd report`, `mekd distill`)"
                 )
+
+
+def _text_in(path: Path) -> bytes:
+    """What of a file can hold words: of safetensors its header, behind which numbers alone come."""
+    with open(path, "rb") as file:
+        if path.suffix == ".safetensors":
+            return file.read(int.from_bytes(file.read(8), "little"))
+        return file.read()
 
 
 def _private_words(run: Path) -> dict[str, str]:

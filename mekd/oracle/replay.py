@@ -109,8 +109,11 @@ class Replay:
         return images, response, parts.get("nuisance", torch.empty(len(images), 0))
 
     def contents(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """The arrays by their names, and the kind and decimals of the answers."""
-        return dict(self._arrays), {name: self._kind[name] for name in ("kind", "decimals")}
+        """The arrays by their names, and the kind and decimals of the answers; StoreError where a row is damaged."""
+        for start in range(0, self.count, 4096):
+            self.read(slice(start, start + 4096))
+        arrays = {name: array for name, array in self._arrays.items() if name != CHECKS}
+        return arrays, {name: self._kind[name] for name in ("kind", "decimals")}
 
     def will_need(self, rows: Tensor) -> None:
         """Tell the system which rows (m,) are read next, so that it has them by then."""
@@ -167,12 +170,13 @@ def write_store(
     images = arrays.get("images", np.empty(0))
     rows = len(images)
     if not (
-        {"images"} < set(arrays) <= ARRAYS
+        {"images"} < set(arrays) <= set(PARTS)
         and images.ndim == 4
         and images.dtype in (np.uint8, np.float32)
         and all(len(x) == rows and x.ndim <= 2 and x.dtype.kind in "fi" for n, x in arrays.items() if n != "images")
     ):
         raise StoreError(f"{folder.name} holds no images and answers to them, as many of both")
+    arrays = {**arrays, CHECKS: np.fromiter(_checks(arrays), np.uint32, rows)}
     for name, array in arrays.items():
         files.write(folder / f"{name}.npy", functools.partial(np.save, arr=array, allow_pickle=False))
     told = {"kind": kind.get("kind"), "decimals": kind.get("decimals"), "arrays": list(arrays), "origin": origin}
