@@ -7,9 +7,11 @@ from typing import Any
 from mekd.engine.result import architecture, class_names, preprocess_of
 from mekd.engine.run import Run
 from mekd.nets.registry import file_of
-from mekd.plots import PRIVATE
+from mekd.plots import PUBLIC
 from mekd.student import Preprocess
 
+#: Where the code of a student of the user's own lies: beside it, or, as code is not pushed, elsewhere.
+IN_THIS_FOLDER, NOT_IN_IT = "lies in this folder too", "is not in this repository: it must lie beside the weights"
 #: What reaches a student's teacher, by response, in words.
 ANSWERS = {
     "logits": "logits", "probs": "probabilities of all classes", "label": "the name of one class, nothing else",
@@ -22,7 +24,7 @@ def card(run: Run, summary: dict[str, Any], pictures: Sequence[tuple[str, str]],
     config, how = run.config, preprocess_of(run)
     classes, teacher = class_names(run), run.teacher_name
     named = ", ".join(classes[:20]) + (f" and {len(classes) - 20:,} more" if len(classes) > 20 else "")
-    there = [(caption, name) for caption, name in pictures if name not in PRIVATE and (run.out / name).is_file()]
+    there = [(caption, name) for caption, name in pictures if name in PUBLIC and (run.out / name).is_file()]
     shown = [line for caption, name in there for line in (f"![{caption}]({name})", "", caption, "")]
     lines = [
         f"# {config.distill.student.rpartition(':')[2]}, distilled from {teacher}",
@@ -199,7 +201,7 @@ def _photo(how: Preprocess) -> list[str]:
 def _code_of_your_own(student: str) -> list[str]:
     if (file := file_of(student)) is not None:
         name = file.replace("\\", "/").rpartition("/")[2]
-        return [f"That runs the code of {name}, which makes the network and lies in this folder too.", ""]
+        return [f"That runs the code of {name}, which makes the network and {IN_THIS_FOLDER}.", ""]
     return []
 
 

@@ -28,6 +28,9 @@ other commands:
   predict       what a student says of photos, in any folders: mekd predict student.onnx PHOTOS --out predictions.csv
   serve         FILE.onnx behind an address, by the Open Inference Protocol v2 and as Hugging Face's API has it: for a
                 student, and for trying out how a teacher is asked there; mekd serve --help lists its options
+  push          put the student of a run on the Hugging Face Hub: mekd push RUN OWNER/NAME; its generator and the paid
+                answers only where asked, private images never (mekd[hub])
+  pull          fetch it: mekd pull OWNER/NAME --out FOLDER
   selftest      every loss on this machine against float64, and its speed: a table for a bug report (--device, --impl)
 
 mekd STAGE --help lists every setting. A run's folder is --out, or runs/NAME for configs/NAME.yaml. --profile writes
@@ -61,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(
             f"\nmekd {command}: interrupted"
-            + ("" if command == "predict" else "; the same command goes on from the last checkpoint"),
+            + ("" if command in ("predict", "push", "pull") else "; the same command goes on from the last checkpoint"),
             file=sys.stderr,
         )
         return 130
@@ -85,11 +88,16 @@ def _dispatch(command: str, words: list[str]) -> int:
         from mekd.serve import main as serve
 
         return serve(words)
+    if command in ("push", "pull"):
+        from mekd import hub
+
+        return hub.push(words) if command == "push" else hub.pull(words)
     from mekd.engine.stages import STAGES
 
     if command not in (*STAGES, "run", "quote"):
         raise UsageError(
-            f"there is no such stage; there are {', '.join(STAGES)}, run, quote, doctor, predict, serve and selftest"
+            f"there is no such stage; there are {', '.join(STAGES)}, run, quote, doctor, predict, serve, push, pull "
+            "and selftest"
         )
     flags = [word for word in words if word in FLAGS]
     words = [word for word in words if word not in FLAGS]
@@ -121,9 +129,12 @@ def _dispatch(command: str, words: list[str]) -> int:
         dry_run(run, stages)
         return 0
     preflight(run, stages, lambda: confirm(run, stages, agreed))
-    with stopped_by_signals():
-        for stage in stages:
-            STAGES[stage](run)
+    try:
+        with stopped_by_signals():
+            for stage in stages:
+                STAGES[stage](run)
+    finally:
+        run.tracks.close()
     parallel.leave()
     return 0
 

@@ -17,6 +17,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "authors": {"tau": 5.0, "kl_tau": 5.0, "beta": 1.0, "scale": "tau", "reduction": "mean", "image": 1.0},
 }
 
+#: What engine.track may name.
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -25,7 +28,8 @@ class DataConfig:
     Args:
         name: photos, your own, unlabelled, of any format and in any folders; digits, mnist, fashion_mnist, cifar10,
             cifar100; or a tree of files with train in it, and val where evaluate is enabled: folder (class folders of
-            JPEGs), webdataset or tfrecord. null: photos, or folder where path holds the folder train
+            JPEGs), webdataset, tfrecord or parquet (as Hugging Face has it; labels may be missing). null: photos,
+            or folder where path holds the folder train, or parquet where path or its data holds train*.parquet
         path: folder of the photos, or of the data set's own files (idx, CIFAR's python batches, a tree); digits need
             none
         size: side of an image in pixels: 16, 32, 64, 128 or 224
@@ -67,6 +71,8 @@ class DataConfig:
         name, fraction = self.name, self.local_fraction
         if name is None and self.path is not None:
             name = "folder" if (Path(self.path) / "train").is_dir() else "photos"
+            if any(next(Path(self.path).glob(f"{one}*.parquet"), None) for one in ("train", "data/train", "train/")):
+                name = "parquet"
         if fraction is None:
             fraction = 1.0 if name == "photos" else 0.1
         flip, shift = self.flip, self.shift
@@ -294,6 +300,8 @@ class EngineConfig:
         compile: torch.compile for step 1: off, default, reduce-overhead (CUDA graphs), or auto: default on CUDA alone
         batch_norm: with several processes, the statistics of each one's part of a batch (local), or of the whole batch
             (synchronised, on CUDA)
+        track: who is told the metrics and the pictures that show no private image: tensorboard, wandb, trackio, mlflow,
+            each as it is set up on this machine
     """
 
     device: str = "auto"
@@ -303,8 +311,11 @@ class EngineConfig:
     profile: bool = False
     compile: str = "auto"
     batch_norm: str = "local"
+    track: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        for name in self.track:
+            check_choice("engine.track", name, TRACKERS)
         check_choice("engine.batch_norm", self.batch_norm, ("local", "synchronised"))
         check_choice("engine.compile", self.compile, ("auto", "off", "default", "reduce-overhead"))
         above_zero("engine", self, "checkpoint_every", "log_every")

@@ -19,8 +19,8 @@ from mekd.metrics import confusion, explained_by_rows, same_class
 from mekd.oracle.response import Response
 from mekd.pixels import as_float, to_uint8
 
-#: Pictures that show private images: they stay in the run's folder, and are in nothing that is handed on.
-PRIVATE = ("samples/sent.png", "samples/nearest.png")
+#: Pictures of what the generator draws, and of numbers: all that is ever handed on. Others show private images.
+PUBLIC = ("curves.png", "confusion.png", "samples/classes.png", "samples/families.png")
 #: Rows and columns of a picture at most: of more classes those are shown that occur most.
 SHOWN = 20
 

@@ -12,7 +12,7 @@ from mekd.engine.private import answers_at_home
 from mekd.engine.result import finished_student, held_out
 from mekd.engine.run import Run, StageError
 from mekd.errors import MekdError
-from mekd.plots import draw
+from mekd.plots import PUBLIC, draw
 
 STAGES = ("teacher", "deprivatize", "pretrain", "holdout", "replay", "distill", "baseline")
 
@@ -27,6 +27,9 @@ def report(run: Run) -> None:
     run.write_json("summary.json", summary)
     files.write_text(run.out / "summary.csv", _csv(summary))
     pictures = draw(run)
+    for _, name in pictures:
+        if name in PUBLIC:
+            run.tracks.picture(name)
     files.write_text(run.out / "report.md", markdown(run, summary, pictures))
     dp = run.config.deprivatize.dp is not None  # whose epsilon does not count what the audit says of private images
     if (run.out / "student.onnx").exists():

@@ -14,6 +14,10 @@ from mekd.oracle.export import Classifier
 
 #: The file's name in a run's folder.
 FILE = "student.safetensors"
+#: What a student's files say of it.
+ABOUT = (
+    "architecture", "num_classes", "channels", "size", "classes", "preprocessing", "preprocess", "teacher", "mekd",
+)  # fmt: skip
 
 
 class StudentError(MekdError, ValueError):
@@ -61,7 +65,7 @@ def load_student(run: str | os.PathLike) -> Classifier:
     """
     path = Path(run)
     path = path / FILE if path.is_dir() else path
-    weights, about = _read(path)
+    weights, about = read(path)
     name = about["architecture"]
     if file_of(name):
         name = str(path.parent / name)
@@ -85,7 +89,8 @@ def load_student(run: str | os.PathLike) -> Classifier:
     return classifier.eval()
 
 
-def _read(path: Path) -> tuple[dict[str, Any], Mapping[str, str]]:
+def read(path: Path) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """The weights in a student's file, and what it says of them; StudentError where it is none."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:

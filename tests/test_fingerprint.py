@@ -42,6 +42,7 @@ MAY_CHANGE = {
     "engine.log_every": 1,
     "engine.progress": False,
     "engine.profile": True,
+    "engine.track": ["wandb"],
 }
 
 

@@ -23,6 +23,12 @@ EXTRAS = [
     "nvidia.dali",
     "starlette",
     "uvicorn",
+    "huggingface_hub",
+    "mlflow",
+    "pyarrow",
+    "tensorboard",
+    "trackio",
+    "wandb",
 ]
 
 #: Makes them look like packages that were never installed, to torch and to us.

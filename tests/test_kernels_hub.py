@@ -1,12 +1,14 @@
 """python -m mekd.kernels.hub: the kernels as a package of their own, as Hugging Face's kernel hub wants it."""
 
 import ast
+import importlib.metadata
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -72,3 +74,40 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest
     (tmp_path / "file").write_text("")
     assert main(["--out", str(tmp_path / "file")]) == 2
     assert "could not be written" in capsys.readouterr().err
+
+
+#: What the hub's own package makes of the project: it reads build.toml, and loads what kernel-builder would lay out.
+BY_THE_HUB = """
+import json, shutil, sys
+from pathlib import Path
+from kernels import get_local_kernel
+from kernels._rust import Build
+
+project, repository = Path(sys.argv[1]), Path(sys.argv[2])
+print(Build.open(project).general)
+variant = repository / "build" / "torch-cuda"
+shutil.copytree(project / "torch-ext" / "mekd", variant)
+told = {"name": "mekd", "id": "mekd_0", "version": 0, "license": "Apache-2.0", "python-depends": [],
+        "backend": {"type": "cuda"}}
+(variant / "metadata.json").write_text(json.dumps(told))
+print(get_local_kernel(repository).tempered_kl.__name__)
+"""
+
+
+def test_the_hubs_own_package_takes_it(tmp_path: Path) -> None:
+    try:
+        importlib.metadata.version("kernels")  # a folder of this project has the name of the package
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the hub's package is not installed: pip install kernels")
+    if not torch.version.cuda:
+        pytest.skip("the hub's package loads kernels for CUDA with a torch for CUDA alone")
+    assert main(["--out", str(tmp_path / "project")]) == 0
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", BY_THE_HUB, str(tmp_path / "project"), str(tmp_path / "repository")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["General(backends=[Cuda])", "tempered_kl"]
+    build = tmp_path / "project" / "build.toml"
+    build.write_text(build.read_text().replace("backends", "backend"))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=200)
+    assert "Unknown field backend" in done.stderr, "it reads what it is given"

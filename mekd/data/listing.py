@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from mekd import files
-from mekd.data import shards
+from mekd.data import parquet, shards
 from mekd.data.arrays import DataError, kept_apart
 from mekd.data.names import IMAGES, NATIVE, ending, is_hidden, read_names
 
-KINDS = ("folder", *shards.SUFFIXES)
+KINDS = ("folder", *shards.SUFFIXES, "parquet")
 END_OF_JPEG = b"\xff\xd9"
 TAIL = 4096  # bytes at a file's end that are searched for the end of the JPEG: cameras append what they like
 
@@ -26,8 +26,9 @@ class Listing:
     """Images and their classes, in a fixed order: files of images with labels, or shards with the place of each sample.
 
     files are images (folder) or shards; labels (n,) int64 of a folder; of shards spans (n, 5) int64: the shard, offset
-    and length of the image (tfrecord: of the record), offset and length of the label's text (tfrecord: 0). notes are
-    sentences on what lies there and was not taken.
+    and length of the image (tfrecord: of the record), offset and length of the label's text (tfrecord: 0); parquet: the
+    row group, the row in it, 0, the label, 0. notes are sentences on what lies there and was not taken. labelled: not
+    so of Parquet files without labels, whose only class is a name.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class Listing:
     labels: np.ndarray | None = None
     spans: np.ndarray | None = None
     notes: tuple[str, ...] = ()
+    labelled: bool = True
 
     def __len__(self) -> int:
         return len(self.files if self.spans is None else self.spans)
@@ -59,7 +61,7 @@ class Listing:
 
 
 def read(path: str | Path, kind: str, split: str, classes: tuple[str, ...] | None = None) -> Listing:
-    """The images of path/split; kind is folder, webdataset or tfrecord; classes are names in place of classes.txt.
+    """The images of path/split; kind is one of KINDS; classes are names in place of classes.txt.
 
     A link to a folder is followed where it leads out of path/split, and no folder is entered twice: what leads to a
     folder of the tree, or to one that holds the link, is passed over. Nothing hidden is an image or a class.
@@ -68,6 +70,8 @@ def read(path: str | Path, kind: str, split: str, classes: tuple[str, ...] | Non
     if kind not in KINDS:
         raise DataError(f"data.name is {kind!r}; a tree of files is {', '.join(KINDS)}")
     root = Path(path) / split
+    if kind == "parquet":
+        return _parquet(Path(path), split, classes)
     if not root.is_dir():
         raise DataError(f"{root} is missing; data.path must hold the folder {split}")
     return _folder(root, classes) if kind == "folder" else _shards(root, kind, classes)
@@ -145,6 +149,8 @@ def sample(listing: Listing, row: int) -> tuple[bytes | memoryview, int]:
         assert listing.labels is not None
         return Path(listing.files[row]).read_bytes(), int(listing.labels[row])
     shard, offset, length, label_offset, label_length = map(int, listing.spans[row])
+    if listing.kind == "parquet":
+        return parquet.sample(listing.files[shard], offset), label_offset
     image, label = shards.sample(listing.kind, listing.files[shard], (offset, length, label_offset, label_length))
     if not 0 <= label < len(listing.classes):
         first = shards.FIRST_TFRECORD_LABEL if listing.kind == "tfrecord" else 0
@@ -316,3 +322,26 @@ def _shards(root: Path, kind: str, classes: tuple[str, ...] | None) -> Listing:
         raise DataError(f"{found[0]}{_more(found)} hold no sample")
     notes = [f"{root}: left out as no shards by their endings: {counted(others)}, {others[0]} first"] if others else []
     return Listing(kind, str(root), classes, tuple(found), spans=spans, notes=_shown(notes))
+
+
+def _parquet(path: Path, split: str, classes: tuple[str, ...] | None) -> Listing:
+    found = parquet.find(path, split)
+    if not found:
+        raise DataError(
+            f"{path} holds no Parquet file of {split}: they lie in {path / split}, or their names begin with {split}"
+        )
+    names, groups, spans = parquet.read(found)
+    if names is None:
+        classes, spans[:, 3] = ("unlabelled",), 0
+    else:
+        wanted = classes or names or _listed(path)
+        most = int(spans[:, 3].max()) + 1
+        classes = wanted or tuple(map(str, range(most)))
+        if most > len(classes):
+            raise DataError(f"{found[0]}: a label is {most - 1}, and there are {len(classes)} classes, from 0")
+    return Listing("parquet", str(path), classes, tuple(groups), spans=spans, labelled=names is not None)
+
+
+def _listed(path: Path) -> tuple[str, ...]:
+    file = path / "classes.txt"
+    return tuple(read_names(file, "classes.txt")) if file.is_file() else ()

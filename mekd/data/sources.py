@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from mekd.config import Config
-from mekd.data import arrays, listing
+from mekd.data import arrays, listing, parquet
 from mekd.data.arrays import Dataset
 from mekd.data.listing import Listing
 from mekd.data.photos import PhotoSource
 from mekd.data.stream import Plan, Stream
 from mekd.seeds import generator_at
 
-TREES = ("folder", "webdataset", "tfrecord")
+TREES = ("folder", "webdataset", "tfrecord", "parquet")
 
 
 class Batches(Protocol):
@@ -179,7 +179,10 @@ class TreeSource:
         self._training = listing.read(settings.path, settings.name, "train")
         labelled = Path(config.evaluate.path or Path(settings.path) / "val")
         self._test = None  # only evaluate reads it
-        if config.evaluate.enabled or labelled.is_dir():
+        if config.evaluate.enabled:
+            self._require_labels()
+        beside = settings.name == "parquet" and bool(parquet.find(labelled.parent, labelled.name))
+        if config.evaluate.enabled or beside or labelled.is_dir():
             self._test = listing.read(labelled.parent, settings.name, labelled.name)
             listing.same_classes(self._training, self._test)
         self._loader.check(self._training)
@@ -190,7 +193,7 @@ class TreeSource:
 
     def training(self, batch: int) -> Batches:
         """As Source.training: random-resized crops, mirrored where data.flip says so."""
-        return _Streamed(self._opened(self._training, batch, "random"))
+        return _Streamed(self._opened(self._part("training"), batch, "random"))
 
     def local(self, batch: int) -> Batches:
         """As Source.local: resized and cropped in the centre."""
@@ -208,12 +211,22 @@ class TreeSource:
 
     def _part(self, part: str) -> Listing:
         found = {"training": self._training, "local": self._local, "held": self._held, "test": self._test}[part]
+        if part in ("training", "test"):
+            self._require_labels()
         if found is None:
             raise arrays.DataError(
                 f"{Path(str(self._settings.path)) / 'val'} is missing: labelled images belong there, or give their "
                 "folder with --evaluate.path FOLDER"
             )
         return found
+
+    def _require_labels(self) -> None:
+        if not self._training.labelled:
+            raise arrays.DataError(
+                f"{self._training.root} has images without labels: no teacher can be trained or tested with them. Give "
+                "yours with --teacher.url ADDRESS, --teacher.onnx FILE or --teacher.python FILE.py:function, and leave "
+                "evaluate.enabled false"
+            )
 
     def left_out(self) -> set[str]:
         """As Source.left_out."""

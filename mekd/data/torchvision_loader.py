@@ -13,8 +13,8 @@ from mekd.data.stream import Plan, Running, Stream, mixed
 
 
 def check(listing: Listing) -> None:
-    """Raises DataError where torchvision is missing, and for shards, which it does not read."""
-    if listing.kind != "folder":
+    """Raises DataError where torchvision is missing, and for shards but Parquet's, which it does not read."""
+    if listing.kind not in ("folder", "parquet"):
         raise DataError(
             f"{listing.root}: the torchvision loader reads no {listing.kind} shards; use --data.loader dali"
         )

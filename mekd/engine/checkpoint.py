@@ -42,7 +42,7 @@ class Checkpoint:
 
     def restore(self, log: RunLog) -> int:
         """Go on from the file if it is there; returns the steps that are done. StageError for another run's file."""
-        seconds = 0.0
+        seconds, log.depends = 0.0, self.depends
         if not self.path.exists():
             for feed in self.feeds.values():
                 feed.begin()

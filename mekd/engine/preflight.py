@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mekd import files
+from mekd import files, track
 from mekd.codes import resolve_code
 from mekd.engine import again, dp, parallel
 from mekd.engine.checkpoint import check_depends
@@ -32,6 +32,7 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
     """
     config = run.config
     dp.check(config)
+    track.check(config.engine.track)
     trains = "teacher" in stages and not (run.given_teacher or config.teacher.checkpoint)
     simulates = "evaluate" in stages and config.evaluate.enabled
     if run.device.type == "cuda":

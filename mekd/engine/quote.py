@@ -127,6 +127,15 @@ def confirm_images(run: Run, agreed: bool) -> None:
         )
 
 
+def agree(question: str, agreed: bool, refused: str) -> None:
+    """On a terminal, have a question answered with yes; UsageError, beginning with refused, where it is not."""
+    if agreed or (_somebody() and _yes(question)):
+        return
+    raise UsageError(
+        f"{refused}: agree with --yes" + ("" if _somebody() else ", since there is no terminal to be asked on")
+    )
+
+
 def dry_run(run: Run, stages: Sequence[str]) -> None:
     """Go through the stages, a few steps each, in a folder that is thrown away; a remote teacher is made up."""
     config = run.config
@@ -145,6 +154,7 @@ def dry_run(run: Run, stages: Sequence[str]) -> None:
         deprivatize=dataclasses.replace(config.deprivatize, **few),
         distill=dataclasses.replace(config.distill, **few, **step2),
         evaluate=dataclasses.replace(config.evaluate, baseline_steps=2),
+        engine=dataclasses.replace(config.engine, track=[]),
     )
     from mekd.engine.stages import STAGES
 

@@ -13,6 +13,9 @@ from mekd.settings import read_saved
 #: Of the oracle's settings, what a store's answers are a result of.
 ANSWERS = ("response", "k", "decimals", "transport", "encoding", "quality", "unknown", "size", "mean", "std")
 
+#: What a store says of where its answers come from.
+ORIGIN = ("teacher", "teacher_name", "generator", "classes", "class_names", "seed", "answers")
+
 
 def adopted(config: Config) -> Config:
     """The configuration with what deprivatize.generator and distill.store decide of it.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from mekd import files, user_code
+from mekd import files, track, user_code
 from mekd.config import Config
 from mekd.data import TREES, Source, open_source, read_names
 from mekd.engine import parallel, reach, reuse
@@ -352,6 +352,11 @@ class Run:
     def asked(self, *stages: str) -> dict[str, int]:
         """The counts of what stages asked so far, over all processes."""
         return ledger.totals(self.ledger, *(name for stage in stages for name in ACCOUNTS[stage]))
+
+    @functools.cached_property
+    def tracks(self) -> track.Tracks:
+        """Who is told the metrics and the pictures; the first process alone tells."""
+        return track.Tracks(self.config.engine.track, self.out, self.log)
 
     # -- what is written -----------------------------------------------------------------------------------
 

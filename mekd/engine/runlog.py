@@ -31,6 +31,7 @@ class RunLog:
         self._feeds = list(feeds.values())
         self.ledger = next((feed.ledger for feed in self._feeds if feed.ledger is not None), None)
         self.step, self.seconds = 0, 0.0
+        self.depends: Mapping[str, Any] = {}  # what the losses are a result of
         self._sums: dict[str, Any] = {}
         self._unread: dict[str, Tensor] = {}
         self.means: dict[str, float] = {}
@@ -83,6 +84,7 @@ class RunLog:
         self.run.out.mkdir(parents=True, exist_ok=True)
         with open(self.run.out / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": self.name, "step": step, **known}, allow_nan=False) + "\n")
+        self.run.tracks.metrics(self.name, self.depends, step, known)
 
     def forget(self, step: int) -> None:
         """Drop the lines of steps that will be taken again."""

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,12 +82,13 @@ def export(
     beside = path.with_name(f".{path.stem}.part.onnx")
     try:
         _write(classifier, images[:2], beside)
-        if metadata:
-            import onnx
+        import onnx
 
-            model = onnx.load(beside)
+        model = onnx.load(beside)
+        forget_origin(model)
+        if metadata:
             onnx.helper.set_model_props(model, dict(metadata))
-            onnx.save(model, beside)
+        onnx.save(model, beside)
         session = open_session(beside, "cpu")
         worst = 0.0
         for batch in (images, images[:1]):
@@ -105,6 +107,19 @@ def export(
     finally:
         beside.unlink(missing_ok=True)
     return worst
+
+
+def forget_origin(message: Any) -> None:
+    """Clear what a protobuf message of ONNX, and all that it holds, say of where they come from.
+
+    The exporter writes the lines of code that made a node, and the folders of this machine that they lie in.
+    """
+    for field, value in message.ListFields():
+        if field.name in ("doc_string", "metadata_props"):
+            message.ClearField(field.name)
+        elif field.type == field.TYPE_MESSAGE:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                forget_origin(part)
 
 
 def _write(classifier: nn.Module, images: Tensor, path: Path) -> None:

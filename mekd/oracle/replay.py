@@ -1,5 +1,6 @@
 """Queries asked once and kept on disk, memory-mapped, to be used again in every epoch."""
 
+import functools
 import json
 import mmap
 import os
@@ -107,6 +108,13 @@ class Replay:
         images = parts["images"]
         return images, response, parts.get("nuisance", torch.empty(len(images), 0))
 
+    def contents(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The arrays by their names, and the kind and decimals of the answers; StoreError where a row is damaged."""
+        for start in range(0, self.count, 4096):
+            self.read(slice(start, start + 4096))
+        arrays = {name: array for name, array in self._arrays.items() if name != CHECKS}
+        return arrays, {name: self._kind[name] for name in ("kind", "decimals")}
+
     def will_need(self, rows: Tensor) -> None:
         """Tell the system which rows (m,) are read next, so that it has them by then."""
         for array in self._arrays.values():
@@ -153,6 +161,27 @@ class Replay:
 
     def _describe(self) -> None:
         files.write_text(self.folder / "replay.json", json.dumps({**self._kind, "count": self.count}) + "\n")
+
+
+def write_store(
+    folder: Path, arrays: Mapping[str, np.ndarray], kind: Mapping[str, Any], origin: Mapping[str, Any]
+) -> None:
+    """Write arrays and kind, as Replay.contents() gives them, as a store; StoreError where they are none."""
+    images = arrays.get("images", np.empty(0))
+    rows = len(images)
+    if not (
+        {"images"} < set(arrays) <= set(PARTS)
+        and images.ndim == 4
+        and images.dtype in (np.uint8, np.float32)
+        and all(len(x) == rows and x.ndim <= 2 and x.dtype.kind in "fi" for n, x in arrays.items() if n != "images")
+    ):
+        raise StoreError(f"{folder.name} holds no images and answers to them, as many of both")
+    arrays = {**arrays, CHECKS: np.fromiter(_checks(arrays), np.uint32, rows)}
+    for name, array in arrays.items():
+        files.write(folder / f"{name}.npy", functools.partial(np.save, arr=array, allow_pickle=False))
+    told = {"kind": kind.get("kind"), "decimals": kind.get("decimals"), "arrays": list(arrays), "origin": origin}
+    files.write_text(folder / "replay.json", json.dumps({**told, "count": rows}) + "\n")
+    _described(folder)
 
 
 def _described(folder: Path) -> dict[str, Any]:

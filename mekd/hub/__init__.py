@@ -1,0 +1,135 @@
+"""Students, generators and paid answers on the Hugging Face Hub: mekd push RUN OWNER/NAME, mekd pull OWNER/NAME."""
+
+import argparse
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mekd import files
+from mekd.errors import UsageError
+
+#: Packages, and the modules in them.
+NEEDS = {"huggingface_hub": "huggingface_hub", "safetensors": "safetensors"}
+
+
+def push(words: Sequence[str]) -> int:
+    """The command; returns 0. Raises MekdError where something is missing, refused or not agreed to."""
+    options = _push_parser().parse_args(list(words))
+    _require_packages()
+    from mekd.engine import quote
+    from mekd.hub import client
+    from mekd.hub.pack import about_student, pack
+
+    client.check_name(options.name)
+    client.require_login()
+    run = Path(options.run)
+    with tempfile.TemporaryDirectory() as folder:
+        items = pack(run, Path(folder), options.generator, options.store)
+        about, total = about_student(run), sum(item.path.stat().st_size for item in items)
+        for item in items:
+            print(f"{item.path.stat().st_size:>13,} bytes  {item.name}: {item.what}")
+        print(
+            f"the files call the teacher {about.get('teacher', 'nothing')}, and name its {about['num_classes']} classes"
+        )
+        seen = "for everybody to see" if options.public else "private"
+        where = f"{client.address()}/{options.name}"
+        print(f"{len(items)} files, {total:,} bytes, to {where}, {seen}")
+        quote.agree("push them?", options.yes, "nothing was sent")
+        url = _commit(items, options.name, options.public, options.update)
+    print(f"pushed: {url}")
+    return 0
+
+
+def _commit(items: Sequence, name: str, public: bool, update: bool) -> str:
+    from huggingface_hub import CommitOperationAdd
+
+    from mekd.hub import client
+
+    hub = client.api()
+    with client.told(name, "make" if not update else "show"):
+        if not update:
+            hub.create_repo(name, private=not public)
+        elif not hub.model_info(name).private and not public:
+            raise UsageError(f"{name} is there for everybody to see: say --public too, or choose another name")
+    operations = [CommitOperationAdd(item.name, item.path) for item in items]
+    try:
+        with client.told(name, "take a commit to"):
+            return str(hub.create_commit(name, operations, commit_message="Distilled by mekd").commit_url)
+    except client.HubError as error:
+        if update:
+            raise
+        raise client.HubError(f"{error}. {name} was made and is empty: go on with --update") from error
+
+
+def pull(words: Sequence[str]) -> int:
+    """The command; returns 0. Raises MekdError where there is nothing of ours, or it is damaged."""
+    options = _pull_parser().parse_args(list(words))
+    _require_packages()
+    from mekd.hub import client
+    from mekd.hub.unpack import unpack, wanted
+
+    client.check_name(options.name)
+    out = Path(options.out or options.name.rpartition("/")[2])
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"--out is {files.shown(out)!r}, which is there already; choose another folder")
+    hub = client.api()
+    with client.told(options.name, "show"):
+        info = hub.model_info(options.name, revision=options.revision, files_metadata=True)
+    sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or []}
+    names, others = wanted(options.name, list(sizes))
+    print(f"{len(names)} files, {sum(sizes[name] for name in names):,} bytes, from {client.address()}/{options.name}")
+    if others:
+        print(f"left out, as mekd pushes none such: {', '.join(map(ascii, others[:5]))}{', ...' if others[5:] else ''}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        for name in names:
+            with client.told(options.name, "give"):
+                hub.hf_hub_download(options.name, name, revision=info.sha, local_dir=Path(folder, "down"))
+        made = Path(folder, "made")
+        lines = unpack(Path(folder, "down"), names, made)
+        if out.exists():
+            out.rmdir()
+        made.rename(out)
+    for line in lines:
+        print(line.replace("FOLDER", str(out)))
+    return 0
+
+
+def _require_packages() -> None:
+    if missing := [package for package, name in NEEDS.items() if importlib.util.find_spec(name) is None]:
+        raise UsageError(f"{' and '.join(missing)} cannot be imported: pip install 'mekd[hub]'")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message.removeprefix('argument ')}; `{self.prog} --help` lists what there is")
+
+
+def _push_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mekd push", allow_abbrev=False,
+        description="Put a run's student on the Hugging Face Hub, after you agreed to what goes up. Private unless "
+        "--public says otherwise. No private image, ledger, log, setting or code is ever among it.",
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("name", metavar="OWNER/NAME", help="the repository that is made")
+    add = parser.add_argument
+    add("--generator", action="store_true", help="its generator too, which learned from the private images")
+    add("--store", action="store_true", help="the paid answers too, with the generated images that they are answers to")
+    add("--public", action="store_true", help="for everybody to see")
+    add("--update", action="store_true", help="add to a repository that is there")
+    add("--yes", action="store_true", help="agree to what goes up where nobody can be asked")
+    return parser
+
+
+def _pull_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mekd pull", allow_abbrev=False,
+        description="Fetch what `mekd push` put on the Hugging Face Hub, and check it. No code comes with it.",
+    )  # fmt: skip
+    parser.add_argument("name", metavar="OWNER/NAME", help="the repository")
+    parser.add_argument("--out", metavar="FOLDER", help="where it goes, a new folder (NAME)")
+    parser.add_argument("--revision", metavar="REV", help="a commit, branch or tag; its newest, unless given")
+    return parser
