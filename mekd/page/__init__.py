@@ -12,7 +12,7 @@ from mekd.page.facts import Facts, gather
 from mekd.page.pictures import SIDES
 from mekd.page.sections import HEADINGS, sections, text, title
 
-__all__ = ["LIMIT", "Page", "document", "fitting", "gather", "policy", "write"]
+__all__ = ["HEADINGS", "LIMIT", "Page", "document", "fitting", "gather", "policy", "write"]
 
 #: Bytes of a page at most.
 LIMIT = 2_000_000

@@ -11,7 +11,7 @@ from html import escape
 from typing import NamedTuple
 
 #: The picture in its own units, its margins, and the points of a line at most.
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 220, 50, 12, 10, 34
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 205, 46, 10, 10, 34
 MOST = 300
 
 

@@ -8,7 +8,7 @@ from mekd.page.facts import Facts, queries_before
 
 #: Title, stage, keys of metrics.jsonl with their names, and how they are drawn.
 PANELS: Sequence[tuple[str, str, dict[str, str], dict[str, bool]]] = (
-    ("Student = teacher, held-out images", "distill", {"agreement": "agreement"}, {"percent": True}),
+    ("Agreement, held-out images", "distill", {"agreement": "student = teacher"}, {"percent": True}),
     ("Step 2: terms of the student's loss", "distill", {"image": "image L1", "kl": "KL"}, {"log": True}),
     ("Step 1: losses of the GAN", "deprivatize", {"loss_d": "discriminator", "loss_g": "generator"}, {}),
     ("Step 1: the teacher's confidence", "deprivatize", {"confidence": "mean confidence"}, {"percent": True}),

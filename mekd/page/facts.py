@@ -1,6 +1,7 @@
 """What a page shows of a run: read from the files of its folder, whether it is finished, at work or not yet begun."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mekd import files
+from mekd.config import DeprivatizeConfig
 from mekd.engine.run import ACCOUNTS, Run
 from mekd.fingerprint import asks
 from mekd.nets import Generator
@@ -41,7 +43,8 @@ class Facts:
     """A run as its files tell it; what is None or empty is not there (yet).
 
     names: of the classes; shown: those of a table; accounts: queries, calls, bytes and uncertain by account; answers:
-    how many were held out; drawn: images (k, ch, S, S) of the generator as it is, before anything was asked.
+    how many were held out; drawn: images (k, ch, S, S) of the generator as it is, before anything was asked; log: the
+    last lines of the log.
     """
 
     run: Run
@@ -57,6 +60,7 @@ class Facts:
     answers: int
     confusion: Confusion | None
     drawn: Tensor | None
+    log: Sequence[str]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -71,12 +75,12 @@ class Facts:
 
 def gather(
     run: Run, names: Sequence[str], summary: dict[str, Any] | None = None, confusion: Confusion | None = None,
-    moving: bool = False,
+    moving: bool = False, log: Sequence[str] = (),
 ) -> Facts:  # fmt: skip
     """Read what there is. Nothing is asked, computed anew, locked or written.
 
     names: of the classes, numbers where there are none yet; confusion: where evaluate.json does not hold it; moving:
-    also what the generator draws by now, where no answer is there yet.
+    also what the generator draws by now, where no answer is there yet; log: lines of the log to show.
     """
     answer = None
     if run.config.distill.store is not None or (run.out / "coverage.json").exists():  # all of them are there
@@ -104,6 +108,7 @@ def gather(
         answers=0 if answer is None else len(answer),
         confusion=confusion or evaluated(run),
         drawn=_drawn(run) if moving and answer is None else None,
+        log=log,
     )
 
 
@@ -151,19 +156,25 @@ def _surest(images: np.ndarray, answer: Response, number: int) -> Tensor:
     return picked if picked.dtype == torch.uint8 else to_uint8(picked)
 
 
-@torch.no_grad()
 def _drawn(run: Run) -> Tensor | None:
     """What the generator of the last checkpoint draws of some codes, always the same ones."""
     path = run.checkpoint("deprivatize")
     if not path.exists():
         return None
-    settings, state = run.config.deprivatize, files.load(path)["state"]
+    return _drawn_by(path, path.stat().st_mtime_ns, run.config.deprivatize, run.config.data.size)
+
+
+@functools.lru_cache(maxsize=1)
+@torch.no_grad()
+def _drawn_by(path: Path, written: int, settings: DeprivatizeConfig, side: int) -> Tensor:
+    """The same, of the checkpoint that was written then."""
+    state = files.load(path)["state"]
     weights = state["generator"]
     if settings.ema:
         weights = {name: state["average"][f"module.{name}"] for name in weights}
     channels, inputs = weights["last.weight"].shape[0], weights["linear.weight"].shape[1]
     classes = inputs - settings.nuisance
-    generator = Generator(classes, run.config.data.size, channels, settings.width, settings.nuisance)
+    generator = Generator(classes, side, channels, settings.width, settings.nuisance)
     generator.load_state_dict(weights)
     random = generator_at("page")
     code, n = (torch.randn(DRAWN, size, generator=random) for size in (classes, settings.nuisance))

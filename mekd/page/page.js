@@ -2,7 +2,6 @@
 
 // -- curves: what they are where the pointer is, or where the arrow keys went ------------------------------
 
-const SVG = "http://www.w3.org/2000/svg";
 let held = null; // the id of the figure that shows its values, and the place within it
 
 function values(svg, at) {
@@ -37,7 +36,7 @@ function show(svg, at) {
   cursor.setAttribute("transform", `translate(${found.at} 0)`);
   cursor.style.visibility = "visible";
   found.dots.forEach((p, l) => {
-    const dot = document.createElementNS(SVG, "circle");
+    const dot = document.createElementNS(svg.namespaceURI, "circle");
     dot.setAttribute("class", `spot dot l${l}`);
     dot.setAttribute("cx", p.x);
     dot.setAttribute("cy", p.y);

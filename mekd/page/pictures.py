@@ -1,6 +1,7 @@
 """Pictures within the page: as data, scaled to what the page has room for."""
 
 import base64
+import functools
 import importlib.util
 import io
 from pathlib import Path
@@ -21,11 +22,15 @@ def there() -> bool:
 
 def tile(image: Tensor, side: int) -> str:
     """An image (ch, S, S), uint8, as the address of an <img>, S being side at most."""
+    return _tile(image.permute(1, 2, 0).contiguous().numpy().tobytes(), image.shape[0], image.shape[-1], side)
+
+
+@functools.lru_cache(maxsize=512)
+def _tile(pixels: bytes, channels: int, size: int, side: int) -> str:
     from PIL import Image
 
-    pixels = image.permute(1, 2, 0).numpy()
-    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    if image.shape[-1] > side:
+    picture = Image.frombytes("L" if channels == 1 else "RGB", (size, size), pixels)
+    if size > side:
         picture = picture.resize((side, side), Image.Resampling.BOX)
     return _written(picture, lossless=picture.width <= SMALL)
 

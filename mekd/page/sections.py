@@ -89,13 +89,13 @@ def _tiles(facts: Facts) -> str:
         teacher = summary.get("teacher_accuracy")
         found.append(("test accuracy", percent(accuracy), f"the teacher: {percent(teacher)}" if teacher else ""))
     if (agreement := summary.get("agreement")) is not None:
-        found.append(("student = teacher, test images", percent(agreement), ""))
+        found.append(("agreement, test images", percent(agreement), "student = teacher"))
     seen = [row["agreement"] for row in facts.metrics if row["stage"] == "distill" and row.get("agreement") is not None]
     held = summary.get("holdout_agreement", max(seen, default=None))
     if held is not None:
         most = summary.get("majority_share")
-        note = f"always the most frequent class: {percent(most)}" if most is not None else "so far"
-        found.append(("student = teacher, held-out images", percent(held), note))
+        note = f"the most frequent class: {percent(most)}" if most is not None else "so far"
+        found.append(("agreement, held-out images", percent(held), note))
     note = f"{text(facts.run.config.oracle.response)}, in {paid['calls']:,} calls"
     if paid["uncertain"]:
         note += f"; {paid['uncertain']:,} more uncertain"
@@ -119,7 +119,8 @@ def _networks(summary: dict[str, Any]) -> str:
         ("MEKD student", "generated images only", summary["student_accuracy"]),
     ]
     body = [[name, source, percent(value)] for name, source, value in rows if value is not None]
-    return f"<h3>Beside the alternatives</h3>{table(['network', 'learned from', 'test accuracy'], body, numbers=1)}"
+    shown = table(["network", "learned from", "test accuracy"], body, numbers=1)
+    return f"<h3>Beside the alternatives</h3>{wide('networks', 'the three networks', shown)}"
 
 
 def _stages(facts: Facts) -> str:
@@ -146,7 +147,8 @@ def _stages(facts: Facts) -> str:
         f'value="{min(done, most)}"></progress><span>{done:,} of {most:,} {unit}</span></li>'
         for i, (name, done, most, unit) in enumerate(rows)
     )
-    return f'<ul class="stages">{items}</ul>'
+    log = "\n".join(text(line, 300) for line in facts.log)
+    return f'<ul class="stages">{items}</ul>' + (f"<h3>The last of log.txt</h3><pre>{log}</pre>" if log else "")
 
 
 # -- pictures and classes ----------------------------------------------------------------------------------
@@ -374,7 +376,7 @@ def table(
 
 def wide(name: str, label: str, content: str) -> str:
     """What may be wider than a phone: it scrolls alone."""
-    return f'<div class="wide" id="{name}-wide" role="region" aria-label="{label}" tabindex="0">{content}</div>'
+    return f'<div class="wide" id="{name}-wide" role="region" aria-label="table of {label}" tabindex="0">{content}</div>'
 
 
 def percent(share: float) -> str:
