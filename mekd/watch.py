@@ -13,7 +13,7 @@ from mekd.engine.result import STUDENT
 from mekd.engine.run import Run
 from mekd.errors import MekdError, UsageError
 from mekd.page import HEADINGS, Page
-from mekd.page.sections import text
+from mekd.page.markup import text
 from mekd.student import FILE
 
 if TYPE_CHECKING:

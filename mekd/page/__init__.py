@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from mekd import __version__, files
 from mekd.page.facts import Facts, gather
+from mekd.page.markup import text
 from mekd.page.pictures import SIDES
-from mekd.page.sections import HEADINGS, sections, text, title
+from mekd.page.sections import HEADINGS, sections, title
 
 __all__ = ["HEADINGS", "LIMIT", "Page", "document", "fitting", "gather", "policy", "write"]
 
@@ -55,7 +56,7 @@ def document(page: Page, live: bool = False) -> str:
         f"<title>{text(page.title, 300)}</title>\n<style>{_own('page.css')}</style>\n</head>\n<body>\n"
         f'<header><div id="head">{page.sections["head"]}</div>'
         f"{'<p id=status role=status></p>' if live else ''}</header>\n<main>{parts}</main>\n"
-        f"<footer><p>mekd {__version__}. Figures: summary.json. Curves: metrics.jsonl. In words: report.md.</p>"
+        f"<footer><p>Made by mekd {__version__} of the files in the run's folder.</p>"
         "</footer>\n"
         f"<script>{_own('page.js')}</script>\n</body>\n</html>\n"
     )

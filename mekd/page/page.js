@@ -51,7 +51,8 @@ function show(svg, at) {
   const box = svg.getBoundingClientRect(), place = (found.at / svg.viewBox.baseVal.width) * box.width;
   const left = svg.parentNode.offsetLeft + place + (place > box.width / 2 ? -tip.offsetWidth - 12 : 12);
   tip.style.left = `${Math.max(0, Math.min(left, figure.clientWidth - tip.offsetWidth))}px`;
-  tip.style.top = `${svg.parentNode.offsetTop + 6}px`;
+  const high = found.dots.some((p) => p.y < svg.viewBox.baseVal.height * 0.4); // it covers no value that it tells
+  tip.style.top = `${svg.parentNode.offsetTop + (high ? box.height * 0.82 - tip.offsetHeight : 6)}px`;
 }
 
 function chartOf(event) {

@@ -1,8 +1,7 @@
-"""The parts of a page as HTML. Whatever comes from outside goes through text(), which escapes and clips it."""
+"""The parts of a page as HTML."""
 
 import re
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,9 @@ from mekd.nets.registry import file_of
 from mekd.page import curves, pictures
 from mekd.page.facts import Facts
 from mekd.page.going_on import going_on
+from mekd.page.markup import LETTERS, code, percent, table, text, wide
 from mekd.plots import Confusion
 
-#: Letters of a name or a value from outside that a page shows at most.
-LETTERS = 120
 #: Account names in words; the first four are the student's, the last two a simulation's.
 ACCOUNTS = {
     "deprivatize": "step 1, the generator",
@@ -55,12 +53,6 @@ def sections(facts: Facts, audited: Sequence[str], side: int) -> dict[str, str]:
         name: f'<h2 id="{name}-title">{HEADINGS[name]}</h2>{part}' if part and HEADINGS[name] else part
         for name, part in parts.items()
     }
-
-
-def text(value: object, most: int = LETTERS) -> str:
-    """A value as HTML shows it, cut where it is longer than that."""
-    whole = str(value).encode("utf-8", "backslashreplace").decode()
-    return escape(whole if len(whole) <= most else whole[: most - 1] + "…")
 
 
 def title(facts: Facts) -> str:
@@ -206,12 +198,13 @@ def _confusion(facts: Facts) -> str:
     body = "".join(_confusion_row(found, shares, shown, i, name) for i, name in zip(shown, names, strict=True))
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     right = percent(float(np.trace(found.counts) / max(found.counts.sum(), 1)))
+    of = "of the label" if found.rows == "label" else "that the teacher names"
     return (
-        f'<div class="wide" id="confusion-wide" role="region" aria-label="confusion matrix" tabindex="0">'
-        f'<table class="confusion"><caption>How often the student (columns) names the class '
-        f"{'of the label' if found.rows == 'label' else 'that the teacher names'} (rows), {found.title}; {right} lie "
-        "on the diagonal. The stronger the colour, the larger the share of the row.</caption>"
-        f'<thead><tr><th scope="col">{found.rows}</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<p class="soft">How often the student (columns) names the class {of} (rows), {found.title}; {right} lie on '
+        "the diagonal. The stronger the colour, the larger the share of the row.</p>"
+        '<div class="wide" id="confusion-wide" role="region" aria-label="confusion matrix" tabindex="0">'
+        f'<table class="confusion"><thead><tr><th scope="col">{found.rows}</th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 
@@ -320,10 +313,11 @@ def _sent(facts: Facts) -> str:
         return ""
     rows = card.facts(facts.run, facts.summary, facts.run.teacher_name) + card.measured(facts.run, facts.summary)
     named = "".join(f'<tr><th scope="row">{text(name)}</th><td>{text(value, 600)}</td></tr>' for name, value in rows)
+    said = code(text(card.sent(facts.run, facts.summary), 2000))
     return (
-        f"<p>{text(card.sent(facts.run, facts.summary), 2000)}</p><p>This page may be handed on: it holds generated "
-        "images alone. samples/sent.png and samples/nearest.png show private photos, stay in the run's folder, and are "
-        f"left out here.</p>{wide('facts', 'facts of the run', f'<table>{named}</table>')}"
+        f"<p>{said}</p><p>This page may be handed on: it holds generated images alone. samples/sent.png "
+        "and samples/nearest.png show private photos, stay in the run's folder, and are left out here.</p>"
+        f"{wide('facts', 'facts of the run', f'<table>{named}</table>')}"
     )
 
 
@@ -348,37 +342,6 @@ def public(key: str, value: Any) -> str:
         return name if "/" not in name else f"…/{name.rpartition('/')[2]}"
     if key == "teacher.url":
         return re.sub(r"([?&;][^=&;]+=)(?!\{(?:env|file):)[^&;]+", r"\1…", str(value))
-    if key.startswith("oracle.headers"):
-        return str(value) if _SCHEMES.fullmatch(str(value)) else "…" if value else "{}"
+    if key == "oracle.headers":
+        return "; ".join(f"{name}: {one if _SCHEMES.fullmatch(str(one)) else '…'}" for name, one in value.items())
     return str(value)
-
-
-# -- tables ------------------------------------------------------------------------------------------------
-
-
-def table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0, summed: int = -1, kind: str = ""
-) -> str:
-    """A table of HTML; the last columns, so many, are numbers (of kind bars the one before the last); summed: a row."""
-    first = len(head) - numbers - (kind == "bars")
-    right = set(range(first, first + numbers))
-
-    def cell(tag: str, i: int, value: str, more: str = "") -> str:
-        return f"<{tag}{more}{' class=n' if i in right else ''}>{value}</{tag}>"
-
-    titles = "".join(cell("th" if x else "td", i, x, ' scope="col"' if x else "") for i, x in enumerate(head))
-    body = "".join(
-        f"<tr{' class=sum' if n == summed else ''}>{''.join(cell('td', i, x) for i, x in enumerate(row))}</tr>"
-        for n, row in enumerate(rows)
-    )
-    return f"<table{f' class={kind}' if kind else ''}><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def wide(name: str, label: str, content: str) -> str:
-    """What may be wider than a phone: it scrolls alone."""
-    return f'<div class="wide" id="{name}-wide" role="region" aria-label="table of {label}" tabindex="0">{content}</div>'
-
-
-def percent(share: float) -> str:
-    """A share of 1."""
-    return f"{100 * share:.2f} %"
