@@ -182,7 +182,7 @@ def test_an_unfinished_run_has_a_page(finished: Path, tmp_path: Path, capsys: py
     assert section(parsed(of(folder)), "classes") is None
     (folder / "metrics.jsonl").unlink()
     assert cli.main(["report", "--out", str(folder)]) == 2
-    assert "nothing to report before a stage has begun" in capsys.readouterr().err
+    assert "nothing to report yet" in capsys.readouterr().err
 
 
 def test_a_private_epsilon_leaves_the_audit_out(finished: Path) -> None:
