@@ -43,7 +43,9 @@ def report(run: Run) -> None:
 def _unfinished(run: Run) -> None:
     """Write the page of a run that has no student yet; StageError where it has not begun."""
     if not (run.out / "metrics.jsonl").exists():
-        raise StageError(f"{run.out / 'metrics.jsonl'} is missing: there is nothing to report yet; run `mekd run` first")
+        raise StageError(
+            f"{run.out / 'metrics.jsonl'} is missing: there is nothing to report yet; run `mekd run` first"
+        )
     page.write(page.gather(run, class_names(run)), [])
     run.log(f"report: the run is not finished; {run.out / 'report.html'} shows what there is")
 

@@ -19,6 +19,7 @@ from mekd.fingerprint import asks
 from mekd.nets import Generator
 from mekd.nets.frozen import freeze
 from mekd.oracle import ledger
+from mekd.oracle.replay import mapped
 from mekd.oracle.response import Response
 from mekd.pixels import to_uint8
 from mekd.plots import Confusion, evaluated, occurring
@@ -84,7 +85,7 @@ def gather(
     """
     answer = None
     if run.config.distill.store is not None or (run.out / "coverage.json").exists():  # all of them are there
-        images, answer = _held_out(run)
+        images, answer = mapped(run.store("holdout"), run.config.distill.holdout)
     shown: list[int] = []
     classes = []
     if answer is not None:
@@ -135,17 +136,6 @@ def queries_before(run: Run, stage: str) -> tuple[int, int]:
     if stage != "distill" or step2.store is not None:
         return 0, 0
     return each * step1.steps + step2.holdout, 0 if step2.replay else step2.batch
-
-
-def _held_out(run: Run) -> tuple[np.ndarray, Response]:
-    """The held-out images (n, ch, S, S), memory-mapped for reading alone, and the teacher's answers to them."""
-    folder, count = run.store("holdout"), run.config.distill.holdout
-    kind = json.loads((folder / "replay.json").read_text("utf-8"))
-    arrays = {
-        name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)[:count] for name in kind["arrays"]
-    }
-    values, indices = (torch.from_numpy(arrays[n].copy()) if n in arrays else None for n in ("values", "indices"))
-    return arrays["images"], Response(kind["kind"], values, indices, kind["decimals"])
 
 
 def _surest(images: np.ndarray, answer: Response, number: int) -> Tensor:
