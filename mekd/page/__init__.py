@@ -11,7 +11,7 @@ from mekd import __version__, files
 from mekd.page.facts import Facts, gather
 from mekd.page.markup import text
 from mekd.page.pictures import SIDES
-from mekd.page.sections import HEADINGS, sections, title
+from mekd.page.sections import HEADINGS, parts, title
 
 __all__ = ["HEADINGS", "LIMIT", "Page", "document", "fitting", "gather", "policy", "write"]
 
@@ -34,7 +34,7 @@ def write(facts: Facts, audited: Sequence[str]) -> None:
 def fitting(facts: Facts, audited: Sequence[str], limit: int = LIMIT) -> Page:
     """The page with the largest pictures with which it is no longer than limit, in bytes, and with none at worst."""
     for side in SIDES:
-        page = Page(title(facts), sections(facts, audited, side))
+        page = Page(title(facts), parts(facts, audited, side))
         if len(document(page).encode()) <= limit:
             break
     return page
@@ -42,7 +42,7 @@ def fitting(facts: Facts, audited: Sequence[str], limit: int = LIMIT) -> Page:
 
 def document(page: Page, live: bool = False) -> str:
     """The page as an HTML document; live: it asks where it came from for what is new."""
-    parts = "".join(
+    shown = "".join(
         f'<section id="{name}"{f" aria-labelledby={name}-title" if HEADINGS[name] and page.sections[name] else ""}>'
         f"{page.sections[name]}</section>"
         for name in HEADINGS
@@ -55,7 +55,7 @@ def document(page: Page, live: bool = False) -> str:
         f'<meta name="referrer" content="no-referrer">\n<link rel="icon" href="data:,">\n'
         f"<title>{text(page.title, 300)}</title>\n<style>{_own('page.css')}</style>\n</head>\n<body>\n"
         f'<header><div id="head">{page.sections["head"]}</div>'
-        f"{'<p id=status role=status></p>' if live else ''}</header>\n<main>{parts}</main>\n"
+        f"{'<p id=status role=status></p>' if live else ''}</header>\n<main>{shown}</main>\n"
         f"<footer><p>Made by mekd {__version__} of the files in the run's folder.</p>"
         "</footer>\n"
         f"<script>{_own('page.js')}</script>\n</body>\n</html>\n"

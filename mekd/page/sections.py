@@ -41,9 +41,9 @@ HEADINGS = {
 }  # fmt: skip
 
 
-def sections(facts: Facts, audited: Sequence[str], side: int) -> dict[str, str]:
+def parts(facts: Facts, audited: Sequence[str], side: int) -> dict[str, str]:
     """The HTML of each part of HEADINGS, empty where there is nothing to say; side: of pictures, 0 for none."""
-    parts = {
+    found = {
         "head": _head(facts), "tiles": _tiles(facts), "stages": _stages(facts), "curves": curves.curves(facts),
         "classes": _classes(facts, side), "confusion": _confusion(facts), "paid": _paid(facts),
         "coverage": _coverage(facts), "audit": _audit(facts, audited), "sent": _sent(facts),
@@ -51,7 +51,7 @@ def sections(facts: Facts, audited: Sequence[str], side: int) -> dict[str, str]:
     }  # fmt: skip
     return {
         name: f'<h2 id="{name}-title">{HEADINGS[name]}</h2>{part}' if part and HEADINGS[name] else part
-        for name, part in parts.items()
+        for name, part in found.items()
     }
 
 
