@@ -156,6 +156,10 @@ def test_a_run_is_watched_and_the_page_keeps_its_state(finished: Path, browser: 
         assert tab.locator("details[open]").count() == 1 and tab.get_by_label("queries paid").is_checked()
         assert tab.locator(".tip").inner_text().startswith("16 queries") and tab.evaluate("scrollY") == 300
         assert tab.locator("#status").inner_text() == "at work"
+        settings = (folder / "config.yaml").read_text()
+        (folder / "config.yaml").write_text(settings.replace("price: 0.01", "price: 0.02"))
+        tab.get_by_text("0.02 a query").wait_for(timeout=15_000)
+        assert tab.locator("details[open] td", has_text="0.02").count() == 1
         shutil.copytree(finished, folder, dirs_exist_ok=True)
         tab.get_by_text("finished; report.html").wait_for(timeout=15_000)
         tab.get_by_text("How to go on").wait_for()
