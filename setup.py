@@ -106,7 +106,7 @@ def main() -> None:
     setuptools.setup(
         packages=[*setuptools.find_packages(include=["mekd", "mekd.*"]), "mekd.kernels"],
         package_dir={"mekd": "mekd", "mekd.kernels": "kernels"},
-        package_data={"mekd.kernels": ["tuning.json"]},
+        package_data={"mekd.kernels": ["tuning.json"], "mekd.page": ["page.css", "page.js"]},
         **(plain if without or {"sdist", "egg_info"} & set(sys.argv) else extensions()),
     )
 

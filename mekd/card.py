@@ -35,11 +35,11 @@ def card(run: Run, summary: dict[str, Any], pictures: Sequence[tuple[str, str]],
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in [*_facts(run, summary, teacher), *_measured(run, summary)]),
+        *(f"| {name} | {value} |" for name, value in [*facts(run, summary, teacher), *measured(run, summary)]),
         "",
         "## What was sent, and what was not",
         "",
-        _sent(run, summary),
+        sent(run, summary),
         "",
         *audited,
         "## Load it",
@@ -70,7 +70,8 @@ def card(run: Run, summary: dict[str, Any], pictures: Sequence[tuple[str, str]],
     return "\n".join(lines)
 
 
-def _facts(run: Run, summary: dict[str, Any], teacher: str) -> list[tuple[str, str]]:
+def facts(run: Run, summary: dict[str, Any], teacher: str) -> list[tuple[str, str]]:
+    """Student, teacher, its answers, queries and cost, as pairs of a name and words."""
     config = run.config
     response = config.oracle.response
     answers = ANSWERS.get(response, f"the {config.oracle.k} best classes and their probabilities")
@@ -82,18 +83,19 @@ def _facts(run: Run, summary: dict[str, Any], teacher: str) -> list[tuple[str, s
     if config.distill.store is not None:
         other = Path(config.distill.store).name
         paid = f"{config.distill.replay:,} answers of another run, {other}; by this one {paid}"
-    facts = [
+    found = [
         ("student", f"{architecture(run)}, {_megabytes(run)}"),
         ("teacher", f"{teacher}, {_reached(run)}"),
         ("its answers", answers),
         ("queries", paid),
     ]
     if "cost" in summary:
-        facts.append(("cost", f"{summary['cost']:,}, at {config.oracle.price:g} a query"))
-    return facts
+        found.append(("cost", f"{summary['cost']:,}, at {config.oracle.price:g} a query"))
+    return found
 
 
-def _measured(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
+def measured(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was measured of the student, likewise."""
     found = []
     covered = run.read_json("coverage.json")
     if covered is not None:
@@ -127,7 +129,8 @@ def _reached(run: Run) -> str:
     return "an ONNX file, asked on this machine and not looked into"
 
 
-def _sent(run: Run, summary: dict[str, Any]) -> str:
+def sent(run: Run, summary: dict[str, Any]) -> str:
+    """What was sent to the teacher, and what was not."""
     count = summary["queries"] + summary["uncertain"]
     text = f"No private photo was sent; generated images were: {count:,}. "
     if summary["simulation_queries"]:

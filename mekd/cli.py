@@ -18,7 +18,7 @@ stages, in the order in which `mekd run` takes them:
   distill       step 2: the student learns from generated images
   evaluate      a simulation, off unless asked: test accuracy and the plain baseline
   audit         what can be said of equivalence and privacy, measured at home: audit.json (mekd[audit])
-  report        curves, pictures and tables of the run: report.md, and README.md, the student's model card
+  report        curves, pictures and tables of the run: report.html, report.md, and README.md, the student's model card
   run           all of them; each resumes where it stopped
 
 other commands:
@@ -31,6 +31,8 @@ other commands:
   push          put the student of a run on the Hugging Face Hub: mekd push RUN OWNER/NAME; its generator and the paid
                 answers only where asked, private images never (mekd[hub])
   pull          fetch it: mekd pull OWNER/NAME --out FOLDER
+  watch         the page of a run, runs/digits say, while it goes on, in a browser of this machine: mekd watch RUN
+                --port N
   selftest      every loss on this machine against float64, and its speed: a table for a bug report (--device, --impl)
 
 mekd STAGE --help lists every setting. A run's folder is --out, or runs/NAME for configs/NAME.yaml. --profile writes
@@ -92,12 +94,16 @@ def _dispatch(command: str, words: list[str]) -> int:
         from mekd import hub
 
         return hub.push(words) if command == "push" else hub.pull(words)
+    if command == "watch":
+        from mekd.watch import main as watch
+
+        return watch(words)
     from mekd.engine.stages import STAGES
 
     if command not in (*STAGES, "run", "quote"):
         raise UsageError(
-            f"there is no such stage; there are {', '.join(STAGES)}, run, quote, doctor, predict, serve, push, pull "
-            "and selftest"
+            f"there is no such stage; there are {', '.join(STAGES)}, run, quote, doctor, predict, serve, watch, push, "
+            "pull and selftest"
         )
     flags = [word for word in words if word in FLAGS]
     words = [word for word in words if word not in FLAGS]

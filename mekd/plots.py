@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,14 @@ from mekd.pixels import as_float, to_uint8
 PUBLIC = ("curves.png", "confusion.png", "samples/classes.png", "samples/families.png")
 #: Rows and columns of a picture at most: of more classes those are shown that occur most.
 SHOWN = 20
+
+
+class Confusion(NamedTuple):
+    """How often the student (columns) named a class of the rows: counts (C, C); rows: "teacher" or "label"."""
+
+    counts: np.ndarray
+    rows: str
+    title: str
 
 
 def there() -> bool:
@@ -54,7 +62,7 @@ def draw(run: Run) -> list[tuple[str, str]]:
          "samples/classes.png", lambda: _class_grid(images, answer, rows, names)),
         *_families(run, student),
         (f"How often the student (columns) names the class {_rows_of_confusion(run)}.",
-         "confusion.png", lambda: _confusion(run, student, images, answer, rows, names)),
+         "confusion.png", lambda: _confusion(confused(run), rows, names)),
     ]  # fmt: skip
     for _, name, picture in drawn:
         save(picture(), run.out / name)
@@ -209,19 +217,29 @@ def _families(
     return [(caption, "samples/families.png", picture)]
 
 
-def _confusion(
-    run: Run, student: nn.Module, images: Tensor, answer: Response, shown: list[int], names: list[str]
-) -> Any:
+def evaluated(run: Run) -> Confusion | None:
+    """Whom the student confuses on the test images, where the simulation says so."""
+    found = run.read_json("evaluate.json")
+    if found is None:
+        return None
+    rows = "label" if found["agreement"] is None else "teacher"
+    return Confusion(np.array(found["confusion"]), rows, "on the test images")
+
+
+def confused(run: Run) -> Confusion:
+    """The same, on the held-out synthetic queries where there was no simulation."""
+    if (found := evaluated(run)) is not None:
+        return found
+    images, answer = held_out(run)
+    named = predict(finished_student(run), images, device=run.device, convert=as_float)
+    counts = confusion(answer.labels, named, run.num_classes).numpy()
+    return Confusion(counts, "teacher", "on held-out synthetic queries")
+
+
+def _confusion(found: Confusion, shown: list[int], names: list[str]) -> Any:
     import matplotlib.pyplot as plt
 
-    evaluated = run.read_json("evaluate.json")
-    if evaluated:
-        counts, title = np.array(evaluated["confusion"]), "on the test images"
-        rows = "teacher" if evaluated["agreement"] is not None else "label"
-    else:
-        named = predict(student, images, device=run.device, convert=as_float)
-        counts = confusion(answer.labels, named, len(names)).numpy()
-        title, rows = "on held-out synthetic queries", "teacher"
+    counts, rows, title = found
     shares = (counts / counts.sum(1, keepdims=True).clip(1))[np.ix_(shown, shown)]
     figure, axis = plt.subplots(figsize=(5.5, 5))
     drawn = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)

@@ -86,7 +86,7 @@ def test_stages_say_what_they_need(tiny: list[str], tmp_path: Path, capsys: pyte
     words = [*tiny, "--out", str(tmp_path)]
     assert "run `mekd deprivatize` first" in fails(["distill", *words], capsys)
     assert "run `mekd distill` first" in fails(["evaluate", *words, "--evaluate.enabled", "true"], capsys)
-    assert "before `mekd distill`" in fails(["report", *words], capsys)
+    assert "run `mekd run` first" in fails(["report", *words], capsys)
     assert "there is no run" in fails(["report", *tiny, "--out", str(tmp_path / "nothing")], capsys)
 
 

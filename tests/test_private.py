@@ -64,3 +64,5 @@ def test_a_run_shows_what_it_will_send_before_it_does(tiny: list[str], tmp_path:
     report = (out / "report.md").read_text()
     assert "not measured" not in report and "test accuracy" not in report and "always the most frequent class" in report
     assert "at home, on 144 private images" in report and "samples/sent.png" in report
+    page = (out / "report.html").read_text()
+    assert "144 private" not in page and "test accuracy</dt>" not in page and "agreement, held-out images" in page

@@ -117,6 +117,8 @@ def test_evaluate_asks_a_remote_teacher_nothing(url: str, asked: dict[str, float
     assert "send real images" not in report and "of which none was sent" in report
     assert "the class of the label (rows)" in report or "No pictures" in report
     assert found["teacher_accuracy"] is None and found["baseline_accuracy"] is None
+    page = (out / "report.html").read_text()
+    assert "<dt>test accuracy</dt>" in page and "the class of the label (rows)" in page and "plain baseline" not in page
 
 
 def test_secrets_are_in_no_file_and_no_message(

@@ -64,6 +64,8 @@ def test_another_run_learns_from_the_answers_of_one(paid: Path, asked: None, tmp
     card = (other / "README.md").read_text()
     assert "# resnet20, distilled from the-same\n" in card and "trained on" not in card
     assert "# answers of another run, 16 px" in (other / "report.md").read_text()
+    page = (other / "report.html").read_text()
+    assert "learned from 170 answers that another run paid for" in page and "--distill.replay 340" not in page
     weights = files.load(other / "student.pt")
     assert learn(other, distill__store=paid, distill__student="resnet20", distill__tau=2.0) == 0
     assert all(torch.equal(weights[name], value) for name, value in files.load(other / "student.pt").items())

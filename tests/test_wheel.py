@@ -112,4 +112,6 @@ def test_it_runs(installed: Installed, tmp_path: Path) -> None:
     words = [word for key, value in RUN.items() for word in (f"--{key}", str(value))]
     out = do(installed.bin / "mekd", "run", *words, "--out", tmp_path / "run", where=tmp_path)
     assert "student = teacher on" in out
-    assert {"teacher.onnx", "student.onnx", "report.md"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"teacher.onnx", "student.onnx", "report.md", "report.html"} <= {
+        path.name for path in (tmp_path / "run").iterdir()
+    }

@@ -184,6 +184,18 @@ def write_store(
     _described(folder)
 
 
+def mapped(folder: Path, count: int) -> tuple[np.ndarray, Response]:
+    """The first images (count, ch, H, W) of a store, memory-mapped, and the answers to them, for who looks alone.
+
+    Nothing is opened for writing, and no row is checked.
+    """
+    kind = _described(folder)
+    names = [name for name in kind["arrays"] if name in PARTS[:3]]
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)[:count] for name in names}
+    values, indices = (torch.from_numpy(arrays[n].copy()) if n in arrays else None for n in PARTS[1:3])
+    return arrays["images"], Response(kind["kind"], values, indices, kind["decimals"])
+
+
 def _described(folder: Path) -> dict[str, Any]:
     """What replay.json says; StoreError where it is damaged."""
     path = folder / "replay.json"

@@ -24,7 +24,11 @@ PACKAGES = ("starlette", "uvicorn")
 
 def main(words: Sequence[str]) -> int:
     """Serve until interrupted or terminated; returns 0. Raises MekdError for what cannot be served."""
-    server, listening, line = prepare(words)
+    return until_stopped(*prepare(words))
+
+
+def until_stopped(server: "uvicorn.Server", listening: socket.socket, line: str) -> int:
+    """Print the line and serve on the socket until interrupted or terminated; returns 0."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         print(line, flush=True)
@@ -37,9 +41,7 @@ def main(words: Sequence[str]) -> int:
 def prepare(words: Sequence[str]) -> "tuple[uvicorn.Server, socket.socket, str]":
     """A server that can run, the socket that it listens on, and a line that says what is served where."""
     options = _parser().parse_args(list(words))
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise MekdError(f"{' and '.join(missing)} cannot be imported: pip install 'mekd[serve]'")
+    require_packages()
     import uvicorn
 
     from mekd.serve.app import Service
@@ -92,23 +94,32 @@ def prepare(words: Sequence[str]) -> "tuple[uvicorn.Server, socket.socket, str]"
     )  # fmt: skip
     if options.cut_rate:
         logging.getLogger("uvicorn.error").addFilter(lambda record: "completing response" not in str(record.msg))
-    listening = _listen(options.host, options.port)
+    listening = listen(options.host, options.port, f"--host {options.host} --port {options.port}")
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"http://{host}:{listening.getsockname()[1]}"
     line = f"serving {path.name} as {address}/v2/models/{quote(name)} and /hf/{quote(name)}"
     return uvicorn.Server(config), listening, line
 
 
+def require_packages() -> None:
+    """Raise MekdError where what serves is not installed."""
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise MekdError(f"{' and '.join(missing)} cannot be imported: pip install 'mekd[serve]'")
+
+
 # -- options -----------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """What reads a command's options; a mistake is a UsageError."""
+
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ")
-        raise UsageError(f"{message}; `mekd serve --help` lists the options and what they may be")
+        raise UsageError(f"{message}; `{self.prog} --help` lists the options and what they may be")
 
 
-def _number(low: float, high: float = float("inf"), whole: bool = False) -> Callable[[str], Any]:
+def number(low: float, high: float = float("inf"), whole: bool = False) -> Callable[[str], Any]:
     """What reads an option's number, and says what it may be."""
     kind = "a whole number" if whole else "a number"
     limits = f"of at least {low}" if high == float("inf") else f"between {low} and {high}"
@@ -126,30 +137,30 @@ def _number(low: float, high: float = float("inf"), whole: bool = False) -> Call
 
 
 def _parser() -> argparse.ArgumentParser:
-    count, share = _number(1, whole=True), _number(0, 1)
-    parser = _Parser(prog="mekd serve", description=__doc__, allow_abbrev=False)
+    count, share = number(1, whole=True), number(0, 1)
+    parser = Parser(prog="mekd serve", description=__doc__, allow_abbrev=False)
     parser.add_argument("file", metavar="FILE.onnx", help="an image classifier")
     add = parser.add_argument
     add("--name", help="the model's name in its addresses; the file's without its ending, unless given")
     add("--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0 for all of this machine's")
-    add("--port", type=_number(0, 65535, whole=True), default=8000, help="0 chooses a free one (%(default)s)")
+    add("--port", type=number(0, 65535, whole=True), default=8000, help="0 chooses a free one (%(default)s)")
     add("--provider", choices=("auto", "cpu", "cuda"), default="auto", help="what ONNX Runtime computes on")
 
     reading = parser.add_argument_group("how the file is read")
     add = reading.add_argument
     add("--output", choices=("auto", "logits", "probs"), default="auto", help="what its scores are (auto)")
     add("--output_name", metavar="NAME", help="which of several outputs")
-    add("--num_classes", type=_number(2, whole=True), metavar="C", help="for a file that answers class indices")
+    add("--num_classes", type=number(2, whole=True), metavar="C", help="for a file that answers class indices")
     add("--classes", metavar="FILE", help="the classes' names, one a line; their numbers, unless given")
     add("--image", type=count, nargs=3, metavar=("CH", "H", "W"), help="for a file that leaves it open")
-    add("--mean", type=_number(float("-inf")), nargs="+", help="a floating input gets (pixels / 255 - mean) / std")
-    add("--std", type=_number(0), nargs="+", help="images of /hf alone; tensors are taken as they are")
+    add("--mean", type=number(float("-inf")), nargs="+", help="a floating input gets (pixels / 255 - mean) / std")
+    add("--std", type=number(0), nargs="+", help="images of /hf alone; tensors are taken as they are")
 
     given = parser.add_argument_group("what is given away")
     add = given.add_argument
     add("--response", choices=("logits", "probs", "topk", "label"), help="the file's own output, unless given")
     add("--k", type=count, help="of topk (5, or all classes if there are fewer)")
-    add("--decimals", type=_number(0, 15, whole=True), help="what scores are rounded to")
+    add("--decimals", type=number(0, 15, whole=True), help="what scores are rounded to")
     add("--threshold", type=share, default=0.0, help="/hf leaves out what is below it (0)")
     add("--noise", type=share, default=0.0, help="share of a random distribution in each answer; the best class stays")
     add("--mislead", type=share, default=0.0, help="answers less sure than this name another class, on purpose (0)")
@@ -159,19 +170,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_batch", type=count, default=256, help="images of one request; 400 above (%(default)s)")
     add("--max_body", type=count, metavar="BYTES", help="of one request; 413 above (max_batch images as JSON)")
     add("--keys", metavar="FILE", help="API keys, one a line; 401 without one of them")
-    add("--rate", type=_number(1e-3), help="requests for an answer a second; 429 above")
+    add("--rate", type=number(1e-3), help="requests for an answer a second; 429 above")
     add("--batch", type=count, default=64, help="images of one run of the model (%(default)s)")
-    add("--wait_ms", type=_number(0), default=1.0, help="how long a request waits for others (%(default)s)")
+    add("--wait_ms", type=number(0), default=1.0, help="how long a request waits for others (%(default)s)")
     add("--queue", type=count, default=256, help="requests that wait at most; 503 above (%(default)s)")
 
     tests = parser.add_argument_group("for tests: what goes wrong with requests for an answer")
     add = tests.add_argument
-    add("--seed", type=_number(0, whole=True), default=0, help="draws which requests, by their number; and --noise")
-    add("--latency_ms", type=_number(0), default=0.0, help="added to each of them")
+    add("--seed", type=number(0, whole=True), default=0, help="draws which requests, by their number; and --noise")
+    add("--latency_ms", type=number(0), default=0.0, help="added to each of them")
     add("--fail_rate", type=share, default=0.0, help="computed, then 500")
     add("--cut_rate", type=share, default=0.0, help="computed, then the connection is cut in mid-body")
     add("--refuse_rate", type=share, default=0.0, help="503 as of a full queue, nothing computed")
-    add("--drip_ms", type=_number(0), default=0.0, help="between two bytes of an answer's body")
+    add("--drip_ms", type=number(0), default=0.0, help="between two bytes of an answer's body")
     return parser
 
 
@@ -201,7 +212,8 @@ def _keys(path: str) -> list[str]:
     return keys
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, options: str) -> socket.socket:
+    """A socket that listens there; UsageError names the options that said where."""
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         # Head and body of an answer go out in two writes; without this the second waits 40 ms for the client's ACK.
@@ -209,6 +221,7 @@ def _listen(host: str, port: int) -> socket.socket:
         return listening
     except OSError as error:
         raise UsageError(
-            f"--host {host} --port {port} cannot be listened on: {error.strerror or error}. Choose an address of this "
-            "machine and a port that is free; --port 0 finds one"
+            f"{options} cannot be listened on: {error.strerror or error}. Choose "
+            + ("an address of this machine and " if "--host" in options else "")
+            + "a port that is free; --port 0 finds one"
         ) from error
