@@ -9,6 +9,7 @@ installation; MEKD_NO_EXT=1 in the environment goes without the kernels, and mek
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import site
 import sys
 import sysconfig
@@ -71,7 +72,7 @@ def extensions() -> dict[str, object]:
                     f"g++ 10 or clang 12 or newer; CXX names another one. {WITHOUT}"
                 ) from error
 
-    x86 = os.uname().machine in ("x86_64", "AMD64")
+    x86 = platform.machine() in ("x86_64", "AMD64")
     modules = [
         CppExtension(
             f"mekd._cpu_{build.lower()}",

@@ -234,7 +234,7 @@ class Ledger:
                 self._database.execute("PRAGMA busy_timeout = 1000")
                 self._database.execute("PRAGMA journal_mode = DELETE")
             self._database.close()
-            self._lock.close()
+            self._lock.release()
 
     def _book(self, write: Callable[[sqlite3.Connection], Any], cut: bool = False) -> "Future[Any]":
         """Let the writer do a transaction. An earlier one that failed is an error here, before anything follows it.
