@@ -107,7 +107,7 @@ def main() -> None:
     setuptools.setup(
         packages=[*setuptools.find_packages(include=["mekd", "mekd.*"]), "mekd.kernels"],
         package_dir={"mekd": "mekd", "mekd.kernels": "kernels"},
-        package_data={"mekd.kernels": ["tuning.json"]},
+        package_data={"mekd": ["py.typed"], "mekd.kernels": ["tuning.json"]},
         **(plain if without or {"sdist", "egg_info"} & set(sys.argv) else extensions()),
     )
 
