@@ -1,6 +1,6 @@
-"""What is shipped: the sdist, and the wheel that is built from it, audited; their sizes, and the oldest Linux they run on.
+"""What is shipped: the sdist, and the wheel that is built from it, audited; their sizes, and the Linux they need.
 
-The wheel is built by g++ of this machine with csrc/manylinux.h before the kernels, and auditwheel gives it its tag. Every
+The wheel is built by g++ of this machine with csrc/manylinux.h before the kernels; auditwheel gives it its tag. Every
 audit is a line; the first word of what failed is FAILED, and the exit status is then 1.
 """
 
