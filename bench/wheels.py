@@ -44,6 +44,7 @@ def audits(sdist: Path, wheel: Path, unpacked: Path) -> dict[str, list[str]]:
         "of Python no more than its stable ABI": ["abi3audit", "--strict", "--summary", str(wheel)],
         "of torch no more than its stable ABI": ["torch-abi-audit", "--check", "torch", str(unpacked / "mekd")],
         "the page of the project is well formed": ["twine", "check", "--strict", str(sdist), str(wheel)],
+        "the workflows ask for no more than they need": ["zizmor", "--offline", "--quiet", str(ROOT / ".github")],
         "pyproject.toml is valid": ["validate-pyproject", str(ROOT / "pyproject.toml")],
         "the sdist has every file that git has": ["check-manifest", "--no-build-isolation", str(ROOT)],
     }

