@@ -51,10 +51,11 @@ def audits(sdist: Path, wheel: Path, unpacked: Path) -> dict[str, list[str]]:
 
 
 def _run(words: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # whose kernels/ is no package
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     try:
         return subprocess.run(
-            words, cwd=ROOT, env={**os.environ, "PATH": path, **environment}, text=True,
+            words, cwd=ROOT, env={**kept, "PATH": path, **environment}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
     except FileNotFoundError:
