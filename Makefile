@@ -9,7 +9,7 @@ INTERPRETED := $(filter-out tests/test_ops_extension.py,$(wildcard tests/test_op
 INTERPRETED_ALONE := tests/test_ops_regimes.py
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: setup demo test compiled processes interpreted slow wheel gpu matrix lint bench servers kernels asan clean
+.PHONY: setup demo test compiled processes interpreted slow wheel wheels gpu matrix lint bench servers kernels asan clean
 
 setup: .venv/ready
 
@@ -44,6 +44,11 @@ slow: setup
 wheel: setup
 	$(BIN)/python -m pytest -m slow tests/test_wheel.py
 
+# What is shipped, into dist/: sdist and manylinux wheel, audited; docs/packaging.md.
+wheels: setup
+	$(PIP) 'mekd[dist]'  # mekd itself is there
+	$(BIN)/python -m bench wheels
+
 # On a machine with a card: the tests that need one, and every loss on it against float64.
 gpu: setup
 	$(BIN)/python -m pytest -m gpu
@@ -57,6 +62,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy mekd
+	$(BIN)/mypy --platform darwin mekd
 
 .PHONY: docs notebooks
 # The documentation as a site, in site/: nothing is downloaded. A missing page, link or anchor is an error.

@@ -9,6 +9,7 @@ installation; MEKD_NO_EXT=1 in the environment goes without the kernels, and mek
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import site
 import sys
 import sysconfig
@@ -71,7 +72,7 @@ def extensions() -> dict[str, object]:
                     f"g++ 10 or clang 12 or newer; CXX names another one. {WITHOUT}"
                 ) from error
 
-    x86 = os.uname().machine in ("x86_64", "AMD64")
+    x86 = platform.machine() in ("x86_64", "AMD64")
     modules = [
         CppExtension(
             f"mekd._cpu_{build.lower()}",
@@ -106,7 +107,11 @@ def main() -> None:
     setuptools.setup(
         packages=[*setuptools.find_packages(include=["mekd", "mekd.*"]), "mekd.kernels"],
         package_dir={"mekd": "mekd", "mekd.kernels": "kernels"},
-        package_data={"mekd.kernels": ["tuning.json"], "mekd.page": ["page.css", "page.js"]},
+        package_data={
+            "mekd": ["py.typed"],
+            "mekd.kernels": ["tuning.json"],
+            "mekd.page": ["page.css", "page.js"],
+        },
         **(plain if without or {"sdist", "egg_info"} & set(sys.argv) else extensions()),
     )
 

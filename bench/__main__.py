@@ -5,8 +5,9 @@ import sys
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is used for memory alone
 
 NAMES = (
-    "breadth", "compare", "curves", "data", "defences", "faults", "fuzz", "instructions", "kernels", "ledger", "limits",
-    "linear", "losses", "matrix", "oracle", "photos", "seeds", "servers", "steps", "students", "tree", "tune",
+    "breadth", "compare", "curves", "data", "defences", "faults", "fuzz", "imports", "instructions", "kernels",
+    "ledger", "limits", "linear", "losses", "matrix", "oracle", "photos", "seeds", "servers", "steps", "students",
+    "tree", "tune", "wheels",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -159,7 +159,6 @@ Result tempered_kl_topk(
       answers.refuse(classes);
       return result;
     }
-    auto& [seen, outside, repeated, nothing] = answers;
     Result result = for_rows<A>(student, factors, grad, [&](int64_t i, Scratch<A>& scratch, double factor, char* to) {
       // The target's row as logits, log p: all the others first, then those that are named.
       constexpr A kUnseen = std::numeric_limits<A>::max();
@@ -174,8 +173,8 @@ Result tempered_kl_topk(
         missing -= scratch.values[j];
       }
       const bool shared = spread && there < classes;
-      if (1 - missing > 1 + slack) seen.off.report(i, 1 - missing);
-      if (!shared && missing >= 1) nothing.report(i, 1 - missing);
+      if (1 - missing > 1 + slack) answers.seen.off.report(i, 1 - missing);
+      if (!shared && missing >= 1) answers.nothing.report(i, 1 - missing);
       const double share = shared && missing > 0 ? missing / (classes - there) : 0;
       // Many classes share one logit: where float rounds it, those that are named move along, and the odds are kept.
       const A others = share > 0 ? static_cast<A>(std::log(share)) : -kInf<A>;
@@ -186,11 +185,11 @@ Result tempered_kl_topk(
         const A p = scratch.values[j];
         if (at == -1) continue;
         if (at < 0 || at >= classes) {
-          outside.report(i, at);
+          answers.outside.report(i, at);
           return 0.0;
         }
-        if (row[at] != kUnseen) repeated.report(i, at);
-        seen.look_at(i, p);
+        if (row[at] != kUnseen) answers.repeated.report(i, at);
+        answers.seen.look_at(i, p);
         row[at] = static_cast<A>(std::log(double(p)) + shift);
       }
       for (int64_t j = 0; j < classes; ++j) row[j] = row[j] == kUnseen ? others : row[j];

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 __all__ = ["functional", "load_student", "losses"]
 
 
-def load_student(run: str | os.PathLike) -> torch.nn.Module:
+def load_student(run: str | os.PathLike[str]) -> torch.nn.Module:
     """The student of a run's folder or of a student.safetensors, in eval mode: uint8 pixels (m, ch, S, S) to logits.
 
     Its preprocessing is inside, its classes are the names of the C. Errors as in mekd.student.load_student.

@@ -1,5 +1,6 @@
 """mekd doctor: what this machine can run, and what is missing for the rest."""
 
+import math
 import os
 import platform
 import shutil
@@ -7,6 +8,8 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+from mekd import system
 
 EXTRAS = {
     "run": ("PyYAML", "jsonargparse", "safetensors", "tqdm"),
@@ -24,12 +27,11 @@ OPTIONAL = ("dali", "vision", "demo", "remote", "serve")
 
 def doctor() -> int:
     """Print one line per thing that mekd can use; returns 0 if the main job can run here, else 1."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    memory = system.memory() / 2**30
+    size = f"{memory:.0f} GiB" if math.isfinite(memory) else "unknown"
     disk = shutil.disk_usage(".").free / 2**30
     simd = torch.backends.cpu.get_cpu_capability()
-    print(
-        f"machine      {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB memory, {disk:.0f} GiB disk free"
-    )
+    print(f"machine      {platform.machine()}, {os.cpu_count()} cores, {size} memory, {disk:.0f} GiB disk free")
     print(f"python       {platform.python_version()}")
     print(f"torch        {torch.__version__}, {torch.get_num_threads()} threads, {simd}")
     if torch.cuda.is_available():

@@ -1,7 +1,6 @@
 """mekd doctor --config FILE: what each stage of a run will need, from a few steps of the stages themselves."""
 
 import dataclasses
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mekd import files
+from mekd import files, system
 from mekd.config import Config
 from mekd.data import TREES, Batches, listing
 from mekd.data.photos import PhotoSource
@@ -299,4 +298,4 @@ def memory_mb(device: torch.device) -> float:
     """Of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 1e6
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6
+    return system.memory() / 1e6

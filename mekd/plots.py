@@ -55,7 +55,7 @@ def draw(run: Run) -> list[tuple[str, str]]:
         which = ", ".join(names) + ("" if met == len(names) else "; a row without images is a class that was not met")
     else:
         which = f"the {len(rows)} that occur most, of {met} that occur at all"
-    drawn = [
+    drawn: list[tuple[str, str, Callable[[], Any]]] = [
         ("Curves: losses of both steps, and agreement with the teacher on held-out synthetic queries.",
          "curves.png", lambda: _curves(run)),
         (f"Generated images, a row per class as the teacher names them (rows: {which}).",

@@ -134,7 +134,7 @@ def _decoded(
             return error
 
     pool = ThreadPoolExecutor(os.cpu_count())
-    waiting: collections.deque[tuple[Sequence[Path], list[Future]]] = collections.deque()
+    waiting: collections.deque[tuple[Sequence[Path], list[Future[Any]]]] = collections.deque()
     batches = iter([found[i : i + batch] for i in range(0, len(found), batch)])
     try:
         while True:

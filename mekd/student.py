@@ -56,7 +56,7 @@ class Preprocess(NamedTuple):
         return cls(**{name: told[name] for name in cls._fields})
 
 
-def load_student(run: str | os.PathLike) -> Classifier:
+def load_student(run: str | os.PathLike[str]) -> Classifier:
     """The student of a run's folder, or of a student.safetensors, in eval mode: pixels to logits, preprocessing inside.
 
     It takes uint8 pixels (m, ch, S, S) and gives logits (m, C); classes are the names of the C. A student of the user's

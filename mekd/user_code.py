@@ -53,7 +53,7 @@ def from_module(value: str) -> Callable[..., Any]:
     return _function(module, dotted, name)
 
 
-def digest(path: str | os.PathLike) -> str:
+def digest(path: str | os.PathLike[str]) -> str:
     """A hash of a file's content, by which a run knows it again."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 

@@ -108,6 +108,27 @@ def test_every_module_is_imported_and_the_kernels_load(installed: Installed, tmp
     assert modules - paths == {"mekd/__init__.py"}  # which was imported before
 
 
+#: A user's own script: its first line is right, and its last is what a checker should find.
+TYPED = """
+import torch
+from mekd.functional import kd_loss
+loss: torch.Tensor = kd_loss(torch.randn(2, 3), labels=torch.tensor([0, 1]), tau=2.0)
+reveal_type(loss)
+kd_loss(torch.randn(2, 3), labels=torch.tensor([0, 1]), tau="hot")
+"""
+
+
+def test_its_types_are_seen_by_those_who_use_it(installed: Installed, tmp_path: Path) -> None:
+    pytest.importorskip("mypy", reason="mypy is not installed: pip install mypy")
+    (tmp_path / "own.py").write_text(TYPED)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--python-executable", installed.bin / "python", "own.py"],
+        cwd=tmp_path, text=True, capture_output=True, timeout=900,
+    )  # fmt: skip
+    found = [line for line in done.stdout.splitlines() if "own.py" in line and "note" not in line]
+    assert len(found) == 1 and 'Argument "tau"' in found[0], done.stdout + done.stderr
+
+
 def test_it_runs(installed: Installed, tmp_path: Path) -> None:
     words = [word for key, value in RUN.items() for word in (f"--{key}", str(value))]
     out = do(installed.bin / "mekd", "run", *words, "--out", tmp_path / "run", where=tmp_path)

@@ -77,7 +77,8 @@ def liger_jsd(
     input: Tensor, target: Tensor, shift_labels: Tensor | None = None, beta: float = 0.5, ignore_index: int = -100
 ) -> Tensor:
     """LigerJSD as a function of log-probabilities input and target (N, C)."""
-    return LigerJSD(beta, ignore_index)(input, target, shift_labels)
+    loss: Tensor = LigerJSD(beta, ignore_index)(input, target, shift_labels)
+    return loss
 
 
 def liger_kl_div(
@@ -90,7 +91,8 @@ def liger_kl_div(
     eps: float = 1e-10,
 ) -> Tensor:
     """LigerKLDIVLoss as a function; size_average and reduce are there and without effect, as in the original."""
-    return LigerKLDIVLoss(eps, reduction=reduction, log_target=log_target)(input, target)
+    loss: Tensor = LigerKLDIVLoss(eps, reduction=reduction, log_target=log_target)(input, target)
+    return loss
 
 
 def liger_fused_linear_jsd(

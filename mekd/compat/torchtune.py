@@ -63,4 +63,5 @@ class SymmetricKLLoss(nn.Module):
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True) -> Tensor:
         """The loss of logits (..., C) and labels (...), over the rows that count where normalize is True."""
         forward, reverse = (loss(student_logits, teacher_logits, labels, normalize) for loss in (self.fkl, self.rkl))
-        return self.sym_kd_ratio * forward + (1 - self.sym_kd_ratio) * reverse
+        both: Tensor = self.sym_kd_ratio * forward + (1 - self.sym_kd_ratio) * reverse
+        return both

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mekd import files
+from mekd import files, system
 from mekd.data.arrays import DataError
 from mekd.data.names import ending
 from mekd.data.upright import VERSION, decode
@@ -134,7 +134,7 @@ class PhotoCache:
         if os.fstat(pixels.fileno()).st_size >= size:
             return
         try:
-            os.posix_fallocate(pixels.fileno(), 0, size)
+            system.allocate(pixels, size)
         except OSError as error:
             raise files.WriteError(
                 f"{self._pixels} needs {size / 1e6:.0f} MB ({error}); free some space, or give --out another disk"
@@ -158,7 +158,7 @@ class _Files(torch.utils.data.Dataset[tuple[int, "np.ndarray | str"]]):
 
 
 def _decoded(found: list[str], size: int, resize: int | None) -> "Iterator[tuple[int, np.ndarray | str]]":
-    workers = 0 if len(found) < HERE else min(16, len(os.sched_getaffinity(0)))
+    workers = 0 if len(found) < HERE else min(16, system.cores())
     loader = torch.utils.data.DataLoader(_Files(found, size, resize), BATCH, num_workers=workers, collate_fn=list)
     for batch in loader:
         yield from batch

@@ -41,7 +41,7 @@ def faults(listing: Listing, rows: list[int]) -> dict[int, str]:
     return found
 
 
-class _Images(torch.utils.data.Dataset):
+class _Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """One image by (epoch, row), so that its augmentation is the same in whichever process it is made."""
 
     def __init__(self, plan: Plan) -> None:

@@ -17,7 +17,7 @@ VERSION = 1
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
-def decode(path: str | os.PathLike, size: int, resize: int | None = None) -> np.ndarray:
+def decode(path: str | os.PathLike[str], size: int, resize: int | None = None) -> np.ndarray:
     """A photo's middle (3, size, size), uint8 RGB, its shorter side resized to resize pixels (default: size) first.
 
     It is turned as its EXIF says, of several pictures the first counts, and what is transparent lies on white. Raises
@@ -35,7 +35,7 @@ def decode(path: str | os.PathLike, size: int, resize: int | None = None) -> np.
     return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
 
 
-def _load(path: str | os.PathLike, shorter: int) -> Any:
+def _load(path: str | os.PathLike[str], shorter: int) -> Any:
     """The first picture of a file, upright."""
     from PIL import ImageOps
 
@@ -67,7 +67,7 @@ def _hint(error: OSError) -> str:
     return "" if error.strerror else "; it is damaged or cut short: fetch it again"
 
 
-def _no_image(path: str | os.PathLike) -> str:
+def _no_image(path: str | os.PathLike[str]) -> str:
     """Why Pillow knows nothing of a file."""
     with open(path, "rb") as file:
         head = file.read(12)
@@ -80,7 +80,7 @@ def _no_image(path: str | os.PathLike) -> str:
     return "it is no image that Pillow reads, or a damaged one"
 
 
-def _as_rgb(image: Any, path: str | os.PathLike) -> Any:
+def _as_rgb(image: Any, path: str | os.PathLike[str]) -> Any:
     if image.mode.startswith("I") or image.mode == "F":
         image = _pillow().fromarray(_eight_bits(image, path))
     try:
@@ -92,7 +92,7 @@ def _as_rgb(image: Any, path: str | os.PathLike) -> Any:
         raise DataError(f"{os.fspath(path)}: {error}; save it as JPEG or PNG") from error
 
 
-def _eight_bits(image: Any, path: str | os.PathLike) -> np.ndarray:
+def _eight_bits(image: Any, path: str | os.PathLike[str]) -> np.ndarray:
     """Grey of 16 or 32 bits (H, W) as uint8: the range is 16 bits where the format says so, else told by the values."""
     values = np.asarray(image).astype(np.float64)
     low, high = values.min(), values.max()

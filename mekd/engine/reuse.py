@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mekd import files
-from mekd.config import Config, OracleConfig
+from mekd.config import Config
 from mekd.errors import UsageError
 from mekd.settings import read_saved
+from mekd.teacher_config import OracleConfig
 
 #: Of the oracle's settings, what a store's answers are a result of.
 ANSWERS = ("response", "k", "decimals", "transport", "encoding", "quality", "unknown", "size", "mean", "std")

@@ -5,10 +5,13 @@ import importlib.util
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from mekd import files
 from mekd.errors import UsageError
+
+if TYPE_CHECKING:
+    from mekd.hub.pack import Item
 
 #: Packages, and the modules in them.
 NEEDS = {"huggingface_hub": "huggingface_hub", "safetensors": "safetensors"}
@@ -42,7 +45,7 @@ def push(words: Sequence[str]) -> int:
     return 0
 
 
-def _commit(items: Sequence, name: str, public: bool, update: bool) -> str:
+def _commit(items: "Sequence[Item]", name: str, public: bool, update: bool) -> str:
     from huggingface_hub import CommitOperationAdd
 
     from mekd.hub import client

@@ -35,4 +35,5 @@ class Discriminator(nn.Module):
         self.linear = nn.Linear(inputs * size**2, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.linear(self.features(images).flatten(1)).squeeze(1)
+        logits: Tensor = self.linear(self.features(images).flatten(1))
+        return logits.squeeze(1)

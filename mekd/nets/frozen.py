@@ -54,7 +54,8 @@ class FrozenGenerator(nn.Module):
         x = x.view(len(code), self.side, self.side, -1).permute(0, 3, 1, 2)
         for up in self.ups:
             x = F.leaky_relu(up(x), SLOPE, inplace=True)  # a convolution does not need its result again
-        return self.last(x)
+        images: Tensor = self.last(x)
+        return images
 
     def forward(self, code: Tensor, n: Tensor | None = None) -> Tensor:
         """The image in [-1, 1], float32 where the weights are narrower."""
@@ -126,7 +127,7 @@ def _transposed(conv: nn.Module, bn: nn.Module) -> nn.ConvTranspose2d:
     assert isinstance(conv, UpConv) and conv.bias is not None
     weight, bias = _folded(conv.weight.double(), conv.bias.double(), bn)
     channels, like = (conv.in_channels, conv.out_channels), {"device": weight.device, "dtype": weight.dtype}
-    up = skip_init(nn.ConvTranspose2d, *channels, 4, stride=2, padding=1, **like)
+    up: nn.ConvTranspose2d = skip_init(nn.ConvTranspose2d, *channels, 4, stride=2, padding=1, **like)
     up.weight.copy_(UpConv.kernel(weight))
     assert up.bias is not None
     up.bias.copy_(bias)

@@ -68,7 +68,8 @@ class Generator(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         for conv, bn in zip(self.convs, self.bns, strict=True):
             x = F.leaky_relu(bn(conv(x)), 0.2, inplace=True)  # batch norm needs its input alone
-        return self.last(x)
+        images: Tensor = self.last(x)
+        return images
 
     def forward(self, code: Tensor, n: Tensor | None = None) -> Tensor:
         """The image in [-1, 1]."""

@@ -18,7 +18,8 @@ class _GrayAsRGB(nn.Module):
         self.net = net
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(images.expand(-1, 3, -1, -1))
+        logits: Tensor = self.net(images.expand(-1, 3, -1, -1))
+        return logits
 
 
 def build(name: str, num_classes: int, channels: int = 3) -> nn.Module:

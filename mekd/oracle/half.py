@@ -17,7 +17,8 @@ def to_float16(path: Path) -> bytes:
         import onnx
         from onnxruntime.transformers.float16 import convert_float_to_float16
 
-        return convert_float_to_float16(onnx.load(str(path)), keep_io_types=True).SerializeToString()
+        half: bytes = convert_float_to_float16(onnx.load(str(path)), keep_io_types=True).SerializeToString()
+        return half
     except Exception as error:
         raise ModelError(
             f"{path} cannot be turned into float16 ({type(error).__name__}: {one_line(error)}): say --oracle.precision "

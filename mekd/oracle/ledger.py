@@ -161,9 +161,9 @@ class Ledger:
             up = images.nbytes if bytes_up is None else bytes_up
 
             def write(database: sqlite3.Connection) -> int:
-                (last,) = database.execute("SELECT coalesce(max(attempt), 0) FROM calls").fetchone()
-                insert(database, "calls", (last + 1, call, queries, up, None, now, None))
-                return last + 1
+                attempt: int = database.execute("SELECT coalesce(max(attempt), 0) + 1 FROM calls").fetchone()[0]
+                insert(database, "calls", (attempt, call, queries, up, None, now, None))
+                return attempt
 
             booked = self._book(write)
             self.counts["uncertain"] += queries
@@ -234,7 +234,7 @@ class Ledger:
                 self._database.execute("PRAGMA busy_timeout = 1000")
                 self._database.execute("PRAGMA journal_mode = DELETE")
             self._database.close()
-            self._lock.close()
+            self._lock.release()
 
     def _book(self, write: Callable[[sqlite3.Connection], Any], cut: bool = False) -> "Future[Any]":
         """Let the writer do a transaction. An earlier one that failed is an error here, before anything follows it.

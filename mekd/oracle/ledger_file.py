@@ -4,7 +4,6 @@ A power cut can take what was booked since the last checkpoint; a copy of the fi
 """
 
 import contextlib
-import fcntl
 import io
 import shutil
 import sqlite3
@@ -12,10 +11,11 @@ import struct
 import tempfile
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from filelock import BaseFileLock, FileLock, Timeout  # torch brings it
 from torch import Tensor
 
 from mekd import files
@@ -67,7 +67,7 @@ class Contents(NamedTuple):
     answers: dict[int, tuple[bytes, Response]]
 
 
-def open_file(folder: Path, name: str, rank: int) -> tuple[sqlite3.Connection, Any, Contents]:
+def open_file(folder: Path, name: str, rank: int) -> tuple[sqlite3.Connection, BaseFileLock, Contents]:
     """The file of the account NAME, made if it is not there, the lock that keeps others out, and what it holds.
 
     Raises LedgerError for one that is in use, of another format or damaged, WriteError where it cannot be written.
@@ -91,7 +91,7 @@ def open_file(folder: Path, name: str, rank: int) -> tuple[sqlite3.Connection, A
         return database, lock, _read(database)
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         database.close()
-        lock.close()
+        lock.release()
         if any(word in str(error) for word in ("unable to open", "readonly", "disk I/O", "disk is full", "locked")):
             raise files.WriteError(f"{path} cannot be opened ({error}); check the folder's permissions") from error
         raise LedgerError(f"{path} is damaged ({error}): put a copy back, or start anew with another --out") from error
@@ -158,12 +158,11 @@ def _read(database: sqlite3.Connection) -> Contents:
     return Contents(counts, settled, answers)
 
 
-def _locked(path: Path) -> BinaryIO:
-    lock = open(path.with_suffix(".lock"), "wb")  # noqa: SIM115
+def _locked(path: Path) -> BaseFileLock:
+    lock = FileLock(path.with_suffix(".lock"), thread_local=False)  # the ledger may be closed by another thread
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
+        lock.acquire(blocking=False)
+    except Timeout as error:
         raise LedgerError(f"{path} is in use: another run works in this folder; wait for it, or stop it") from error
     return lock
 

@@ -34,7 +34,8 @@ class TorchOracle(Oracle):
         @torch.inference_mode()
         def send(images: Tensor) -> Tensor:
             device = next(iter(module.parameters()), images).device
-            return module(as_float(images).to(device))
+            answers: Tensor = module(as_float(images).to(device))
+            return answers
 
         def respond(images: Tensor) -> Response:
             scores = send(images).clone()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mekd import files
+from mekd import files, system
 from mekd.errors import MekdError
 from mekd.oracle.response import KINDS, Response
 
@@ -146,9 +146,8 @@ class Replay:
             path, shape = paths[name], (self.count, *part.shape[1:])
             try:
                 arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=part.dtype, shape=shape)
-                # Without this the file has holes, and a full disk shows as a crash in the middle of a query.
                 with open(path, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+                    system.allocate(file, path.stat().st_size)
             except OSError as error:
                 for path in paths.values():
                     path.unlink(missing_ok=True)
@@ -228,7 +227,7 @@ def _grown(path: Path, array: np.ndarray, count: int) -> np.ndarray:
     try:
         larger = np.lib.format.open_memmap(beside, mode="w+", dtype=array.dtype, shape=(count, *array.shape[1:]))
         with open(beside, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, beside.stat().st_size)
+            system.allocate(file, beside.stat().st_size)
         for start in range(0, len(array), 4096):
             part = array[start : start + 4096]
             larger[start : start + len(part)] = part

@@ -1,0 +1,37 @@
+"""What a system can be asked for, and what stands in where it cannot: macOS has less than Linux."""
+
+import math
+import os
+from typing import BinaryIO
+
+_BLOCK = 1 << 20  # bytes
+
+
+def allocate(file: BinaryIO, size: int) -> None:
+    """Take the room of the first size bytes of a file open for reading and writing; what it holds stays.
+
+    Without this a file has holes, and a full disk shows as a crash in the middle of the work. Raises OSError where the
+    disk is full.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    for at in range(0, size, _BLOCK):  # each block over itself, holes as the zeros that they read as
+        file.seek(at)
+        content = file.read(min(_BLOCK, size - at))
+        file.seek(at)
+        file.write(content.ljust(min(_BLOCK, size - at), b"\0"))
+    file.flush()
+
+
+def cores() -> int:
+    """Cores that this process may use, or those of the machine where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> float:
+    """Bytes of memory of the machine, or infinity where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
