@@ -28,9 +28,11 @@ def check_number(name: str, value: object) -> None:
 
 
 def check_index(ignore_index: object) -> None:
-    """Raise TypeError unless ignore_index is a whole number."""
+    """Raise unless ignore_index is a whole number that a label could be."""
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index is {_shown(ignore_index)}; it must be an int")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index is {ignore_index}; it must fit into 64 bits, as labels do")
 
 
 def _shown(value: object) -> str:

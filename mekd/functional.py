@@ -297,7 +297,9 @@ def _generator(
 def discriminator_loss(d_real: Tensor, d_fake: Tensor, *, reduction: str = "mean", impl: str | None = None) -> Tensor:
     """L_D: mean softplus(-d(x)) + mean softplus(d(G(z))) for logits (m,) and (n,); "sum" adds both sums."""
     check_choice("reduction", reduction, ("mean", "sum"))
-    check_floating("d_real", d_real)
-    check_floating("d_fake", d_fake)
+    for name, d in (("d_real", d_real), ("d_fake", d_fake)):
+        check_floating(name, d)
+        if d.dim() == 0:
+            raise ValueError(f"{name} is 0-d; it must have shape (m,)")
     check_device("d_fake", d_fake, d_real)
     return ops.run("gan_discriminator", d_real, d_fake, reduction=reduction, impl=impl)
