@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mekd import page as pages_of_runs
@@ -84,6 +85,21 @@ def test_axe_finds_nothing(size: str, scheme: str, finished: Path, browser: Any)
     seen = Seen(browser, address(finished), size, scheme)
     seen.tab.evaluate("document.querySelectorAll('details').forEach((part) => (part.open = true))")
     seen.tab.locator("svg[data-lines]:visible").first.hover()
+    result = axe.Axe().run(seen.tab)
+    assert result.violations_count == 0, result.generate_report()
+    seen.tab.context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_colour_of_the_matrix_can_be_read(scheme: str, finished: Path, browser: Any, tmp_path: Path) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe: pip install 'mekd[browser]'")
+    counts = np.array([[100 - 11 * (9 - i), 11 * (9 - i)] + [0] * 8 for i in range(10)])
+    shown = facts_of(finished)
+    confusion = shown.confusion._replace(counts=counts)  # type: ignore[union-attr]
+    html = pages_of_runs.document(pages_of_runs.fitting(dataclasses.replace(shown, confusion=confusion), []))
+    assert all(f'class="s{level}"' in html for level in range(1, 10))
+    (tmp_path / "report.html").write_text(html, "utf-8")
+    seen = Seen(browser, address(tmp_path), scheme=scheme)
     result = axe.Axe().run(seen.tab)
     assert result.violations_count == 0, result.generate_report()
     seen.tab.context.close()
