@@ -105,12 +105,13 @@ def main() -> None:
         print(f"mekd: {WITHOUT}", file=sys.stderr)
     plain: dict[str, object] = {"install_requires": ["torch>=2.9", "numpy"]}
     setuptools.setup(
-        packages=[*setuptools.find_packages(include=["mekd", "mekd.*"]), "mekd.kernels"],
-        package_dir={"mekd": "mekd", "mekd.kernels": "kernels"},
+        packages=[*setuptools.find_packages(include=["mekd", "mekd.*"]), "mekd.kernels", "mekd.configs"],
+        package_dir={"mekd": "mekd", "mekd.kernels": "kernels", "mekd.configs": "configs"},
         package_data={
             "mekd": ["py.typed"],
             "mekd.kernels": ["tuning.json"],
             "mekd.page": ["page.css", "page.js"],
+            "mekd.configs": ["*.yaml"],
         },
         **(plain if without or {"sdist", "egg_info"} & set(sys.argv) else extensions()),
     )

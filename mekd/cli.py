@@ -168,13 +168,13 @@ def parse(words: list[str]) -> tuple[Config, Path] | None:
         words = [word for word in words if word != "--profile"] + ["--engine.profile", "true"]
     _check_words(words)
     parser = ArgumentParser(prog="mekd STAGE", exit_on_error=False, add_help=True)
-    parser.add_argument("--config", type=str, default=None, metavar="FILE", help="YAML file of settings")
+    parser.add_argument("--config", type=str, default=None, metavar="FILE", help="YAML file of settings, or digits")
     parser.add_argument("--out", type=str, default=None, metavar="DIR", help="the run's folder")
     parser.add_class_arguments(Config, as_group=False)
     try:
         source = _value_of(words, "--config")
         if source is not None:
-            tree = read_yaml(source)
+            tree = read_yaml(shipped(source) or source)
             parser.parse_object(tree)  # set_defaults takes text for any type
             parser.set_defaults(dict(flatten(tree)))
         values = parser.instantiate(parser.parse_args([word for word in words if word != "--print_config"]))
@@ -190,6 +190,15 @@ def parse(words: list[str]) -> tuple[Config, Path] | None:
         return None
     out = values["out"] or f"runs/{Path(values['config']).stem if values['config'] else 'default'}"
     return config, Path(out)
+
+
+def shipped(name: str) -> Path | None:
+    """The file of a configuration that comes with mekd, by its name; None where that is a file, or no such name."""
+    if Path(name).exists():
+        return None
+    package = Path(__file__).parent
+    places = [folder / "configs" / f"{name}.yaml" for folder in (package, package.parent)]  # installed, or a checkout
+    return next((place for place in places if place.is_file()), None)
 
 
 def _check_words(words: list[str]) -> None:

@@ -68,7 +68,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     file = Path(path)
     if not file.is_file():
-        raise UsageError(f"--config is {str(path)!r}; no such file")
+        raise UsageError(f"--config is {str(path)!r}; no such file, and none of mekd's own, such as digits")
     try:
         tree = yaml.safe_load(file.read_text("utf-8-sig")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:

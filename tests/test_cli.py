@@ -10,6 +10,8 @@ import pytest
 
 from mekd import cli, files
 
+ROOT = Path(__file__).parent.parent
+
 
 def fails(words: list[str], capsys: pytest.CaptureFixture[str], status: int = 2) -> str:
     assert cli.main([str(word) for word in words]) == status
@@ -165,3 +167,12 @@ def test_disk_full_while_saving(tiny: list[str], tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.part"))
     assert cli.main(words) == 0
     assert files.load(path)["step"] == 9
+
+
+def test_a_configuration_that_is_shipped_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    parsed, whole = cli.parse(["--config", "digits"]), cli.parse(["--config", str(ROOT / "configs" / "digits.yaml")])
+    assert parsed is not None and whole is not None and parsed == whole and str(parsed[1]) == "runs/digits"
+    (tmp_path / "digits").write_text("seed: 7\n")  # a file of the user's comes first
+    own = cli.parse(["--config", "digits"])
+    assert own is not None and own[0].seed == 7

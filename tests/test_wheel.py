@@ -78,15 +78,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 def package(files: list[str]) -> set[str]:
     """The files of the package by the names that they are installed under."""
     found = {name if name.startswith("mekd/") else f"mekd/{name}" for name in files
-             if name.startswith(("mekd/", "kernels/"))}  # fmt: skip
-    assert {"mekd/oracle/base.py", "mekd/kernels/tuning.json"} <= found
+             if name.startswith(("mekd/", "kernels/", "configs/"))}  # fmt: skip
+    assert {"mekd/oracle/base.py", "mekd/kernels/tuning.json", "mekd/configs/digits.yaml"} <= found
     return found
 
 
 def test_both_hold_every_file_of_the_package(installed: Installed) -> None:
     with tarfile.open(installed.sdist) as file:
         packed = {name.partition("/")[2] for name in file.getnames()}
-    wanted = {name for name in installed.files if name.startswith(("mekd/", "kernels/", "csrc/"))}
+    wanted = {name for name in installed.files if name.startswith(("mekd/", "kernels/", "configs/", "csrc/"))}
     assert (wanted | {"LICENSE", "README.md"}) - packed == set()
     with zipfile.ZipFile(installed.wheel) as wheel:
         names = set(wheel.namelist())
@@ -131,7 +131,7 @@ def test_its_types_are_seen_by_those_who_use_it(installed: Installed, tmp_path: 
 
 def test_it_runs(installed: Installed, tmp_path: Path) -> None:
     words = [word for key, value in RUN.items() for word in (f"--{key}", str(value))]
-    out = do(installed.bin / "mekd", "run", *words, "--out", tmp_path / "run", where=tmp_path)
+    out = do(installed.bin / "mekd", "run", "--config", "digits", *words, "--out", tmp_path / "run", where=tmp_path)
     assert "student = teacher on" in out
     assert {"teacher.onnx", "student.onnx", "report.md", "report.html"} <= {
         path.name for path in (tmp_path / "run").iterdir()
