@@ -225,7 +225,7 @@ def test_what_was_paid_can_be_queried_while_the_run_goes_on(tmp_path: Path) -> N
     assert rows(tmp_path, "SELECT call, queries, answered IS NULL FROM calls") == [(0, 3, 0), (3, 2, 1)]
     assert totals(tmp_path, "s", "never") == total(1, 3, uncertain=2)
     ledger.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.lock", "s.sqlite"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.booked", "s.lock", "s.sqlite"]
 
 
 def test_one_folder_is_one_runs(tmp_path: Path) -> None:

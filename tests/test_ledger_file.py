@@ -121,17 +121,44 @@ def test_a_killed_process_loses_nothing_that_was_booked(killed: Path, tmp_path: 
 
 
 def test_a_log_that_is_cut_short_is_as_far_as_it_goes(killed: Path, tmp_path: Path) -> None:
-    """Whatever a kill leaves at the log's end, what stands before it is counted, and what is written next is kept."""
+    """What stands before the cut is counted, and what is written next is kept: so where a power cut lost the rest.
+
+    Beside its witness such a log is damaged, and what was paid for is not paid for again unless somebody says so.
+    """
     log = (killed / "s.sqlite-wal").read_bytes()
     seen = set()
     for cut in range(len(log) - 1, 32, -997):
         folder = copied(killed, tmp_path / "run")
         (folder / "s.sqlite-wal").write_bytes(log[:cut])
+        with pytest.raises(LedgerError, match=r"is damaged \(it ends with . attempts .* delete s.booked\): put a copy"):
+            counts(folder)
+        assert totals(folder, "s")["queries"] < 8, "a look at it does not hide it"
+        with pytest.raises(LedgerError, match=r"is damaged"):
+            counts(folder)
+        (folder / "s.booked").unlink()
         before = counts(folder)
         seen.add((before["queries"], before["uncertain"]))
         ask(folder, 0, 1, 2)
         assert counts(folder) == total(3, uncertain=before["uncertain"]), f"cut at {cut} of {len(log)}"
     assert seen == {(6, 0), (4, 2), (4, 0), (2, 2), (2, 0), (0, 2), (0, 0)}
+
+
+def test_a_witness_that_is_damaged_or_behind_is_no_witness(killed: Path, tmp_path: Path) -> None:
+    whole = (killed / "s.booked").read_bytes()
+    older = tmp_path / "older"
+    ask(older, 0)
+    for content in (
+        b"",
+        whole[:-1],
+        bytes(len(whole)),
+        whole[:3] + b"\xff" + whole[4:],
+        (older / "s.booked").read_bytes(),
+    ):
+        folder = copied(killed, tmp_path / "run")
+        (folder / "s.booked").write_bytes(content)
+        assert counts(folder) == total(3, uncertain=2)
+        ask(folder, 0, 1, 2, 3)
+        assert (folder / "s.booked").read_bytes() != content
 
 
 def test_a_flipped_byte_is_noticed_or_changes_nothing(killed: Path, tmp_path: Path) -> None:

@@ -80,8 +80,9 @@ class Ledger:
         self._booked: Future[Any] | None = None
         self._written = 0
         if folder is not None:
-            self._database, self._lock, held = open_file(folder, name, rank)
-            self.counts, self.settled, self._answers = held
+            self._database, self._lock, self._witness, held = open_file(folder, name, rank)
+            self.counts, self._marks, self._answers = held
+            self.settled = self._marks.settled
             self.next = self.settled
             self._writer = ThreadPoolExecutor(1, thread_name_prefix=f"ledger {name}")
 
@@ -163,6 +164,7 @@ class Ledger:
             def write(database: sqlite3.Connection) -> int:
                 attempt: int = database.execute("SELECT coalesce(max(attempt), 0) + 1 FROM calls").fetchone()[0]
                 insert(database, "calls", (attempt, call, queries, up, None, now, None))
+                self._marks = self._marks._replace(sent=attempt)
                 return attempt
 
             booked = self._book(write)
@@ -186,6 +188,7 @@ class Ledger:
                 ready.synchronize()
             insert(database, "answers", (sent.call, _digests(images), *packed(response)))
             insert(database, "calls", (*sent[:4], down, sent.time, time.time()))
+            self._marks = self._marks._replace(ended=self._marks.ended + 1)
 
         with self._turn:
             self.counts["uncertain"] -= sent.queries
@@ -200,7 +203,12 @@ class Ledger:
         with self._turn:
             self.counts["uncertain"] -= sent.queries
             row = (sent.attempt, sent.call, 0, 0, 0, sent.time, time.time())
-            self._book(lambda database: insert(database, "calls", row))
+
+            def write(database: sqlite3.Connection) -> None:
+                insert(database, "calls", row)
+                self._marks = self._marks._replace(ended=self._marks.ended + 1)
+
+            self._book(write)
 
     def settle(self) -> None:
         """Let the answers up to here go: a checkpoint that holds their effect is safely on the disk."""
@@ -213,6 +221,7 @@ class Ledger:
             database.execute("DELETE FROM answers WHERE call + length(digest) / 16 <= ?", (settled,))
             database.execute("DELETE FROM settled")
             insert(database, "settled", (settled,))
+            self._marks = self._marks._replace(settled=settled)
 
         self._book(write, cut=True)
 
@@ -234,6 +243,7 @@ class Ledger:
                 self._database.execute("PRAGMA busy_timeout = 1000")
                 self._database.execute("PRAGMA journal_mode = DELETE")
             self._database.close()
+            self._witness.close()
             self._lock.release()
 
     def _book(self, write: Callable[[sqlite3.Connection], Any], cut: bool = False) -> "Future[Any]":
@@ -252,8 +262,14 @@ class Ledger:
         cut = self._written == 0
 
         def transaction() -> Any:
-            with self._database:
-                result = write(self._database)
+            before = self._marks
+            try:
+                with self._database:
+                    result = write(self._database)
+            except BaseException:
+                self._marks = before
+                raise
+            self._witness.write(self._marks)
             if cut:
                 self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
             return result
@@ -264,7 +280,7 @@ class Ledger:
     def _attempted(self, work: Callable[[], Result]) -> Result:
         try:
             return work()
-        except sqlite3.OperationalError as error:
+        except (sqlite3.OperationalError, OSError) as error:
             raise files.WriteError(
                 f"the ledger of {self.name} could not be written ({error}). Free some space and run the same command "
                 "again: it goes on from the last checkpoint"

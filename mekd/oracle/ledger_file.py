@@ -5,6 +5,7 @@ A power cut can take what was booked since the last checkpoint; a copy of the fi
 
 import contextlib
 import io
+import os
 import shutil
 import sqlite3
 import struct
@@ -23,6 +24,7 @@ from mekd.errors import MekdError
 from mekd.oracle.response import Response
 
 COUNTS = ("calls", "queries", "bytes_up", "bytes_down", "uncertain")
+_MARKS = struct.Struct("<3QI")
 _APPLICATION, _VERSION = 0x6D656B64, 2  # "mekd"
 _SCHEMA = f"""
 BEGIN;
@@ -59,16 +61,55 @@ class LedgerError(MekdError, RuntimeError):
     """The ledger and the run do not belong together, or the ledger's file is damaged."""
 
 
+class Marks(NamedTuple):
+    """How far an account is: attempts that were sent, those that ended, images that are settled. They only grow."""
+
+    sent: int
+    ended: int
+    settled: int
+
+
 class Contents(NamedTuple):
-    """What a file holds: the counts, the images that are settled, digests and answer of each call since."""
+    """What a file holds: the counts, how far it is, digests and answer of each call since what is settled."""
 
     counts: dict[str, int]
-    settled: int
+    marks: Marks
     answers: dict[int, tuple[bytes, Response]]
 
 
-def open_file(folder: Path, name: str, rank: int) -> tuple[sqlite3.Connection, BaseFileLock, Contents]:
-    """The file of the account NAME, made if it is not there, the lock that keeps others out, and what it holds.
+class Witness:
+    """How far an account is, beside its file: SQLite reads a log that was cut short as one that ends there.
+
+    It is written behind each transaction, so that after a kill it is never ahead; with a checksum of its own.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "r+b" if path.exists() else "w+b", buffering=0)  # noqa: SIM115
+
+    def check(self, marks: Marks) -> None:
+        """DatabaseError where the account is less far than was booked."""
+        content = os.pread(self._file.fileno(), _MARKS.size, 0)
+        if len(content) < _MARKS.size or zlib.crc32(content[:-4]) != _MARKS.unpack(content)[-1]:
+            return
+        booked = Marks(*_MARKS.unpack(content)[:-1])
+        if any(now < then for now, then in zip(marks, booked, strict=True)):
+            raise sqlite3.DatabaseError(
+                f"it ends with {marks.sent} attempts of which {marks.ended} ended, and {booked.sent} and "
+                f"{booked.ended} were booked; to pay for the rest again, delete {self.path.name}"
+            )
+
+    def write(self, marks: Marks) -> None:
+        """Keep how far the account is now."""
+        content = _MARKS.pack(*marks, 0)[:-4]
+        os.pwrite(self._file.fileno(), content + struct.pack("<I", zlib.crc32(content)), 0)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def open_file(folder: Path, name: str, rank: int) -> tuple[sqlite3.Connection, BaseFileLock, Witness, Contents]:
+    """The file of the account NAME, made if it is not there, the lock that keeps others out, its witness, its contents.
 
     Raises LedgerError for one that is in use, of another format or damaged, WriteError where it cannot be written.
     """
@@ -82,15 +123,24 @@ def open_file(folder: Path, name: str, rank: int) -> tuple[sqlite3.Connection, B
     lock = _locked(path)
     database = sqlite3.connect(path, check_same_thread=False, isolation_level="IMMEDIATE", timeout=60)
     try:
+        witness = Witness(path.with_suffix(".booked"))
+    except OSError as error:
+        database.close()
+        lock.release()
+        raise files.WriteError(f"{path} cannot be opened ({error}); check the folder's permissions") from error
+    try:
         _check_log(path)
         database.execute(f"PRAGMA journal_mode = {'TRUNCATE' if _on_network(folder) else 'WAL'}")
         database.execute("PRAGMA synchronous = NORMAL")
         database.execute("PRAGMA wal_autocheckpoint = 0")  # the ledger cuts it
         if not database.execute("SELECT 1 FROM sqlite_master").fetchone():
             database.executescript(_SCHEMA)
-        return database, lock, _read(database)
+        held = _read(database)
+        witness.check(held.marks)
+        return database, lock, witness, held
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         database.close()
+        witness.close()
         lock.release()
         if any(word in str(error) for word in ("unable to open", "readonly", "disk I/O", "disk is full", "locked")):
             raise files.WriteError(f"{path} cannot be opened ({error}); check the folder's permissions") from error
@@ -155,7 +205,8 @@ def _read(database: sqlite3.Connection) -> Contents:
     (settled,) = query("SELECT images FROM settled").fetchone() or (0,)
     since = query("SELECT * FROM answers WHERE call + length(digest) / 16 > ?", (settled,))
     answers = {call: (digest, _unpacked(*packed)) for call, digest, *packed, _ in since}
-    return Contents(counts, settled, answers)
+    (ended,) = query("SELECT count(answered) FROM calls").fetchone()
+    return Contents(counts, Marks(attempts, ended, settled), answers)
 
 
 def _locked(path: Path) -> BaseFileLock:
