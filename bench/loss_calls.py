@@ -56,6 +56,13 @@ def run(calls: int, seed: int, impls: tuple[str, ...] = ("cpp", "reference")) ->
 
 def _work(numbers: range, seed: int, impls: tuple[str, ...], out: Any) -> None:
     torch.set_num_threads(1)
+    out.send(outcomes(numbers, seed, impls))
+
+
+def outcomes(
+    numbers: range, seed: int, impls: tuple[str, ...] = ("cpp", "reference")
+) -> tuple[dict[str, int], dict[str, str]]:
+    """The same of some calls, in this process, which a crash ends."""
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
     for number in numbers:
@@ -67,7 +74,7 @@ def _work(numbers: range, seed: int, impls: tuple[str, ...], out: Any) -> None:
         counts[outcome] += 1
         if outcome not in FINE:
             examples.setdefault(outcome, f"call {number}, {words}")
-    out.send((dict(counts), examples))
+    return counts, examples
 
 
 def _problem(chance: random.Random, number: int, fixed: bool = False) -> testing.Problem:

@@ -27,7 +27,7 @@ def test_damaged_files_are_read_or_refused(name: str) -> None:
 
 
 def test_random_calls_of_the_losses_are_right_or_refused() -> None:
-    counts, examples = loss_calls.run(600, seed=2)
+    counts, examples = loss_calls.outcomes(range(600), seed=2)
     assert set(counts) <= {*loss_calls.FINE}, examples
     assert counts["near"] < 3 and counts["right"] > 300 and counts["refused"] > 100
 
@@ -36,7 +36,7 @@ def test_a_wrong_value_and_an_unclear_error_are_seen(monkeypatch: pytest.MonkeyP
     kept = testing.result
     monkeypatch.setattr(testing, "result", lambda *given: [x + 0.1 for x in kept(*given)])
     monkeypatch.setattr(checks, "check_tensor", lambda name, x: None)
-    counts, examples = loss_calls.run(300, seed=2)
+    counts, examples = loss_calls.outcomes(range(300), seed=2)
     assert counts["wrong"] > 60 and counts["AttributeError"] > 0, examples
 
 
