@@ -100,7 +100,7 @@ def test_two_cards_of_a_kind_are_one() -> None:
 
 
 #: Advice that a resumed run refuses, and need not take: it is given before anything was paid for or saved, or names
-#: another folder, or another student of the answers in it (the page's commands, which tests/test_page_commands.py runs).
+#: another folder, or another student of the answers in it (the page's commands: tests/test_page_commands.py).
 BEFORE = {
     "data.name", "data.path", "data.loader", "data.size", "data.flip", "data.shift", "data.local_fraction",
     "teacher.onnx", "teacher.python", "teacher.arch", "teacher.checkpoint", "teacher.lr",
@@ -108,7 +108,8 @@ BEFORE = {
     "oracle.mean", "oracle.std", "oracle.transport", "oracle.decimals", "oracle.size", "oracle.input_name",
     "oracle.unknown", "distill.replay",
     "deprivatize.alpha", "deprivatize.augment", "deprivatize.lr", "deprivatize.width", "deprivatize.d_width",
-    "deprivatize.dropout", "distill.lr", "distill.student", "distill.checkpoint", "distill.steps", "evaluate.enabled", "audit.holdout", "engine.device",
+    "deprivatize.dropout", "distill.lr", "distill.student", "distill.checkpoint", "distill.steps",
+    "evaluate.enabled", "audit.holdout", "engine.device",
 }  # fmt: skip
 
 
