@@ -1,7 +1,7 @@
 # mekd in a container, for the CPU or for CUDA:
 #   docker build -t mekd .
 #   docker build -t mekd:cuda --build-arg DEVICE=cuda .
-#   docker run --rm -v "$PWD:/work" mekd run --config /opt/mekd/configs/digits.yaml --out runs/digits
+#   docker run --rm -v "$PWD:/work" mekd run --config digits
 # The folder that is mounted must be writable for user 1000, or say --user "$(id -u)"; with CUDA also --gpus all.
 ARG PYTHON=3.12
 
@@ -22,7 +22,6 @@ FROM python:${PYTHON}-slim
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 mekd && mkdir /work && chown mekd:mekd /work
 COPY --from=build /opt/mekd /opt/mekd
-COPY --from=build /src/configs /opt/mekd/configs
 ENV PATH=/opt/mekd/bin:$PATH PYTHONUNBUFFERED=1
 USER 1000:1000
 WORKDIR /work

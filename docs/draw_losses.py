@@ -45,17 +45,27 @@ def curve(loss: Loss, student: Tensor, column: int = 0) -> tuple[Tensor, Tensor]
     return losses.detach(), grad[:, column]
 
 
+def pair() -> tuple[plt.Figure, Axes, Axes]:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.9), layout="constrained")
+    return figure, left, right
+
+
+def titled(figure: plt.Figure, title: str) -> plt.Figure:
+    """The figure, with what the lines on its left are."""
+    figure.axes[0].legend(frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
 def against_a_logit(losses: dict[str, Loss], title: str) -> plt.Figure:
     """Loss and gradient against how far the student's first logit is from the teacher's."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.9), layout="constrained")
+    figure, left, right = pair()
     for name, loss in losses.items():
         values, grad = curve(loss, students())
         left.plot(MOVED, values, label=name)
         right.plot(MOVED, grad, label=name)
     both(left, right, "first logit of the student, less the teacher's", "its gradient")
-    left.legend(frameon=False)
-    figure.suptitle(title)
-    return figure
+    return titled(figure, title)
 
 
 def both(left: Axes, right: Axes, x: str, gradient: str) -> None:
@@ -91,21 +101,19 @@ def jsd() -> plt.Figure:
 
 def standardized() -> plt.Figure:
     """Against the student's scale: a shape is compared, not a size."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.9), layout="constrained")
+    figure, left, right = pair()
     factor = torch.linspace(0.1, 4, 200, dtype=torch.float64)
     for name, loss in {"kd_loss": kd_loss, "logit_standardized_kd_loss": logit_standardized_kd_loss}.items():
         values, grad = curve(rows(loss, tau=2.0), factor[:, None] * TEACHER)
         left.plot(factor, values, label=name)
         right.plot(factor, grad, label=name)
     both(left, right, "the teacher's logits times", "gradient of the first logit")
-    left.legend(frameon=False)
-    figure.suptitle("logit_standardized_kd_loss: how large the logits are does not matter")
-    return figure
+    return titled(figure, "logit_standardized_kd_loss: how large the logits are does not matter")
 
 
 def dkd() -> plt.Figure:
     """The two parts, and what beta weighs: the order among the classes that are not the target."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.9), layout="constrained")
+    figure, left, right = pair()
     other = TEACHER.repeat(len(MOVED), 1)
     other[:, 1] += MOVED
     target = torch.zeros(len(MOVED), dtype=torch.long)
@@ -118,15 +126,13 @@ def dkd() -> plt.Figure:
             loss = dkd_loss(student, teacher, target, alpha=alpha, beta=beta, tau=1.0, reduction="none")
             axes.plot(MOVED, loss, style, label=f"alpha {alpha:g}, beta {beta:g}")
         axes.set(title=f"loss, {what}", xlabel="student's logit less the teacher's")
-    left.legend(frameon=False)
-    figure.suptitle("dkd_loss: target against rest, and within the rest")
-    return figure
+    return titled(figure, "dkd_loss: target against rest, and within the rest")
 
 
 def rest() -> plt.Figure:
     """Eight classes of which two are answered: the target, and the gradient of a student that knows nothing."""
     values, indices = torch.tensor([[0.55, 0.25]], dtype=torch.float64), torch.tensor([[0, 1]])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.9), layout="constrained")
+    figure, left, right = pair()
     ranks = torch.arange(8)
     student = torch.linspace(0, -1.4, 8, dtype=torch.float64)[None].requires_grad_()
     start = student.softmax(-1).detach()[0]  # what the student says now
@@ -143,15 +149,13 @@ def rest() -> plt.Figure:
     left.set(title="where each pulls to", xlabel="class, 0 and 1 were answered", ylabel="probability")
     right.set(title="pull on each logit (minus the gradient)", xlabel="class")
     right.axhline(0, color="0.8", linewidth=0.8)
-    left.legend(frameon=False)
     right.legend(frameon=False)
-    figure.suptitle('kd_loss(topk=..., rest=...): "tail" keeps the student\'s own order of the others')
-    return figure
+    return titled(figure, 'kd_loss(topk=..., rest=...): "tail" keeps the student\'s own order of the others')
 
 
 def image_l1() -> plt.Figure:
     """One pixel before its tanh, against a finished pixel of 0.5, and one that is finished itself."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.9), layout="constrained")
+    figure, left, right = pair()
     pixel = torch.linspace(-3, 3, 401, dtype=torch.float64)[:, None]
     for name, settings in {"finished=True": {"finished": True}, "tanh=False": {"tanh": False}}.items():
         loss = partial(image_l1_loss, teacher=torch.full_like(pixel, 0.5), reduction="none", **settings)
@@ -159,14 +163,12 @@ def image_l1() -> plt.Figure:
         left.plot(pixel[:, 0], values, label=name)
         right.plot(pixel[:, 0], grad, label=name)
     both(left, right, "the student's pixel; the teacher's is 0.5", "its gradient")
-    left.legend(frameon=False)
-    figure.suptitle("image_l1_loss: behind the tanh, where a pixel cannot leave its range")
-    return figure
+    return titled(figure, "image_l1_loss: behind the tanh, where a pixel cannot leave its range")
 
 
 def gan() -> plt.Figure:
     """Step 1: what the discriminator's logit of a drawn image costs either side."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.9), layout="constrained")
+    figure, left, right = pair()
     logit = MOVED[:, None]
     for sure in (0.0, 1.0):
         confidence = torch.full_like(MOVED, sure)
@@ -179,9 +181,7 @@ def gan() -> plt.Figure:
     left.plot(MOVED, each.detach(), "--", label="discriminator")
     right.plot(MOVED, grad, "--")
     both(left, right, "the discriminator's logit of a drawn image", "its gradient")
-    left.legend(frameon=False)
-    figure.suptitle("generator_loss, discriminator_loss: (1 + alpha y) softplus(-d), and softplus(d)")
-    return figure
+    return titled(figure, "generator_loss, discriminator_loss: (1 + alpha y) softplus(-d), and softplus(d)")
 
 
 PICTURES = {

@@ -43,7 +43,7 @@ def there() -> bool:
     return True
 
 
-def draw(run: Run) -> list[tuple[str, str]]:
+def draw(run: Run, found: Confusion) -> list[tuple[str, str]]:
     """Draw the pictures that the run has material for; returns captions and file names."""
     if not there():
         return []
@@ -62,7 +62,7 @@ def draw(run: Run) -> list[tuple[str, str]]:
          "samples/classes.png", lambda: _class_grid(images, answer, rows, names)),
         *_families(run, student),
         (f"How often the student (columns) names the class {_rows_of_confusion(run)}.",
-         "confusion.png", lambda: _confusion(confused(run), rows, names)),
+         "confusion.png", lambda: _confusion(found, rows, names)),
     ]  # fmt: skip
     for _, name, picture in drawn:
         save(picture(), run.out / name)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from mekd.data.arrays import DataError
 from mekd.data.names import is_hidden
 from mekd.data.upright import decode
 from mekd.errors import UsageError
+from mekd.options import Parser
 from mekd.oracle.session import ModelError, check_format, open_session
 from mekd.student import Preprocess
 
@@ -175,11 +176,6 @@ def _cells(classes: list[str], row: list[tuple[int, float]]) -> list[str]:
     return [cell for c, p in row for cell in (classes[c], f"{p:.6f}")]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message.removeprefix('argument ')}; `mekd predict --help` lists what there is")
-
-
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"it is {text!r}; it must be a whole number of at least 1")
@@ -187,7 +183,7 @@ def _count(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="mekd predict", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="mekd predict", description=__doc__, allow_abbrev=False)
     parser.add_argument("file", metavar="FILE.onnx", help="the student.onnx of a run's folder")
     parser.add_argument("photos", metavar="PHOTOS", help="a folder of photos, at any depth, or one photo")
     parser.add_argument("--out", metavar="FILE.csv", default="predictions.csv", help="the table (%(default)s)")

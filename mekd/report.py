@@ -28,7 +28,8 @@ def report(run: Run) -> None:
     summary = summarize(run)
     run.write_json("summary.json", summary)
     files.write_text(run.out / "summary.csv", _csv(summary))
-    pictures = draw(run)
+    found = confused(run)
+    pictures = draw(run, found)
     for _, name in pictures:
         if name in PUBLIC:
             run.tracks.picture(name)
@@ -36,7 +37,7 @@ def report(run: Run) -> None:
     dp = run.config.deprivatize.dp is not None  # whose epsilon does not count what the audit says of private images
     said = [] if dp else audited(run.read_json("audit.json"))
     files.write_text(run.out / "README.md", card(run, summary, pictures, said))
-    page.write(page.gather(run, class_names(run), summary, confused(run)), said)
+    page.write(page.gather(run, class_names(run), summary, found), said)
     run.log("")
     for line in table(run, summary):
         run.log(line)

@@ -12,6 +12,7 @@ from mekd.audited import audited
 from mekd.engine.result import STUDENT
 from mekd.engine.run import Run
 from mekd.errors import MekdError, UsageError
+from mekd.options import Parser
 from mekd.page import HEADINGS, Page
 from mekd.page.markup import text
 from mekd.student import FILE
@@ -37,7 +38,7 @@ def main(words: Sequence[str]) -> int:
 
 def prepare(words: Sequence[str]) -> "tuple[uvicorn.Server, socket.socket, str]":
     """A server that can run, the socket that it listens on, and a line that says where the page is."""
-    parser = serve.Parser(prog="mekd watch", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="mekd watch", description=__doc__, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="the run's folder, which need not be there yet")
     port = serve.number(0, 65535, whole=True)
     parser.add_argument("--port", type=port, default=8001, help="on 127.0.0.1; 0 chooses a free one (%(default)s)")

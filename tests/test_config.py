@@ -13,8 +13,8 @@ from mekd.config import Config, DistillConfig
 from mekd.losses import MEKDLoss
 from mekd.settings import dump_yaml, read_yaml
 
-yaml = pytest.importorskip("yaml", reason="pip install 'mekd[run]'")
-pytest.importorskip("jsonargparse", reason="pip install 'mekd[run]'")
+yaml = pytest.importorskip("yaml", reason="PyYAML is not installed: pip install 'mekd[run]'")
+pytest.importorskip("jsonargparse", reason="jsonargparse is not installed: pip install 'mekd[run]'")
 
 SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

@@ -57,7 +57,7 @@ def test_members_of_a_tar_file(tmp_path: Path, names: str, wanted: list[int] | s
     if idx:
         command = Path(sys.executable).parent / "wds2idx"
         if not command.exists():
-            pytest.skip("wds2idx is not there: pip install 'mekd[dali]'")
+            pytest.skip("wds2idx, which comes with DALI, is not beside this Python: pip install 'mekd[dali]'")
         subprocess.run([command, shard, shard.with_suffix(".idx")], check=True, capture_output=True)
     if isinstance(wanted, str):
         with pytest.raises(DataError, match=rf"s\.tar cannot be read \(.*{wanted}"):

@@ -264,7 +264,7 @@ def test_resnets_by_name(depth: int) -> None:
     ],
 )
 def test_torchvisions_classifiers_by_name(channels: int) -> None:
-    pytest.importorskip("torchvision", reason="pip install 'mekd[vision]'")
+    pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'mekd[vision]'")
     net = build("torchvision:resnet18", 10, channels).eval()
     # 11 689 512 with 1000 classes.
     assert weights(net) == 11_689_512 - 513 * 990
@@ -315,7 +315,7 @@ def test_unknown_names_get_the_nearest_known(name: str, parts: list[str]) -> Non
     ],
 )
 def test_unknown_names_of_torchvision_get_the_nearest_known(name: str, nearest: str) -> None:
-    pytest.importorskip("torchvision", reason="pip install 'mekd[vision]'")
+    pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'mekd[vision]'")
     with pytest.raises(ValueError) as caught:
         build(f"torchvision:{name}", 10)
     assert repr(name) in str(caught.value) and nearest in str(caught.value)

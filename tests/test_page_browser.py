@@ -81,7 +81,9 @@ def test_it_shows_and_loads_nothing(size: str, scheme: str, finished: Path, brow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
 def test_axe_finds_nothing(size: str, scheme: str, finished: Path, browser: Any) -> None:
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe: pip install 'mekd[browser]'")
+    axe = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="axe is not installed: pip install 'mekd[browser]'"
+    )
     seen = Seen(browser, address(finished), size, scheme)
     seen.tab.evaluate("document.querySelectorAll('details').forEach((part) => (part.open = true))")
     seen.tab.locator("svg[data-lines]:visible").first.hover()
@@ -92,7 +94,9 @@ def test_axe_finds_nothing(size: str, scheme: str, finished: Path, browser: Any)
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_colour_of_the_matrix_can_be_read(scheme: str, finished: Path, browser: Any, tmp_path: Path) -> None:
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe: pip install 'mekd[browser]'")
+    axe = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="axe is not installed: pip install 'mekd[browser]'"
+    )
     counts = np.array([[100 - 11 * (9 - i), 11 * (9 - i)] + [0] * 8 for i in range(10)])
     shown = facts_of(finished)
     confusion = shown.confusion._replace(counts=counts)  # type: ignore[union-attr]

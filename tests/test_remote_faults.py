@@ -191,7 +191,7 @@ def test_a_token_that_the_server_echoes_is_in_no_message(
 
 def certificate(folder: Path) -> Path:
     if (openssl := shutil.which("openssl")) is None:
-        pytest.skip("no openssl to make a certificate with")
+        pytest.skip("openssl, which makes the certificate, is not installed: apt-get install openssl")
     key, made = folder / "key.pem", folder / "made.pem"
     subprocess.run(
         [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", made, "-days", "2",

@@ -229,7 +229,7 @@ def test_a_run_with_a_student_that_cannot_learn_does_not_begin(
     tiny: list[str], words: list[str], parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if words[0].startswith("torchvision"):
-        pytest.importorskip("torchvision", reason="pip install 'mekd[vision]'")
+        pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'mekd[vision]'")
     net = tmp_path / "net.py"
     net.write_text(
         "import torch\nfrom torch import nn\n\n"

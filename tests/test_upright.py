@@ -53,7 +53,9 @@ def near(found: tuple[int, ...], wanted: tuple[int, ...], off: int = 0) -> bool:
 )
 def test_each_format_is_read(ending: str, options: dict, off: int, tmp_path: Path) -> None:
     if ending == "heic":
-        pytest.importorskip("pillow_heif", reason="HEIC needs pillow-heif").register_heif_opener()
+        pytest.importorskip(
+            "pillow_heif", reason="pillow-heif is not installed: pip install pillow-heif"
+        ).register_heif_opener()
     path = tmp_path / f"photo.{ending}"
     halves().save(path, **options)
     pixels = decode(path, 32)

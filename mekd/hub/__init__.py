@@ -5,10 +5,11 @@ import importlib.util
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from mekd import files
 from mekd.errors import UsageError
+from mekd.options import Parser
 
 if TYPE_CHECKING:
     from mekd.hub.pack import Item
@@ -105,13 +106,8 @@ def _require_packages() -> None:
         raise UsageError(f"{' and '.join(missing)} cannot be imported: pip install 'mekd[hub]'")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message.removeprefix('argument ')}; `{self.prog} --help` lists what there is")
-
-
 def _push_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="mekd push", allow_abbrev=False,
         description="Put a run's student on the Hugging Face Hub, after you agreed to what goes up. Private unless "
         "--public says otherwise. No private image, ledger, log, setting or code is ever among it.",
@@ -128,7 +124,7 @@ def _push_parser() -> argparse.ArgumentParser:
 
 
 def _pull_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="mekd pull", allow_abbrev=False,
         description="Fetch what `mekd push` put on the Hugging Face Hub, and check it. No code comes with it.",
     )  # fmt: skip

@@ -10,11 +10,12 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from mekd import files
 from mekd.errors import MekdError, UsageError
+from mekd.options import Parser
 
 if TYPE_CHECKING:
     import uvicorn
@@ -109,14 +110,6 @@ def require_packages() -> None:
 
 
 # -- options -----------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """What reads a command's options; a mistake is a UsageError."""
-
-    def error(self, message: str) -> NoReturn:
-        message = message.removeprefix("argument ")
-        raise UsageError(f"{message}; `{self.prog} --help` lists the options and what they may be")
 
 
 def number(low: float, high: float = float("inf"), whole: bool = False) -> Callable[[str], Any]:
