@@ -33,6 +33,7 @@ from mekd.engine.checkpoint import Interrupted, asked_to_stop, stopped_by_signal
 from mekd.engine.collect import collect
 from mekd.engine.deprivatize import deprivatize
 from mekd.engine.distill import train_student
+from mekd.engine.result import STUDENT, write_student
 from mekd.engine.run import Run
 from mekd.engine.teacher import export_teacher, train_teacher
 from mekd.errors import MekdError
@@ -74,6 +75,9 @@ ROWS = {
     "plain-pretrain": "--distill.pretrain STEPS",
     "dp-none": DP,
     **{f"dp-{epsilon}": f"{DP} --deprivatize.dp {epsilon}" for epsilon in (10, 3, 1)},
+    # A quarter of the queries in a first round, the others in a second one, with a third of step 1's steps.
+    "rounds": "",
+    "rounds-kl": "--distill.image 0",
     "second": "",  # mekd's student is asked, which costs nothing: a second one, of its probabilities
     "plain": "",  # every private image is sent once
     "ceiling": "--data.local_fraction 1",  # every training image is sent once
@@ -182,6 +186,8 @@ def measure(job: Job, place: Path, words: list[str], pool: str | None) -> dict[s
         student, run = sent(without, place)
     elif job.row == "second":
         student, run = taught_again(config, place, job.queries)
+    elif job.row.startswith("rounds"):
+        student, run = in_two_rounds(config, place, job.queries)
     elif job.row.startswith("pool"):
         student, run = pooled(without, place, int(job.queries), job.row == "pool-uncertain", pool)
     else:
@@ -263,6 +269,19 @@ def pooled(config: Config, place: Path, queries: int, uncertain: bool, pool: str
         return pools.train(run, images, queries, uncertain), run
 
 
+def in_two_rounds(config: Config, place: Path, queries: str) -> tuple[nn.Module, Run]:
+    """The student of a second round, which goes on from a first one's generator, student and answers."""
+    asked = queries if queries == "unlimited" else str(max(2 * HOLDOUT, int(queries) // 4))
+    first, run = distilled(config, place, asked)
+    with locked(run.out):
+        if not (run.out / STUDENT[-1]).exists():
+            run.save_config()
+            write_student(run, first)
+    step1 = replace(config.deprivatize, after=str(run.out), steps=config.deprivatize.steps // 3)
+    left = queries if queries == "unlimited" else str(int(queries) - int(asked))
+    return distilled(replace(config, deprivatize=step1), place, left)
+
+
 def taught_again(config: Config, place: Path, queries: str) -> tuple[nn.Module, Run]:
     """The student of a student's probabilities for fresh images, as many as there are steps: they are not paid."""
     first, run = distilled(config, place, queries)
@@ -288,7 +307,12 @@ def seconds(run: Run) -> float:
         taken.append(run.checkpoint("deprivatize"))
     if Path(str(config.teacher.onnx)).name == FIRST:
         taken.append(Path(str(config.teacher.onnx)).parent / "checkpoints/distill.pt")
-    return sum(float(files.load(path)["seconds"]) for path in taken if path.exists())
+    before = 0.0
+    if config.deprivatize.after is not None:
+        parsed = cli.parse(["--config", f"{config.deprivatize.after}/config.yaml"])
+        assert parsed is not None
+        before = seconds(Run(parsed[0], Path(config.deprivatize.after)))
+    return before + sum(float(files.load(path)["seconds"]) for path in taken if path.exists())
 
 
 def named(config: Config, place: Path, kind: str, stage: str, *more: Any) -> Run:

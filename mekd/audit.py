@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mekd import distances, files, plots
 from mekd.data import open_source
-from mekd.engine import parallel
+from mekd.engine import after, parallel
 from mekd.engine.collect import BLOCK, collect
 from mekd.engine.private import MOST, images_of
 from mekd.engine.result import class_names, finished_student
@@ -264,13 +264,21 @@ def _membership(run: Run, draw: nn.Module, drawn: Tensor, private: Tensor, held:
         return {}
     saved = files.load(run.checkpoint("deprivatize"))["state"]["discriminator"]
     step1 = run.config.deprivatize
-    judge = Discriminator(run.config.data.size, run.image[0], step1.dropout, step1.d_width)
+    names = None if step1.after is None else after.namer(run)  # D judges an image together with its class
+    known = 0 if names is None else run.num_classes
+    judge = Discriminator(run.config.data.size, run.image[0], step1.dropout, step1.d_width, known)
     judge.load_state_dict(saved)
     judge.eval().to(run.device)
+
+    @torch.no_grad()
+    def judged(images: Tensor) -> Tensor:
+        images = images.to(run.device)
+        return judge(as_float(images), None if names is None else names(images)).float().cpu()
+
     members = private[torch.randperm(len(private), generator=generator_at(run.config.seed, "audit-members"))[:ROWS]]
     others = held[:ROWS]
     by: dict[str, Callable[[Tensor], Tensor]] = {
-        "discriminator": lambda images: torch.cat([_on(judge, part, run) for part in images.split(256)]),
+        "discriminator": lambda images: torch.cat([judged(part) for part in images.split(256)]),
         "nearest drawn": lambda images: -distances.nearest(_pixels(images), _pixels(drawn))[0],
         "rebuilt by G": lambda images: -rebuilding_error(draw, images[:REBUILT], run),
     }

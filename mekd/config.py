@@ -105,6 +105,9 @@ class DeprivatizeConfig:
         latents: D and G learn from the same images of a step (shared), or G from others of its own (fresh)
         budget: queries at most; null for no limit
         generator: the folder of another run, whose trained generator is used instead of training one
+        after: the folder of a finished run, to be gone on from in a second round of so many steps: its student names
+            the private images at home, and D judges an image together with its class, so that G learns to draw the
+            class of a code's largest entry. The answers that it paid for and kept are learnt from as well
     """
 
     steps: int = 20000
@@ -124,6 +127,7 @@ class DeprivatizeConfig:
     clip: float = 1.0
     budget: int | None = None
     generator: str | None = None
+    after: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("deprivatize.latents", self.latents, ("shared", "fresh"))

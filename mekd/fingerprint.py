@@ -19,8 +19,8 @@ from mekd.teacher_config import PRECISIONS, TeacherConfig
 FREE = {
     "data.path", "data.workers", "data.on_error", "teacher.url", "teacher.name",
     "oracle.price", "oracle.provider", "oracle.batch", "oracle.precision", "oracle.cuda_graph",
-    "deprivatize.steps", "deprivatize.budget", "deprivatize.generator", "distill.budget", "distill.store",
-    "distill.coverage", "evaluate.ask_teacher", "evaluate.path",
+    "deprivatize.steps", "deprivatize.budget", "deprivatize.generator", "deprivatize.after", "distill.budget",
+    "distill.store", "distill.coverage", "evaluate.ask_teacher", "evaluate.path",
 }  # fmt: skip
 _ANSWERS = (
     "oracle.response", "oracle.k", "oracle.decimals", "oracle.transport", "oracle.output", "oracle.output_name",

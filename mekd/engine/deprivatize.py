@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mekd.config import DeprivatizeConfig
 from mekd.data import arrays
-from mekd.engine import dp, parallel, private
+from mekd.engine import after, dp, parallel, private
 from mekd.engine.checkpoint import Checkpoint, steps
 from mekd.engine.feeds import Draw, Fresh, Images, Unasked, fresh
 from mekd.engine.run import Run
@@ -40,8 +40,16 @@ class Passes(NamedTuple):
     """What torch.compile takes of a step, each a graph of its own: backward and the optimisers stay outside."""
 
     draw: Callable[[Tensor, Tensor], Tensor]
-    loss_d: Callable[[Tensor, Tensor], Tensor]
-    loss_g: Callable[[Tensor, Tensor | None], Tensor]
+    loss_d: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+    loss_g: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+class Classes(NamedTuple):
+    """The classes (m,) of a step's private, drawn and other drawn images, as take_step has them, for D to judge by."""
+
+    real: Tensor
+    fake: Tensor
+    other: Tensor | None = None
 
 
 class _Judge(nn.Module):
@@ -51,22 +59,23 @@ class _Judge(nn.Module):
         super().__init__()
         self.discriminator, self.loss = discriminator, loss
 
-    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
-        return self.loss.discriminator(self.discriminator(real), self.discriminator(fake))
+    def forward(self, real: Tensor, fake: Tensor, of_real: Tensor | None, of_fake: Tensor | None) -> Tensor:
+        return self.loss.discriminator(self.discriminator(real, of_real), self.discriminator(fake, of_fake))
 
 
 def passes(
     generator: nn.Module, discriminator: nn.Module, loss: DeprivatizationLoss, mode: str = "off",
     precision: str = "float32",
 ) -> Passes:  # fmt: skip
-    """draw(code, n), loss_d(real, fake) and loss_g(fake, confidence), all float32 outside.
+    """draw(code, n), loss_d(real, fake, of_real, of_fake) and loss_g(fake, confidence, of_fake), all float32 outside.
 
+    of_real, of_fake: the classes of the images, or None.
     mode: off, default or reduce-overhead; precision: of the convolutions, float32 or bfloat16. With several processes
     the gradients of G and of D are averaged over them, each in its own backward.
     """
 
-    def loss_g(fake: Tensor, confidence: Tensor | None) -> Tensor:
-        return loss(discriminator(fake), confidence)
+    def loss_g(fake: Tensor, confidence: Tensor | None, of_fake: Tensor | None) -> Tensor:
+        return loss(discriminator(fake, of_fake), confidence)
 
     def computed(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def in_precision(*arguments: Any) -> Tensor:
@@ -86,24 +95,29 @@ def passes(
 def take_step(
     compute: Passes, discriminator: nn.Module, adam_g: torch.optim.Optimizer, adam_d: torch.optim.Optimizer,
     real: Tensor, fake: Tensor, confidence: Tensor | None, other: Tensor | None = None,
+    classes: Classes | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One step of D and one of G, which learns from fake, its graph attached; returns the losses.
 
     D learns from the same images, or from other ones where they are given.
     """
-    loss_d = compute.loss_d(real, fake.detach() if other is None else other)
+    of_real, of_fake, of_other = classes or (None, None, None)
+    if other is None:
+        other, of_other = fake.detach(), of_fake
+    loss_d = compute.loss_d(real, other, of_real, of_other)
     adam_d.zero_grad()
     loss_d.backward()
     adam_d.step()
-    return {"loss_d": loss_d, "loss_g": step_generator(compute, discriminator, adam_g, fake, confidence)}
+    return {"loss_d": loss_d, "loss_g": step_generator(compute, discriminator, adam_g, fake, confidence, of_fake)}
 
 
 def step_generator(
-    compute: Passes, discriminator: nn.Module, adam_g: torch.optim.Optimizer, fake: Tensor, confidence: Tensor | None
-) -> Tensor:
+    compute: Passes, discriminator: nn.Module, adam_g: torch.optim.Optimizer, fake: Tensor,
+    confidence: Tensor | None, of_fake: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """One step of G, which learns from fake, its graph attached; returns the loss."""
     discriminator.requires_grad_(False)
-    loss_g = compute.loss_g(fake, confidence)
+    loss_g = compute.loss_g(fake, confidence, of_fake)
     adam_g.zero_grad()
     loss_g.backward()
     adam_g.step()
@@ -125,7 +139,8 @@ def deprivatize(run: Run) -> None:
     noisy = None if config.dp is None else dp.Noisy(run)
     torch.manual_seed(run.config.seed + 1)
     generator = run.place(run.new_generator())
-    discriminator = run.place(Discriminator(run.config.data.size, run.image[0], config.dropout, config.d_width))
+    known = 0 if config.after is None else run.num_classes
+    discriminator = run.place(Discriminator(run.config.data.size, run.image[0], config.dropout, config.d_width, known))
     loss = DeprivatizationLoss(config.alpha, config.minimax)
     compute = passes(generator, discriminator, loss, run.config.engine.compile, config.precision)
     adam_g, adam_d = adam(generator, config.lr), adam(discriminator, config.lr)
@@ -138,11 +153,16 @@ def deprivatize(run: Run) -> None:
         state["seen"] = seen
     if noisy is not None:
         state["dp"] = noisy.state
+    namer = None if config.after is None else after.begin(run, state)
     parallel.dropout_apart(run.config.seed)
 
     def drawn(step: int) -> tuple[Tensor, Tensor]:
         code, n = run.latents("generator", step, config.batch)
         return compute.draw(code, n), n
+
+    def named(purpose: str, step: int) -> Tensor:
+        """The classes of drawn images: their codes' largest entries."""
+        return run.latents(purpose, step, config.batch).code.argmax(1)
 
     with answers(run, drawn) as feed:
         feeds = {"data": images, "answers": feed}
@@ -168,16 +188,20 @@ def deprivatize(run: Run) -> None:
                 losses = {"loss_d": noisy.step_discriminator(run, discriminator, adam_d, judged, step)}
                 losses["loss_g"] = step_generator(compute, discriminator, adam_g, fake, asked.confidence)
             else:
-                real = to_float(private_images)
+                real, classes = to_float(private_images), None
+                if namer is not None:
+                    of_other = None if other is None else named("discriminator", step)
+                    classes = Classes(namer(private_images), named("generator", step), of_other)
                 if config.augment:
                     real, fake = (augmented(run, x, step, kind, share) for x, kind in ((real, "real"), (fake, "fake")))
                     if other is not None:
                         other = augmented(run, other, step, "other", share)
-                losses = take_step(compute, discriminator, adam_g, adam_d, real, fake, asked.confidence, other)
+                losses = take_step(compute, discriminator, adam_g, adam_d, real, fake, asked.confidence, other, classes)
                 if config.augment:
                     losses["augmented"] = torch.tensor(share)
                     if step % EVERY == 0:
-                        seen["share"] = adapted(share, discriminator, real, config)
+                        of_real = None if classes is None else classes.real
+                        seen["share"] = adapted(share, discriminator, real, of_real, config)
 
             if config.ema:
                 average.update_parameters(generator)
@@ -212,14 +236,16 @@ def augmented(run: Run, images: Tensor, step: int, kind: str, share: float) -> T
 
 
 @torch.no_grad()
-def adapted(share: float, discriminator: nn.Module, real: Tensor, config: DeprivatizeConfig) -> float:
+def adapted(
+    share: float, discriminator: nn.Module, real: Tensor, of_real: Tensor | None, config: DeprivatizeConfig
+) -> float:
     """The next share of augmented images: more where D takes too many of the private ones (m, ch, S, S) for real.
 
-    D that does so knows them by heart: adaptive discriminator augmentation (Karras et al., 2020), whose heuristic is
-    the mean sign of D's logits.
+    of_real: their classes (m,), where D is told them. A D that does so knows the images by heart: adaptive
+    discriminator augmentation (Karras et al., 2020), whose heuristic is the mean sign of D's logits.
     """
     with computed_in(config.precision, real.device):
-        signs = discriminator(real).sign().sum()
+        signs = discriminator(real, of_real).sign().sum()
     total, count = parallel.sum_of(float(signs), len(real))
     change = EVERY * config.batch / RAMP
     return min(1.0, max(0.0, share + (change if total / count > SURE else -change)))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mekd.engine import again, coverage, parallel
+from mekd.engine import after, again, coverage, parallel
 from mekd.engine.checkpoint import Checkpoint, steps
 from mekd.engine.collect import collect, draw_images
 from mekd.engine.feeds import Feed, Fresh, Replayed, fresh
@@ -23,7 +23,7 @@ from mekd.losses import MEKDLoss
 from mekd.nets import build
 from mekd.nets.frozen import freeze
 from mekd.oracle.ledger import describe
-from mekd.oracle.replay import Replay
+from mekd.oracle.replay import Joined, Replay
 from mekd.oracle.response import floor_of
 from mekd.pixels import as_float
 
@@ -141,11 +141,13 @@ def answers(run: Run, exact: nn.Module, draw: nn.Module, loss: MEKDLoss) -> Iter
             store = collect(run, "replay", exact, config.replay)
         else:
             store = Replay(run.store("replay"), config.replay, part=True)
+        earlier = after.stores(run.config.deprivatize.after)
+        paid = Joined([*earlier, store]) if earlier else store
         pictures = None
         if config.keep != "none":
             with parallel.first_alone():
-                pictures = Pictures(run.out / "pictures", store, loss, run.num_classes, config.keep, run.device)
-        yield Replayed(run, store, config.batch, pictures)
+                pictures = Pictures(run.out / "pictures", paid, loss, run.num_classes, config.keep, run.device)
+        yield Replayed(run, paid, config.batch, pictures)
         return
 
     drawn = partial(draw_images, run, draw, "distill", count=config.batch)

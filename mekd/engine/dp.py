@@ -52,6 +52,7 @@ def check(config: Config) -> None:
             "is another run's, with its own epsilon",
             None,
         ),
+        "deprivatize.after": (config.deprivatize.after is not None, "goes on from what another run learnt", None),
     }
     for name, (there, does, instead) in others.items():
         if there:

@@ -17,7 +17,7 @@ from mekd.engine.worker import Worker
 from mekd.errors import Diverged
 from mekd.oracle.base import Oracle
 from mekd.oracle.ledger import Ledger
-from mekd.oracle.replay import Replay
+from mekd.oracle.replay import Joined, Replay
 from mekd.oracle.response import Response
 from mekd.oracle.session import provider_names, runs_on_cuda
 from mekd.pixels import to_uint8
@@ -241,7 +241,7 @@ class Ahead(Fresh):
 class Replayed(Free):
     """Rows of a store, drawn anew for each step, with kept pictures where they are given."""
 
-    def __init__(self, run: Run, store: Replay, batch: int, pictures: Pictures | None) -> None:
+    def __init__(self, run: Run, store: Replay | Joined, batch: int, pictures: Pictures | None) -> None:
         self._seed, self._device, self._batch = run.config.seed, run.device, batch
         self._store, self._pictures = store, pictures
         self._augment, self._data = run.config.distill.augment, run.config.data

@@ -11,7 +11,7 @@ from mekd import files
 from mekd.losses import MEKDLoss
 from mekd.nets import Generator
 from mekd.nets.frozen import freeze
-from mekd.oracle.replay import Replay, StoreError, will_need
+from mekd.oracle.replay import Joined, Replay, StoreError, will_need
 from mekd.pixels import to_float, to_uint8
 from mekd.seeds import generator_at
 
@@ -27,7 +27,7 @@ class Pictures:
     """
 
     def __init__(
-        self, folder: Path, store: Replay, loss: MEKDLoss, num_classes: int, keep: str, device: torch.device
+        self, folder: Path, store: Replay | Joined, loss: MEKDLoss, num_classes: int, keep: str, device: torch.device
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{keep}-{loss.code}-{loss.tau:g}.npy"
@@ -68,7 +68,9 @@ def families(generator: Generator, rows: int, columns: int, device: torch.device
     return drawn[0], drawn[1]
 
 
-def _draw(path: Path, store: Replay, loss: MEKDLoss, num_classes: int, keep: str, device: torch.device) -> None:
+def _draw(
+    path: Path, store: Replay | Joined, loss: MEKDLoss, num_classes: int, keep: str, device: torch.device
+) -> None:
     def fill(file: BinaryIO) -> None:
         for start in range(0, len(store), 256):
             _, answer, n = store.read(slice(start, min(start + 256, len(store))))

@@ -11,7 +11,7 @@ import torch
 
 from mekd import files, track
 from mekd.codes import resolve_code
-from mekd.engine import again, dp, parallel
+from mekd.engine import after, again, dp, parallel
 from mekd.engine.checkpoint import check_depends
 from mekd.engine.run import Run, StageError
 from mekd.engine.train import computed_in
@@ -77,6 +77,8 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
             )
     else:
         classes = 0
+    if {"deprivatize", "distill"} & set(stages):
+        after.check(run)
     if "distill" in stages:
         _check_distill(run, classes)
     begins: list[Callable[[], None]] = []  # what is put aside when nothing speaks against the run

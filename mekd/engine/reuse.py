@@ -1,5 +1,6 @@
 """Generators and paid answers of other runs: what they decide of a configuration, and whether they fit it."""
 
+import hashlib
 import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 from mekd import files
 from mekd.config import Config
 from mekd.errors import UsageError
-from mekd.settings import read_saved
+from mekd.settings import flatten, read_saved
+from mekd.student import FILE
 from mekd.teacher_config import OracleConfig
 
 #: Of the oracle's settings, what a store's answers are a result of.
@@ -18,13 +20,19 @@ ANSWERS = ("response", "k", "decimals", "transport", "encoding", "quality", "unk
 ORIGIN = ("teacher", "teacher_name", "generator", "classes", "class_names", "seed", "answers")
 
 
+#: What both rounds must have alike, so that the same images are private and the same ones held out.
+ALIKE = ("data.name", "data.size", "data.local_fraction", "audit.holdout")
+
+
 def adopted(config: Config) -> Config:
-    """The configuration with what deprivatize.generator and distill.store decide of it.
+    """The configuration with what deprivatize.generator, distill.store and deprivatize.after decide of it.
 
     Raises UsageError where they are not there or do not fit.
     """
     if config.distill.store is not None:
         config = _with_store(config, Path(config.distill.store))
+    if config.deprivatize.after is not None:
+        config = _second_round(config)
     if config.deprivatize.generator is not None:
         saved = _trained(config.deprivatize.generator)
         depends = saved["depends"]
@@ -130,3 +138,45 @@ def _with_store(config: Config, store: Path) -> Config:
     if config.teacher.onnx is None:  # there is nobody to ask
         simulation = replace(simulation, ask_teacher=False, baseline=False)
     return replace(config, distill=replace(step2, replay=replay, holdout=holdout), evaluate=simulation)
+
+
+def _second_round(config: Config) -> Config:
+    """The configuration with the sizes of deprivatize.after's networks; UsageError where it does not fit."""
+    step1, depends = config.deprivatize, first_round(config)["depends"]
+    kept = {name: depends[f"deprivatize.{name}"] for name in ("nuisance", "width", "d_width")}
+    likely = {name: depends.get(f"data.{name}") for name in ("flip", "shift") if getattr(config.data, name) is None}
+    config = replace(config, deprivatize=replace(step1, **kept), data=replace(config.data, **likely))
+    before = read_saved(Path(str(step1.after)) / "config.yaml")
+    flat = dict(flatten(asdict(replace(config, data=config.data.decided()))))
+    alike = ALIKE if flat["data.local_fraction"] == 1 and not config.audit.holdout else (*ALIKE, "seed")
+    for name in alike:
+        now = flat[name]
+        if before.get(name) != now:
+            raise UsageError(
+                f"{name} is {now!r}, and in deprivatize.after {step1.after!r} it was {before.get(name)!r}: other "
+                f"images would be private in the second round than in the first. Say --{name} {before.get(name)}"
+            )
+    return config
+
+
+def first_round(config: Config) -> dict[str, Any]:
+    """The checkpoint of step 1 that deprivatize.after goes on from; UsageError where it is no finished run."""
+    folder = Path(str(config.deprivatize.after))
+    before = read_saved(folder / "config.yaml")
+    if not before or not (folder / FILE).is_file():
+        raise UsageError(
+            f"deprivatize.after is {str(folder)!r}; it must be the folder of a run with a student, which holds "
+            f"config.yaml and {FILE}: finish that run first"
+        )
+    saved = files.load(generator_of(before.get("deprivatize.generator") or str(folder)))
+    if "deprivatize.dp" in saved["depends"]:
+        raise UsageError(
+            f"deprivatize.after is {str(folder)!r}, whose step 1 has an epsilon (deprivatize.dp), which a second round "
+            "would void: leave deprivatize.after out"
+        )
+    return saved
+
+
+def digest_of(after: str | None) -> str | None:
+    """A hash of a first round's student, which is a result of all that the second round takes of it."""
+    return None if after is None else hashlib.sha256((Path(after) / FILE).read_bytes()).hexdigest()[:16]

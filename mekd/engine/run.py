@@ -287,7 +287,8 @@ class Run:
 
     def latents(self, purpose: str, step: int, count: int, rows: slice | None = None) -> Latents:
         """Some rows of a step's count latents, each drawn from N(0, I); this process's part where none are named."""
-        generator = generator_at(self.config.seed, purpose, step, device=self.device)
+        own = () if self.first_round is None else (self.first_round,)  # no round draws what an earlier one drew
+        generator = generator_at(self.config.seed, purpose, *own, step, device=self.device)
         sizes = (self.num_classes, self.config.deprivatize.nuisance)
         rows = parallel.part(count) if rows is None else rows
         drawn = (torch.randn(count, size, generator=generator, device=self.device) for size in sizes)
@@ -321,7 +322,14 @@ class Run:
             found["store"] = self.origin["seed"]
         if name in ("holdout", "replay", "distill", "audit"):
             found["generator"] = self.generator_digest
+        if name in ("deprivatize", "distill") and self.first_round is not None:
+            found["first round"] = self.first_round
         return found
+
+    @functools.cached_property
+    def first_round(self) -> str | None:
+        """A hash of the student that deprivatize.after goes on from."""
+        return reuse.digest_of(self.config.deprivatize.after)
 
     @functools.cached_property
     def generator_digest(self) -> str:

@@ -5,7 +5,8 @@ import json
 import mmap
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mekd import files, system
 from mekd.errors import MekdError
-from mekd.oracle.response import KINDS, Response
+from mekd.oracle.response import KINDS, Response, concatenate
 
 PARTS = ("images", "values", "indices", "nuisance")
 CHECKS = "checks"  # a CRC-32 of each row; stores of the first versions have none
@@ -160,6 +161,39 @@ class Replay:
 
     def _describe(self) -> None:
         files.write_text(self.folder / "replay.json", json.dumps({**self._kind, "count": self.count}) + "\n")
+
+
+class Joined:
+    """Several stores of answers as one, read as a Replay is."""
+
+    def __init__(self, parts: list[Replay]) -> None:
+        self.parts, self.folder = parts, parts[-1].folder
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def read(self, rows: Tensor | slice) -> tuple[Tensor, Response, Tensor]:
+        """Images, answers and nuisances of some rows, in their order."""
+        rows = torch.arange(len(self))[rows] if isinstance(rows, slice) else rows
+        asked = [(part, where) for part, where in self._of(rows) if len(where)]
+        found = [part.read(rows[where] - first) for (part, first), where in asked]
+        images, answers, nuisances = (list(column) for column in zip(*found, strict=True))
+        back = torch.cat([where for _, where in asked]).argsort()
+        answer = concatenate(answers)
+        values, indices = (None if x is None else x[back] for x in (answer.values, answer.indices))
+        return torch.cat(images)[back], replace(answer, values=values, indices=indices), torch.cat(nuisances)[back]
+
+    def will_need(self, rows: Tensor) -> None:
+        """Tell the system which rows (m,) are read next."""
+        for (part, first), where in self._of(rows):
+            part.will_need(rows[where] - first)
+
+    def _of(self, rows: Tensor) -> Iterator[tuple[tuple[Replay, int], Tensor]]:
+        """Each part and its first row, and where in rows (m,) its own ones stand."""
+        first = 0
+        for part in self.parts:
+            yield (part, first), ((rows >= first) & (rows < first + len(part))).nonzero().squeeze(1)
+            first += len(part)
 
 
 def write_store(
