@@ -317,6 +317,7 @@ def rebuilding_error(draw: nn.Module, images: Tensor, run: Run) -> Tensor:
 def _sent(run: Run, own: Replay | None) -> Tensor:
     """The images that went to the teacher and were kept, uint8 or float as they went; of very many every Nth."""
     stores = [Replay(run.store("holdout"), run.config.distill.holdout), *([] if own is None else [own])]
+    stores += after.stores(run.config.deprivatize.after)
     if run.config.distill.replay:
         stores.append(Replay(run.store("replay"), run.config.distill.replay, part=True))
     every = -(-sum(map(len, stores)) // min(SENT, BYTES // math.prod(run.image)))

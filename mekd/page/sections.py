@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mekd import card
+from mekd.engine import after
 from mekd.nets.registry import file_of
 from mekd.page import curves, pictures
 from mekd.page.facts import Facts
@@ -28,7 +29,7 @@ PAID, SIMULATED = tuple(ACCOUNTS)[:4], tuple(ACCOUNTS)[5:]
 #: Settings that name a file or a folder of the machine: of them the last part is shown.
 PATHS = {
     "data.path", "teacher.onnx", "teacher.python", "teacher.checkpoint", "oracle.classes", "deprivatize.generator",
-    "distill.store", "distill.checkpoint", "evaluate.path",
+    "deprivatize.after", "distill.store", "distill.checkpoint", "evaluate.path",
 }  # fmt: skip
 #: What a header may hold beside a secret's place.
 _SCHEMES = re.compile(r"(?:Bearer|Basic|Token|Key)? ?\{(?:env|file):[^{}]+\}", re.IGNORECASE)
@@ -238,7 +239,9 @@ def _paid(facts: Facts) -> str:
             f"The student learned from {config.distill.replay:,} answers that another run paid for; they are in that "
             "run's books."
         )
-    elif config.distill.replay:
+    if earlier := sum(map(len, after.stores(config.deprivatize.after))):
+        notes.append(f"It learned from {earlier:,} answers of earlier rounds as well, which are in their books.")
+    if config.distill.replay and config.distill.store is None:
         notes.append("The answers are kept: another student learns from them without a query.")
     if config.oracle.budget is not None:
         notes.append(f"The budget of the run is {config.oracle.budget:,} queries.")
