@@ -174,6 +174,11 @@ def other_columns(path: Path) -> None:
     write(path.with_name("train-2.parquet"), [encoded(1)], [0], NAMES[:2])
 
 
+def names_and_numbers(path: Path) -> None:
+    for file, label in ((path, pa.array(["cat"])), (path.with_name("train-2.parquet"), pa.array([0]))):
+        pq.write_table(pa.table({"image": pa.array([encoded(1)], pa.binary()), "label": label}), file)
+
+
 def with_columns(**columns: Any) -> Any:
     return lambda path: pq.write_table(pa.table(columns), path)
 
@@ -192,6 +197,7 @@ def with_columns(**columns: Any) -> Any:
         (lambda path: write(path, [encoded(1)], [3], NAMES), "a label is 3, and there are 3 classes"),
         (lambda path: write(path, []), "holds no row"),
         (other_columns, "has other columns or classes than"),
+        (names_and_numbers, "has other columns or classes than"),
         (lambda path: None, "holds no Parquet file of train"),
     ],
 )  # fmt: skip

@@ -48,6 +48,7 @@ def read(files: Sequence[Path]) -> tuple[tuple[str, ...] | None, list[str], np.n
     """
     names: tuple[str, ...] | None = None
     columns: tuple[str, str | None] | None = None
+    as_text = False
     groups: list[str] = []
     labels: list[np.ndarray] = []
     texts: list[np.ndarray] = []
@@ -56,9 +57,10 @@ def read(files: Sequence[Path]) -> tuple[tuple[str, ...] | None, list[str], np.n
         features = _features(opened.schema_arrow)
         mine = _columns(file, opened.schema_arrow, features)
         own = _names(features, mine[1])
-        if columns is not None and (mine, own) != (columns, names):
+        text = mine[1] is not None and _is_text(opened.schema_arrow.field(mine[1]).type)
+        if columns is not None and (mine, own, text) != (columns, names, as_text):
             raise DataError(f"{file} has other columns or classes than {files[0]}; files of a data set have the same")
-        columns, names = mine, own
+        columns, names, as_text = mine, own, text
         for number in range(opened.num_row_groups):
             group = opened.metadata.row_group(number)
             size = sum(group.column(i).total_uncompressed_size for i in range(group.num_columns)
