@@ -16,13 +16,17 @@ EXTRAS = {
     "onnx": ("onnx", "onnxscript"),
     "vision": ("torchvision",),
     "plot": ("matplotlib",),
+    "audit": ("POT",),
     "demo": ("scikit-learn",),
     "dali": ("nvidia-dali-cuda130",),
     "remote": ("urllib3", "pyrate-limiter"),
     "serve": ("starlette", "uvicorn"),
+    "parquet": ("pyarrow",),
+    "hub": ("huggingface_hub",),
+    "dp": ("opacus",),
 }
 #: The extras that a run of one's own photos, or of another's data, ends without.
-OPTIONAL = ("dali", "vision", "demo", "remote", "serve")
+OPTIONAL = ("audit", "dali", "vision", "demo", "remote", "serve", "parquet", "hub", "dp")
 
 
 def doctor() -> int:

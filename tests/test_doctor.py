@@ -1,7 +1,9 @@
 """mekd doctor says what runs here, what is missing, and what to install."""
 
 import platform
+import re
 import sys
+from importlib.metadata import metadata, requires
 
 import pytest
 import torch
@@ -30,6 +32,16 @@ def test_the_main_job_runs_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert platform.python_version() in said["python"] and torch.__version__ in said["torch"]
     assert "runs on cpu" in said["runtime"]
     assert said["verdict"] == "the main job can run here"
+
+
+def test_every_extra_that_a_user_may_want_is_listed() -> None:
+    extras = metadata("mekd").get_all("Provides-Extra") or []
+    # Those for people who work on mekd, and those that are several others.
+    own = {"onnx-gpu", "photos", "examples", "docs", "bench", "browser", "dist", "dev"}
+    assert set(extras) - own == EXTRAS.keys()
+    for extra, packages in EXTRAS.items():
+        needed = [one for one in requires("mekd") or [] if re.search(rf"""extra == ['"]{extra}['"]""", one)]
+        assert set(packages) <= {re.split(r"[\[><=; ]", one)[0] for one in needed}, extra
 
 
 def test_no_gpu_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
