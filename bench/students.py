@@ -86,6 +86,8 @@ ROWS = {
 }
 #: Answers held out of a store, by which the best student is chosen; they are paid like the others.
 HOLDOUT = 256
+#: The queries of a first round where those of the second are unlimited.
+FIRST_ROUND = 5000
 #: What a student that is asked itself is called.
 FIRST = "first.onnx"
 #: A table is made of rows, good or bad: none is stopped because its answers name few classes.
@@ -271,7 +273,7 @@ def pooled(config: Config, place: Path, queries: int, uncertain: bool, pool: str
 
 def in_two_rounds(config: Config, place: Path, queries: str) -> tuple[nn.Module, Run]:
     """The student of a second round, which goes on from a first one's generator, student and answers."""
-    asked = queries if queries == "unlimited" else str(max(2 * HOLDOUT, int(queries) // 4))
+    asked = str(FIRST_ROUND if queries == "unlimited" else max(2 * HOLDOUT, int(queries) // 4))
     first, run = distilled(config, place, asked)
     with locked(run.out):
         if not (run.out / STUDENT[-1]).exists():
