@@ -1,5 +1,6 @@
 """Kept pictures: what G draws from the replayed answers, drawn once."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from mekd.config import Config, DistillConfig, TeacherConfig
 from mekd.engine.pictures import Pictures
 from mekd.losses import MEKDLoss
 from mekd.nets import Generator
-from mekd.oracle.replay import Replay
+from mekd.oracle.replay import Replay, StoreError
 from mekd.oracle.response import answer
 
 CLASSES, COUNT = 6, 300
@@ -85,3 +86,19 @@ def test_nothing_to_keep_is_refused() -> None:
     Config(teacher=TeacherConfig(url="http://host/v2/models/m"), distill=DistillConfig(keep="uint8"))
     with pytest.raises(ValueError, match=r"distill\.keep is 'png'.*bfloat16"):
         DistillConfig(replay=10, keep="png")
+
+
+def test_a_picture_that_is_not_what_was_drawn_is_refused(store: Replay, loss: MEKDLoss) -> None:
+    device = torch.device("cpu")
+    first = Pictures(store.folder, store, loss, CLASSES, "uint8", device).read(torch.arange(COUNT))
+    path = store.folder / "uint8-auto-5.npy"
+    content = bytearray(path.read_bytes())
+    content[-3 * 16 * 16 * 7 - 5] ^= 4  # a bit of the eighth from the end
+    path.write_bytes(content)
+    os.utime(path, ns=(0, 0))
+    damaged = Pictures(store.folder, store, loss, CLASSES, "uint8", device)
+    assert torch.equal(damaged.read(torch.arange(COUNT - 8)), first[:-8])
+    with pytest.raises(StoreError, match=rf"picture {COUNT - 8} of .*uint8-auto-5.npy is not what was drawn"):
+        damaged.read(torch.tensor([3, COUNT - 8]))
+    path.unlink()
+    assert torch.equal(Pictures(store.folder, store, loss, CLASSES, "uint8", device).read(torch.arange(COUNT)), first)

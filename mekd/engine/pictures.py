@@ -1,5 +1,6 @@
 """What the generator draws from the teacher's answers in a replay store: drawn once, kept beside it, memory-mapped."""
 
+import functools
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,7 +12,7 @@ from mekd import files
 from mekd.losses import MEKDLoss
 from mekd.nets import Generator
 from mekd.nets.frozen import freeze
-from mekd.oracle.replay import Joined, Replay, StoreError, will_need
+from mekd.oracle.replay import Joined, Replay, StoreError, checksums, will_need
 from mekd.pixels import to_float, to_uint8
 from mekd.seeds import generator_at
 
@@ -23,7 +24,8 @@ class Pictures:
     """One picture (ch, H, W) for each row of a store, rounded to 256 values or to bfloat16.
 
     They are drawn and written in full into a folder when they are not there yet, under the name of the code and the tau
-    that they are drawn with; a file that does not fit is an error that says so.
+    that they are drawn with, with a checksum of each beside them; a file that does not fit, or a picture that is not
+    what was drawn, is an error that says so.
     """
 
     def __init__(
@@ -41,6 +43,14 @@ class Pictures:
             raise StoreError(
                 f"{path} holds {len(self._array)} pictures, {store.folder} {len(store)} answers; delete it"
             )
+        self._path, beside = path, path.with_suffix(".checks.npy")
+        if not beside.exists() or beside.stat().st_mtime_ns < path.stat().st_mtime_ns:
+            sums = np.fromiter(checksums([self._array]), np.uint32, len(self._array))
+            files.write(beside, functools.partial(np.save, arr=sums, allow_pickle=False))
+        try:
+            self._checks, self._whole = np.load(beside, allow_pickle=False), np.zeros(len(self._array), bool)
+        except (ValueError, EOFError) as error:
+            raise StoreError(f"{beside} cannot be read ({error}); delete it, and it is made again") from error
 
     def will_need(self, rows: Tensor) -> None:
         """Tell the system which rows (m,) are read next."""
@@ -48,7 +58,17 @@ class Pictures:
 
     def read(self, rows: Tensor) -> Tensor:
         """The pictures of some rows (m,), in [-1, 1], copied out of the map."""
-        picked = torch.from_numpy(self._array[rows.numpy()])
+        index = rows.numpy()
+        copied = self._array[index]
+        if not self._whole[index].all():
+            wrong = np.fromiter(checksums([copied]), np.uint32) != self._checks[index]
+            if wrong.any():
+                raise StoreError(
+                    f"picture {int(index[wrong][0])} of {self._path} is not what was drawn: the file is damaged. "
+                    "Delete it, and it is drawn again"
+                )
+            self._whole[index] = True
+        picked = torch.from_numpy(copied)
         return to_float(picked) if picked.dtype == torch.uint8 else picked.view(torch.bfloat16).float()
 
 

@@ -5,7 +5,7 @@ import json
 import mmap
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -246,8 +246,11 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def _checks(rows: Mapping[str, np.ndarray]) -> Iterable[int]:
-    """A CRC-32 of each row of some parts."""
-    parts = [np.ascontiguousarray(rows[name]) for name in PARTS if name in rows]
+    return checksums([np.ascontiguousarray(rows[name]) for name in PARTS if name in rows])
+
+
+def checksums(parts: Sequence[np.ndarray]) -> Iterable[int]:
+    """A CRC-32 of each row of some arrays, of as many rows each."""
     for row in range(len(parts[0])):
         crc = 0
         for part in parts:
