@@ -1,5 +1,6 @@
 """A second round: it goes on from a first one's networks, student and paid answers, exactly resumed, privately."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,19 @@ def test_what_does_not_fit_is_refused_and_costs_nothing(
     assert cli.main(["run", *again, *words, "--out", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out" / "ledger").exists()
+
+
+def test_a_damaged_answer_of_the_first_round_is_known_before_anything_is_paid(
+    again: list[str], first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = Path(shutil.copytree(first, tmp_path / "damaged"))
+    file = damaged / "replay" / "images.npy"
+    content = bytearray(file.read_bytes())
+    content[-300] ^= 1
+    file.write_bytes(content)
+    assert cli.main(["run", *again[:-1], str(damaged), "--out", str(tmp_path / "out")]) != 0
+    assert "is not what was written" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "ledger").exists() and not (tmp_path / "out" / "checkpoints").exists()
 
 
 def test_another_teacher_is_refused(again: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

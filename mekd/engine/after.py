@@ -42,7 +42,8 @@ def namer(run: Run) -> Callable[[Tensor], Tensor]:
 
 
 def check(run: Run) -> None:
-    """UsageError where deprivatize.after is of another teacher, or was asked for other answers. Nothing is asked."""
+    """UsageError where deprivatize.after is of another teacher, or was asked for other answers; StoreError where one of
+    them is damaged. Nothing is asked."""
     config, folder = run.config, run.config.deprivatize.after
     if folder is None:
         return
@@ -53,6 +54,8 @@ def check(run: Run) -> None:
             f"{run.num_classes}: give a run with this teacher"
         )
     for store in stores(folder):
+        if not run.asked("distill")["queries"]:
+            store.contents()  # a row that is damaged is known before anything is paid
         origin = reuse.origin_of(str(store.folder.parent))
         now = {name: getattr(config.oracle, name) for name in reuse.ANSWERS}
         if origin["teacher"] != run.teacher_digest or origin["answers"] != now:
