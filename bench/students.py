@@ -77,7 +77,6 @@ ROWS = {
     **{f"dp-{epsilon}": f"{DP} --deprivatize.dp {epsilon}" for epsilon in (10, 3, 1)},
     # A quarter of the queries in a first round, the others in a second one, with a third of step 1's steps.
     "rounds": "",
-    "rounds-kl": "--distill.image 0",
     "second": "",  # mekd's student is asked, which costs nothing: a second one, of its probabilities
     "plain": "",  # every private image is sent once
     "ceiling": "--data.local_fraction 1",  # every training image is sent once
@@ -188,7 +187,7 @@ def measure(job: Job, place: Path, words: list[str], pool: str | None) -> dict[s
         student, run = sent(without, place)
     elif job.row == "second":
         student, run = taught_again(config, place, job.queries)
-    elif job.row.startswith("rounds"):
+    elif job.row == "rounds":
         student, run = in_two_rounds(config, place, job.queries)
     elif job.row.startswith("pool"):
         student, run = pooled(without, place, int(job.queries), job.row == "pool-uncertain", pool)

@@ -46,7 +46,7 @@ def test_its_commands_go_on_from_the_run(
     before, on = queries(), section(parsed(of(Path("RUN"))), "on")
     assert on is not None
     found = [element.text or "" for element in on.iter("pre")]
-    assert len(found) == (2 if kind == "store" else 4)
+    assert len(found) == (2 if kind == "store" else 3)
     for command in found:
         name, *rest = shlex.split(command)
         assert name == "mekd" and cli.main(rest) == 0, command
@@ -54,5 +54,4 @@ def test_its_commands_go_on_from_the_run(
             assert queries() == before  # the answers are paid
     assert queries() == paid
     assert Path("predictions.csv").read_text().count("\n") == 2
-    assert Path("SECOND/student.onnx").exists() == (kind != "store")
     assert Path("ANOTHER").exists() == Path("LONGER").exists() == (kind in ("fresh", "trained"))

@@ -12,7 +12,7 @@ def going_on(run: Run) -> str:
     """The commands as HTML."""
     parts = [("Name photos with the student:", "mekd predict RUN/student.onnx PHOTOS --out predictions.csv")]
     parts.append(_another_student(run))
-    parts += _more(run) + _second_round(run)
+    parts += _more(run)
     listed = "".join(f"<p>{escape(words)}</p><pre>{escape(command)}</pre>" for words, command in parts)
     return (
         "<p>RUN is the run's folder, PHOTOS one with photos; the commands are for the folder that the run was started "
@@ -63,29 +63,7 @@ def _more(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def _second_round(run: Run) -> list[tuple[str, str]]:
-    """What goes on from this student, where step 1 can."""
-    config = run.config
-    step1 = config.deprivatize
-    if step1.generator is not None or step1.dp is not None or config.distill.store is not None:
-        return []
-    steps = max(1, step1.steps // 3)
-    too = ", and these answers are learnt from too" if config.distill.replay else ""
-    return [
-        (
-            "A second round: step 1 is told, at home, what this student calls the private images, and learns to draw "
-            f"each class; as many queries are asked again{too}:",
-            f"mekd run --config RUN/config.yaml --out SECOND{_teacher(run)} --deprivatize.after RUN "
-            f"--deprivatize.steps {steps}",
-        )
-    ]
-
-
-def _teacher(run: Run) -> str:
-    return "" if run.given_teacher else " --teacher.onnx RUN/teacher.onnx"
-
-
 def _same(run: Run) -> str:
-    teacher = _teacher(run)
+    teacher = "" if run.given_teacher else " --teacher.onnx RUN/teacher.onnx"
     own = run.config.deprivatize.generator is None
     return f"--deprivatize.generator RUN{teacher}" if own else teacher.strip()
