@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from interrupted import stopped_at
 from mekd import cli, files
 from mekd.config import Config
 from mekd.engine import after, checkpoint
@@ -110,21 +112,13 @@ def test_nothing_private_is_sent_nothing_paid_twice_and_all_answers_are_learnt_f
 
 
 def test_it_is_resumed_exactly(again: list[str], tmp_path: Path) -> None:
-    calls = iter(range(100))
-
-    class Stop:
-        def is_set(self) -> bool:
-            return next(calls) >= 5
-
     weights = []
     for name in ("whole", "parts"):
         parsed = cli.parse([*again, "--out", str(tmp_path / name)])
         assert parsed is not None
         if name == "parts":
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(checkpoint, "_asked_to_stop", Stop())
-                with pytest.raises(checkpoint.Interrupted, match="stopped at step 5 of 9, saved"):
-                    deprivatize(Run(*parsed))
+            with stopped_at(5), pytest.raises(checkpoint.Interrupted, match="stopped at step 5 of 9, saved"):
+                deprivatize(Run(*parsed))
         deprivatize(Run(*parsed))
         weights.append(files.load(Run(*parsed).checkpoint("deprivatize"))["state"])
     for part in ("generator", "discriminator", "average"):
@@ -189,6 +183,18 @@ def test_a_damaged_answer_of_the_first_round_is_known_before_anything_is_paid(
     assert cli.main(["run", *again[:-1], str(damaged), "--out", str(tmp_path / "out")]) != 0
     assert "is not what was written" in capsys.readouterr().err
     assert not (tmp_path / "out" / "ledger").exists() and not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_first_round_whose_step_1_goes_on_is_refused(
+    again: list[str], first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    longer = Path(shutil.copytree(first, tmp_path / "longer"))
+    config = yaml.safe_load((longer / "config.yaml").read_text())
+    config["deprivatize"]["steps"] = 12
+    (longer / "config.yaml").write_text(yaml.safe_dump(config))
+    assert cli.main(["run", *again[:-1], str(longer), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "deprivatize.after is" in said and "step 1 stands at step 9 of 12: finish that run first" in said
 
 
 def test_another_teacher_is_refused(again: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

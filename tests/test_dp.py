@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from flat_settings import replaced
+from interrupted import stopped_at
 from mekd import cli, files
 from mekd.config import Config, DeprivatizeConfig
 from mekd.engine import dp
@@ -148,19 +149,7 @@ def test_a_run_says_its_epsilon_and_is_resumed_exactly(
 
     # In two parts: the noise of the first lasts for no more steps than it was made for.
     parts = [*words, "--out", str(tmp_path / "parts")]
-    from mekd.engine import checkpoint
-
-    calls = iter(range(100))
-
-    class Stop:
-        def is_set(self) -> bool:
-            return next(calls) >= 4
-
-        def clear(self) -> None:
-            pass
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_asked_to_stop", Stop())
+    with stopped_at(4):
         assert cli.main(["deprivatize", *parts]) == 130, "as by Ctrl-C"
     assert cli.main(["deprivatize", *parts]) == 0
     one, other = (files.load(tmp_path / name / "checkpoints" / "deprivatize.pt") for name in ("whole", "parts"))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from interrupted import stopped_at
 from mekd import cli, files
 from mekd.config import Config, DistillConfig
 from mekd.engine.pretrain import contrastive_loss, view
@@ -60,12 +61,6 @@ def test_it_is_resumed_exactly(tiny: list[str], tmp_path: Path) -> None:
     words = [*tiny, "--deprivatize.alpha", "0", "--distill.replay", "40", "--distill.pretrain", "8"]
     from mekd.engine import checkpoint, pretrain
 
-    calls = iter(range(100))
-
-    class Stop:
-        def is_set(self) -> bool:
-            return next(calls) >= 5
-
     weights = []
     for name in ("whole", "parts"):
         out = tmp_path / name
@@ -73,10 +68,8 @@ def test_it_is_resumed_exactly(tiny: list[str], tmp_path: Path) -> None:
         if name == "parts":  # stopped in the middle, as by Ctrl-C
             parsed = cli.parse([*words, "--out", str(out)])
             assert parsed is not None
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(checkpoint, "_asked_to_stop", Stop())
-                with pytest.raises(checkpoint.Interrupted, match="pretrain stopped at step 5 of 8, saved"):
-                    pretrain.pretrain(Run(*parsed))
+            with stopped_at(5), pytest.raises(checkpoint.Interrupted, match="pretrain stopped at step 5 of 8, saved"):
+                pretrain.pretrain(Run(*parsed))
         assert cli.main(["distill", *words, "--out", str(out)]) == 0
         weights.append(files.load(out / "student.pt"))
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])

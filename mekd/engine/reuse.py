@@ -19,7 +19,6 @@ ANSWERS = ("response", "k", "decimals", "transport", "encoding", "quality", "unk
 #: What a store says of where its answers come from.
 ORIGIN = ("teacher", "teacher_name", "generator", "classes", "class_names", "seed", "answers")
 
-
 #: What both rounds must have alike, so that the same images are private and the same ones held out.
 ALIKE = ("data.name", "data.size", "data.local_fraction", "audit.holdout")
 
@@ -39,39 +38,44 @@ def adopted(config: Config) -> Config:
         kept = {f.name: depends[f"deprivatize.{f.name}"] for f in fields(config.deprivatize)
                 if f"deprivatize.{f.name}" in depends}  # fmt: skip
         recipe = replace(config.deprivatize, **kept, steps=saved["step"])
-        data = replace(config.data, size=depends["data.size"])
-        likely = {name: depends.get(f"data.{name}") for name in ("flip", "shift") if getattr(data, name) is None}
-        config = replace(config, deprivatize=recipe, data=replace(data, **likely))
+        data = replace(config.data, size=depends["data.size"], **_likely(config, depends))
+        config = replace(config, deprivatize=recipe, data=data)
     return config
 
 
-def _trained(path: str) -> dict[str, Any]:
-    """The checkpoint of step 1 that deprivatize.generator names; UsageError where it is another file."""
+def _likely(config: Config, depends: dict[str, Any]) -> dict[str, Any]:
+    """data.flip and data.shift where nobody says them: as a generator learnt."""
+    return {name: depends.get(f"data.{name}") for name in ("flip", "shift") if getattr(config.data, name) is None}
+
+
+def _trained(path: str, setting: str = "deprivatize.generator") -> dict[str, Any]:
+    """The checkpoint of step 1 that a setting names; UsageError where it is another file, or not finished."""
     try:
-        saved = files.load(generator_of(path))
+        saved = files.load(generator_of(path, setting))
     except files.DamagedError as error:
-        raise UsageError(f"deprivatize.generator is {path!r}: {error}") from error
+        raise UsageError(f"{setting} is {path!r}: {error}") from error
     if "generator" not in saved.get("state", {}):
         raise UsageError(
-            f"deprivatize.generator is {path!r}, which holds no generator; it must be the folder of a run that "
+            f"{setting} is {path!r}, which holds no generator; it must be the folder of a run that "
             "finished step 1, or its checkpoints/deprivatize.pt"
         )
     wanted = read_saved(Path(path) / "config.yaml").get("deprivatize.steps") or 0
     if saved["step"] < wanted:
+        or_so = ", or accept it as it is with its checkpoints/deprivatize.pt" if setting.endswith("generator") else ""
         raise UsageError(
-            f"deprivatize.generator is {path!r}, where step 1 stands at step {saved['step']} of {wanted}: finish that "
-            "run first, or accept it as it is with its checkpoints/deprivatize.pt"
+            f"{setting} is {path!r}, where step 1 stands at step {saved['step']} of {wanted}: finish that run first"
+            + or_so
         )
     return saved
 
 
-def generator_of(path: str) -> Path:
+def generator_of(path: str, setting: str = "deprivatize.generator") -> Path:
     """The checkpoint of step 1 in another run's folder, or the file itself; UsageError where there is none."""
     given = Path(path)
     found = given / "checkpoints" / "deprivatize.pt" if given.is_dir() else given
     if not found.is_file():
         raise UsageError(
-            f"deprivatize.generator is {path!r}; it must be the folder of a run that finished step 1, which holds "
+            f"{setting} is {path!r}; it must be the folder of a run that finished step 1, which holds "
             "checkpoints/deprivatize.pt, or that file"
         )
     return found
@@ -144,8 +148,8 @@ def _second_round(config: Config) -> Config:
     """The configuration with the sizes of deprivatize.after's networks; UsageError where it does not fit."""
     step1, depends = config.deprivatize, first_round(config)["depends"]
     kept = {name: depends[f"deprivatize.{name}"] for name in ("nuisance", "width", "d_width")}
-    likely = {name: depends.get(f"data.{name}") for name in ("flip", "shift") if getattr(config.data, name) is None}
-    config = replace(config, deprivatize=replace(step1, **kept), data=replace(config.data, **likely))
+    data = replace(config.data, **_likely(config, depends))
+    config = replace(config, deprivatize=replace(step1, **kept), data=data)
     before = read_saved(Path(str(step1.after)) / "config.yaml")
     flat = dict(flatten(asdict(replace(config, data=config.data.decided()))))
     alike = ALIKE if flat["data.local_fraction"] == 1 and not config.audit.holdout else (*ALIKE, "seed")
@@ -168,7 +172,7 @@ def first_round(config: Config) -> dict[str, Any]:
             f"deprivatize.after is {str(folder)!r}; it must be the folder of a run with a student, which holds "
             f"config.yaml and {FILE}: finish that run first"
         )
-    saved = files.load(generator_of(before.get("deprivatize.generator") or str(folder)))
+    saved = _trained(before.get("deprivatize.generator") or str(folder), "deprivatize.after")
     if "deprivatize.dp" in saved["depends"]:
         raise UsageError(
             f"deprivatize.after is {str(folder)!r}, whose step 1 has an epsilon (deprivatize.dp), which a second round "
