@@ -67,7 +67,8 @@ class Says(nn.Module):
         super().__init__()
         self.share = share
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, classes: torch.Tensor | None) -> torch.Tensor:
+        assert classes is None
         logits = -torch.ones(len(images))
         logits[: round(self.share * len(images))] = 1.0
         return logits
@@ -80,7 +81,7 @@ class Says(nn.Module):
 def test_the_share_follows_what_d_takes_for_real(real_share: float, before: float, change: int) -> None:
     """The mean sign is 2 share - 1; 0.6 is a share of 0.8."""
     config = DeprivatizeConfig(batch=100, precision="float32")
-    after = adapted(before, Says(real_share), torch.zeros(100, 1, 4, 4), config)
+    after = adapted(before, Says(real_share), torch.zeros(100, 1, 4, 4), None, config)
     assert after == pytest.approx(before + change * EVERY * 100 / RAMP)
 
 
