@@ -153,6 +153,39 @@ def test_random_crops_are_distributed_as_torchvision_s(tmp_path: Path, shape: tu
     assert 0.3 < (mirrored[:, 1] < mirrored[:, 0]).mean() < 0.7
 
 
+@pytest.mark.parametrize("kind", ["folder", "webdataset"])
+@pytest.mark.parametrize("crop", ["once", "random"])
+def test_what_claims_too_many_pixels_is_not_decoded(
+    tmp_path: Path, kind: str, crop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_pictures(tmp_path)
+    listed = folder
+    if kind == "webdataset":
+        write_tars(folder, tmp_path / "shards" / "val", 1)
+        listed = listing.read(tmp_path / "shards", kind, "val")
+    monkeypatch.setattr(dali_loader, "MOST_PIXELS", 300 * 211)
+    stream = opened(dali_loader, listed, 2, 16, crop=crop, on_error="skip")
+    for _ in range(stream.epoch_batches):
+        if next(stream, None) is None:
+            break
+    large = [Image.open(file).size for file in folder.files]
+    assert len(stream.left_out) == sum(width * height > 300 * 211 for width, height in large) == 10
+
+
+@pytest.mark.parametrize("kind", ["folder", "webdataset"])
+def test_a_small_file_that_claims_a_billion_pixels_is_named_and_takes_no_memory(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "val" / "x").mkdir(parents=True)
+    file = tmp_path / "val" / "x" / "large.png"
+    Image.new("1", (32000, 32000)).save(file)
+    assert file.stat().st_size < 2**18
+    listed = listing.read(tmp_path, "folder", "val")
+    if kind == "webdataset":
+        write_tars(listed, tmp_path / "shards" / "val", 1)
+        listed = listing.read(tmp_path / "shards", kind, "val")
+    with pytest.raises(DataError, match="Image size .* exceeds limit"):
+        list(opened(dali_loader, listed, 1, 16, crop="once"))
+
+
 def test_a_loader_that_is_missing_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = listing.read(grey_tree(tmp_path, {"val": {"a": 2}}), "folder", "val")
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)

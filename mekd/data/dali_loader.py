@@ -22,6 +22,7 @@ from mekd.data.stream import Plan, Running, Stream, mixed
 
 TRIES = 10  # crops that are drawn until one fits into the image, as torchvision does
 DRAWS = 2 * TRIES + 3
+MOST_PIXELS = 178_956_970  # of an image: where Pillow stops as well
 
 
 def check(listing: Listing) -> None:
@@ -67,6 +68,19 @@ def _how() -> dict[str, Any]:
     }
 
 
+def _claimed(encoded: Any) -> tuple[Any, Any]:
+    """Encoded images, and the height and width that each claims; nothing is left of one that claims too much memory.
+
+    What is empty does not decode, and is then found by faults().
+    """
+    fn, _, types = _library()
+
+    shape = fn.peek_image_shape(encoded, adjust_orientation=False)[:2]
+    height, width = (fn.cast(shape[i], dtype=types.INT64) for i in range(2))
+    kept = fn.cast(height * width <= MOST_PIXELS, dtype=types.INT32) * encoded.shape(dtype=types.INT32)[0]
+    return encoded[:kept], shape
+
+
 def _by_name(listing: Listing) -> bool:
     """Whether DALI itself reads the files, as it does where it decodes all of them."""
     return listing.spans is None and all(file.lower().endswith(NATIVE) for file in listing.files)
@@ -96,10 +110,8 @@ def faults(listing: Listing, rows: list[int]) -> dict[int, str]:
         if pipe is None:
             pipe = _pipeline(1, 1, torch.device("cpu"), 1)
             with pipe:
-                encoded = fn.external_source(name="encoded")
-                pipe.set_outputs(
-                    fn.peek_image_shape(encoded, adjust_orientation=False), fn.decoders.image(encoded, **_how())
-                )
+                encoded, shape = _claimed(fn.external_source(name="encoded"))
+                pipe.set_outputs(shape, fn.decoders.image(encoded, **_how()))
             pipe.build()
         try:
             content, _ = _encoded(listing, row, by_name)
@@ -156,8 +168,7 @@ def _running(plan: Plan, step: int, left_out: frozenset[int]) -> Running:
         count = {"once": 1, "centre": 2, "random": 5}[plan.crop]
         kinds = [types.UINT8, types.INT32, types.FLOAT, types.FLOAT, types.FLOAT]
         content, *drawn = fn.external_source(source=fed, num_outputs=count, batch=True, dtype=kinds[:count])
-        encoded = fn.io.file.read(content) if by_name else content
-        shape = fn.peek_image_shape(encoded, adjust_orientation=False)[:2]  # height, width
+        encoded, shape = _claimed(fn.io.file.read(content) if by_name else content)
         if plan.crop == "random":
             begin, extent = _random(shape, *drawn[1:])
             image = fn.decoders.image_slice(encoded, start=begin, shape=extent, axes=[0, 1], device=stage, **_how())
