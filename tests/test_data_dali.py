@@ -182,7 +182,7 @@ def test_a_small_file_that_claims_a_billion_pixels_is_named_and_takes_no_memory(
     if kind == "webdataset":
         write_tars(listed, tmp_path / "shards" / "val", 1)
         listed = listing.read(tmp_path / "shards", kind, "val")
-    with pytest.raises(DataError, match="Image size .* exceeds limit"):
+    with pytest.raises(DataError, match=r"Image size .* exceeds limit"):
         list(opened(dali_loader, listed, 1, 16, crop="once"))
 
 
