@@ -93,9 +93,7 @@ def measure(options: argparse.Namespace, words: list[str], response: str, name: 
         distill=replace(config.distill, store=str(changed)),
     )
     run = students.named(config, place, "student", "distill", name)
-    with students.locked(run.out):
-        student, best, _ = students.train_student(run)
-    student.load_state_dict(best["weights"])
+    student, run = students.learned(run)
     with students.locked(teacher.out):
         labels, answers = evaluate.ask_test(teacher)
     predicted = evaluate.predictions(student, run.data)

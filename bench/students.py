@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import nn
 
-from bench import curves, pools
+from bench import choices, curves, pools
 from bench.timing import processor
 from mekd import cli, files
 from mekd.config import Config
@@ -77,6 +77,8 @@ ROWS = {
     **{f"dp-{epsilon}": f"{DP} --deprivatize.dp {epsilon}" for epsilon in (10, 3, 1)},
     # A quarter of the queries in a first round, the others in a second one, with a third of step 1's steps.
     "rounds": "",
+    # A quarter of the queries at random, the others of images that a student of these chooses.
+    **dict.fromkeys((*choices.RULES, choices.SEARCH), ""),
     "second": "",  # mekd's student is asked, which costs nothing: a second one, of its probabilities
     "plain": "",  # every private image is sent once
     "ceiling": "--data.local_fraction 1",  # every training image is sent once
@@ -168,7 +170,7 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
                 for row in options.rows:
                     fixed = {"plain": ["private"], "plain-pretrain": ["private"], "ceiling": ["all"]}.get(row)
                     for queries in fixed or options.queries:
-                        if not (row.startswith("pool") and queries == "unlimited"):
+                        if not (row.startswith(("pool", "ask-")) and queries == "unlimited"):
                             yield Job(options.data, private, row, response, queries, seed)
 
 
@@ -189,6 +191,8 @@ def measure(job: Job, place: Path, words: list[str], pool: str | None) -> dict[s
         student, run = taught_again(config, place, job.queries)
     elif job.row == "rounds":
         student, run = in_two_rounds(config, place, job.queries)
+    elif job.row.startswith("ask-"):
+        student, run = chosen(config, place, int(job.queries), job.row)
     elif job.row.startswith("pool"):
         student, run = pooled(without, place, int(job.queries), job.row == "pool-uncertain", pool)
     else:
@@ -224,7 +228,11 @@ def distilled(config: Config, place: Path, queries: str) -> tuple[nn.Module, Run
     config = with_generator(config, place)
     if queries != "unlimited":
         _, config = stored(config, place, int(queries))
-    run = named(config, place, "student", "distill")
+    return learned(named(config, place, "student", "distill"))
+
+
+def learned(run: Run) -> tuple[nn.Module, Run]:
+    """The best student of a run."""
     with locked(run.out):
         student, best, _ = train_student(run)
     student.load_state_dict(best["weights"])
@@ -247,12 +255,17 @@ def stored(config: Config, place: Path, queries: int) -> tuple[Run, Config]:
     config, replayed = with_generator(config, place), queries - HOLDOUT
     config = replace(config, distill=replace(config.distill, replay=replayed, holdout=HOLDOUT))
     asked = named(config, place, "answers", "replay", HOLDOUT)
-    exact = freeze(asked.load_generator())
-    with locked(asked.out):
-        kept = asked.read_json("replay/replay.json")
-        collect(asked, "holdout", exact, HOLDOUT)
-        collect(asked, "replay", exact, max(replayed, kept["count"] if kept else 0))
-    return asked, replace(config, distill=replace(config.distill, store=str(asked.out)))
+    return asked, filled(asked, replayed)
+
+
+def filled(run: Run, replayed: int) -> Config:
+    """Ask for what is missing in a run's store; returns the configuration that learns from it."""
+    exact = freeze(run.load_generator())
+    with locked(run.out):
+        kept = run.read_json("replay/replay.json")
+        collect(run, "holdout", exact, HOLDOUT)
+        collect(run, "replay", exact, max(replayed, kept["count"] if kept else 0))
+    return replace(run.config, distill=replace(run.config.distill, store=str(run.out)))
 
 
 def sent(config: Config, place: Path) -> tuple[nn.Module, Run]:
@@ -268,6 +281,18 @@ def pooled(config: Config, place: Path, queries: int, uncertain: bool, pool: str
     run = named(config, place, "pool", "baseline", {"pool": pool, "queries": queries, "uncertain": uncertain})
     with locked(run.out):
         return pools.train(run, images, queries, uncertain), run
+
+
+def chosen(config: Config, place: Path, queries: int, rule: str) -> tuple[nn.Module, Run]:
+    """The student of a store of which a first one, of a quarter of the queries, has chosen the images."""
+    asked = max(2 * HOLDOUT, queries // 4)
+    first, run = distilled(config, place, str(asked))
+    by_kl, _ = distilled(replace(config, distill=replace(config.distill, image=0.0)), place, str(asked))
+    known = choices.Known(run, first, by_kl, asked - HOLDOUT)
+    config = replace(run.config, distill=replace(run.config.distill, replay=queries - HOLDOUT, store=None))
+    asks = named(config, place, "chosen", "replay", HOLDOUT, rule, queries)
+    config = filled(choices.choosing(asks, rule, known), queries - HOLDOUT)
+    return learned(named(config, place, "student", "distill", rule, queries))
 
 
 def in_two_rounds(config: Config, place: Path, queries: str) -> tuple[nn.Module, Run]:
@@ -300,7 +325,10 @@ def taught_again(config: Config, place: Path, queries: str) -> tuple[nn.Module, 
 
 
 def seconds(run: Run) -> float:
-    """How long a row's stages took: their checkpoints lie in its own folder, its generator's, store's and teacher's."""
+    """How long a row's stages took: their checkpoints lie in its own folder, its generator's, store's and teacher's.
+
+    Not in it: the first students of a row that chooses what is asked about.
+    """
     config, own, asked = run.config, run.out, Path(run.config.distill.store or run.out)
     taken = [own / f"checkpoints/{stage}.pt" for stage in ("pretrain", "distill", "baseline")]
     taken += [asked / f"checkpoints/{stage}.pt" for stage in ("holdout", "replay")]
