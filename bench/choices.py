@@ -28,15 +28,15 @@ STEPS, LR = 20, 0.1
 
 @dataclass(frozen=True)
 class Known:
-    """What a choice may know: two students of the same answers, the generator, step 1's discriminator."""
+    """What a choice may know: a student of so many answers, another one of the same, generator and discriminator."""
 
     run: Run
     student: nn.Module
-    other: nn.Module
     asked: int
+    other: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        for network in (self.student, self.other):
+        for network in filter(None, (self.student, self.other)):
             network.eval().requires_grad_(False)
 
     @functools.cached_property
@@ -110,6 +110,7 @@ def doubted(known: Known, images: Tensor, count: int) -> Tensor:
 
 def disagreed(known: Known, images: Tensor, count: int) -> Tensor:
     """Those on which two students disagree most, by the distance of their probabilities."""
+    assert known.other is not None
     distance = (probabilities(known.student, images) - probabilities(known.other, images)).abs().sum(1)
     return distance.argsort(descending=True)[:count]
 
@@ -126,15 +127,16 @@ def far(known: Known, images: Tensor, count: int) -> Tensor:
     return torch.tensor(kept)
 
 
+#: This one needs another student; and this one moves the latents themselves.
+OF_TWO = "ask-disagreed"
+SEARCH = "ask-searched"
 RULES: dict[str, Callable[[Known, Tensor, int], Tensor]] = {
     "ask-balanced": balanced,
     "ask-sure": sure,
     "ask-doubted": doubted,
-    "ask-disagreed": disagreed,
+    OF_TWO: disagreed,
     "ask-far": far,
 }
-#: This one moves the latents themselves.
-SEARCH = "ask-searched"
 
 
 def searched(known: Known, latents: Latents, step: int) -> Latents:

@@ -287,8 +287,10 @@ def chosen(config: Config, place: Path, queries: int, rule: str) -> tuple[nn.Mod
     """The student of a store of which a first one, of a quarter of the queries, has chosen the images."""
     asked = max(2 * HOLDOUT, queries // 4)
     first, run = distilled(config, place, str(asked))
-    by_kl, _ = distilled(replace(config, distill=replace(config.distill, image=0.0)), place, str(asked))
-    known = choices.Known(run, first, by_kl, asked - HOLDOUT)
+    other = None
+    if rule == choices.OF_TWO:  # the other one learns by the KL alone
+        other, _ = distilled(replace(config, distill=replace(config.distill, image=0.0)), place, str(asked))
+    known = choices.Known(run, first, asked - HOLDOUT, other)
     config = replace(run.config, distill=replace(run.config.distill, replay=queries - HOLDOUT, store=None))
     asks = named(config, place, "chosen", "replay", HOLDOUT, rule, queries)
     config = filled(choices.choosing(asks, rule, known), queries - HOLDOUT)

@@ -37,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture
 def known(trained: Run) -> choices.Known:
-    return choices.Known(trained, Named(slice(0, CLASSES)), Named(slice(CLASSES, 2 * CLASSES)), 512)
+    return choices.Known(trained, Named(slice(0, CLASSES)), 512, Named(slice(CLASSES, 2 * CLASSES)))
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_latents_are_moved_to_the_class_and_keep_their_length(trained: Run) -> N
         def forward(self, images: Tensor) -> Tensor:
             return 20 * images.flatten(2).mean(1)[:, : 10 * CLASSES].unflatten(1, (CLASSES, 10)).mean(2)
 
-    known = choices.Known(trained, Bright(), Bright(), 512)
+    known = choices.Known(trained, Bright(), 512)
     before = trained.latents("choices", 9, 32, slice(None))
     after = choices.searched(known, before, 9)
     random = choices.generator_at(trained.config.seed, "searched", 9)
