@@ -137,6 +137,8 @@ def picture(rows: Rows, title: str) -> Any:
             axis.plot(at, [statistics.mean(points[x]) for x in at], marker="o", ms=4, color=colour, label=name)
             low, high = ([limit(points[x]) for x in at] for limit in (min, max))
             axis.fill_between(at, low, high, color=colour, alpha=0.2, lw=0)
+            if len(at) == 1:  # a band would have no width
+                axis.vlines(at, low, high, color=colour, alpha=0.4, lw=2)
         low, high = axis.get_ylim()
         if high - low < SPAN:  # two points of one row would look like all the difference in the world
             axis.set_ylim((low + high - SPAN) / 2, (low + high + SPAN) / 2)
