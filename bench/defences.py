@@ -16,7 +16,6 @@ import torch
 
 from bench import students
 from bench.curves import read
-from mekd import cli
 from mekd.engine import evaluate
 from mekd.engine.checkpoint import stopped_by_signals
 from mekd.engine.run import Run
@@ -69,9 +68,10 @@ def main(arguments: Sequence[str]) -> int:
 def measure(options: argparse.Namespace, words: list[str], response: str, name: str, seed: int) -> dict[str, Any]:
     """A student of defended answers, and the defended teacher on the test images."""
     own = f"--data.local_fraction {options.private} --oracle.response probs --seed {seed}"
-    parsed = cli.parse(["--config", students.CONFIGS[options.data], *students.QUIET.split(), *words, *own.split()])
-    assert parsed is not None
-    config, place = parsed[0], options.out / options.data
+    config = students.settings(
+        "--config", students.CONFIGS[options.data], *students.QUIET.split(), *words, *own.split()
+    )
+    place = options.out / options.data
     teacher = students.teacher_of(replace(config, seed=0), place)
     config = replace(config, teacher=replace(config.teacher, onnx=str(teacher.teacher_onnx)))
     asked, config = students.stored(config, place, options.queries)

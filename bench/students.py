@@ -85,6 +85,8 @@ ROWS = {
     "pool": "",  # images of another set are sent, drawn at random
     "pool-uncertain": "",  # half of them at random, and those of which a student of these answers is least certain
 }
+#: Teachers of the table's rows that take an hour to train, by what their training depends on.
+TEACHERS = Path(__file__).parent / "teachers"
 #: Answers held out of a store, by which the best student is chosen; they are paid like the others.
 HOLDOUT = 256
 #: The queries of a first round where those of the second are unlimited.
@@ -176,13 +178,12 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
 
 def measure(job: Job, place: Path, words: list[str], pool: str | None) -> dict[str, Any]:
     """Make what the row needs, train its student, look at the test images; returns the row."""
-    own = f"--data.local_fraction {job.private} --oracle.response {job.response} --seed {job.seed} {ROWS[job.row]}"
-    parsed = cli.parse(["--config", CONFIGS[job.data], *QUIET.split(), *words, *own.replace("STEPS", "1").split()])
-    assert parsed is not None
-    config = parsed[0]
-    if "STEPS" in own:
+    own = f"--data.local_fraction {job.private} --oracle.response {job.response} --seed {job.seed}"
+    experiment = ["--config", CONFIGS[job.data], *QUIET.split(), *words, *own.split()]
+    config = settings(*experiment, *ROWS[job.row].replace("STEPS", "1").split())
+    if "STEPS" in ROWS[job.row]:
         config = replace(config, distill=replace(config.distill, pretrain=config.distill.steps))
-    teacher = teacher_of(replace(config, seed=0), place)
+    teacher = teacher_of(replace(settings(*experiment), seed=0), place)
     config = replace(config, teacher=replace(config.teacher, onnx=str(teacher.teacher_onnx)))
     without = replace(config, deprivatize=replace(config.deprivatize, generator=None))
     if job.row in ("plain", "plain-pretrain", "ceiling"):
@@ -212,11 +213,21 @@ def measure(job: Job, place: Path, words: list[str], pool: str | None) -> dict[s
     return row
 
 
+def settings(*words: str) -> Config:
+    """The configuration of a command line."""
+    parsed = cli.parse(list(words))
+    assert parsed is not None
+    return parsed[0]
+
+
 def teacher_of(config: Config, place: Path) -> Run:
     """The data set's teacher, of seed 0, trained once."""
     fraction = replace(config.data, local_fraction=0.1)  # it knows no private images
     run = Run(replace(config, data=fraction, oracle=replace(config.oracle, response="probs")), place / "teacher")
+    kept = TEACHERS / f"{config.data.name}-{digest(run, 'teacher')}.onnx"
     with locked(run.out):
+        if not run.teacher_onnx.exists() and kept.exists():
+            files.write(run.teacher_onnx, lambda file: file.write(kept.read_bytes()))
         if not run.teacher_onnx.exists():
             train_teacher(run)
             export_teacher(run)
@@ -340,17 +351,19 @@ def seconds(run: Run) -> float:
         taken.append(Path(str(config.teacher.onnx)).parent / "checkpoints/distill.pt")
     before = 0.0
     if config.deprivatize.after is not None:
-        parsed = cli.parse(["--config", f"{config.deprivatize.after}/config.yaml"])
-        assert parsed is not None
-        before = seconds(Run(parsed[0], Path(config.deprivatize.after)))
+        first = settings("--config", f"{config.deprivatize.after}/config.yaml")
+        before = seconds(Run(first, Path(config.deprivatize.after)))
     return before + sum(float(files.load(path)["seconds"]) for path in taken if path.exists())
 
 
 def named(config: Config, place: Path, kind: str, stage: str, *more: Any) -> Run:
     """The run whose folder is called after what a stage of it depends on, and more that does not stand there."""
-    depends = Run(config, place / "unnamed").depends(stage)
-    digest = hashlib.sha256(json.dumps((depends, *more), sort_keys=True).encode()).hexdigest()[:10]
-    return Run(config, place / f"{kind}-{digest}")
+    return Run(config, place / f"{kind}-{digest(Run(config, place / 'unnamed'), stage, *more)}")
+
+
+def digest(run: Run, stage: str, *more: Any) -> str:
+    """What a stage depends on, and more, in ten letters."""
+    return hashlib.sha256(json.dumps((run.depends(stage), *more), sort_keys=True).encode()).hexdigest()[:10]
 
 
 def slug(name: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import curves, students
+from mekd.config import Config
 from mekd.engine.run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +93,43 @@ def test_mistakes_are_named(
     printed = capsys.readouterr()
     assert said in printed.out + printed.err
     assert not (tmp_path / "results").exists()
+
+
+def test_a_teacher_that_is_kept_is_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found by what its training depends on; a row's own settings are none of it."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(students, "TEACHERS", tmp_path)
+    trained = []
+
+    def train(run: Run) -> None:
+        trained.append(run.config.teacher.steps)
+        run.teacher_onnx.write_bytes(b"trained")
+
+    monkeypatch.setattr(students, "train_teacher", train)
+    monkeypatch.setattr(students, "export_teacher", lambda run: None)
+    words = ["--config", students.CONFIGS["digits"]]
+    run = students.teacher_of(students.settings(*words), tmp_path / "first")
+    kept = tmp_path / f"digits-{students.digest(run, 'teacher')}.onnx"
+    kept.write_bytes(b"kept")
+    other = [*words, "--oracle.response", "label", "--data.local_fraction", "0.5", "--deprivatize.steps", "3"]
+    assert students.teacher_of(students.settings(*other), tmp_path / "second").teacher_onnx.read_bytes() == b"kept"
+    students.teacher_of(students.settings(*words, "--teacher.steps", "7"), tmp_path / "third")
+    assert trained == [run.config.teacher.steps, 7]
+
+
+@pytest.mark.parametrize("row", ["mekd", "mekd-before"])
+def test_every_row_has_the_experiment_s_teacher(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    asked = []
+
+    def teacher_of(config: Config, place: Path) -> Run:
+        asked.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(students, "teacher_of", teacher_of)
+    with pytest.raises(KeyboardInterrupt):
+        students.measure(students.Job("cifar10", "0.1", row, "label", "20000", 2), tmp_path, [], None)
+    assert asked[0].seed == 0 and asked[0].data.shift
 
 
 @pytest.mark.slow
