@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mekd import files
+from bench.pools import margins
+from mekd.audit import load_discriminator
 from mekd.engine.collect import BLOCK, draw_images
 from mekd.engine.run import Latents, Run
-from mekd.nets.discriminator import Discriminator
 from mekd.nets.frozen import freeze
 from mekd.pixels import as_float, to_uint8
 from mekd.seeds import generator_at
@@ -47,12 +47,7 @@ class Known:
     @functools.cached_property
     def discriminator(self) -> nn.Module:
         """Step 1's, as it was at the end."""
-        config = self.run.config
-        network = Discriminator(
-            config.data.size, self.run.image[0], config.deprivatize.dropout, config.deprivatize.d_width
-        )
-        network.load_state_dict(files.load(self.run.checkpoint("deprivatize"))["state"]["discriminator"])
-        return network.eval().requires_grad_(False)
+        return load_discriminator(self.run)
 
     @functools.cached_property
     def features(self) -> Tensor:
@@ -103,9 +98,8 @@ def sure(known: Known, images: Tensor, count: int) -> Tensor:
 
 def doubted(known: Known, images: Tensor, count: int) -> Tensor:
     """Half as they come, and those of the smallest margin: the difference of the two largest probabilities."""
-    top = probabilities(known.student, images).topk(2).values
     half = count // 2
-    return torch.cat([torch.arange(half), half + (top[:, 0] - top[:, 1])[half:].argsort()[: count - half]])
+    return torch.cat([torch.arange(half), half + margins(known.student, images[half:]).argsort()[: count - half]])
 
 
 def disagreed(known: Known, images: Tensor, count: int) -> Tensor:
@@ -172,18 +166,13 @@ def chosen(rule: str, known: Known, latents: Latents, step: int) -> Latents:
 
 @dataclass(frozen=True)
 class Choosing(Run):
-    """A run whose store is of chosen images, but for the blocks that the first student has learnt from."""
+    """A run whose store is of images chosen by a rule, but for the blocks that the first student has learnt from."""
 
-    choose: Callable[[Latents, int], Latents] | None = field(default=None, kw_only=True)
-    already: int = field(default=0, kw_only=True)
+    rule: str = field(kw_only=True)
+    known: Known = field(kw_only=True)
 
     def latents(self, purpose: str, step: int, count: int, rows: slice | None = None) -> Latents:
-        if purpose != "replay" or step * count < self.already or self.choose is None:
+        if purpose != "replay" or step * count < self.known.asked:
             return super().latents(purpose, step, count, rows)
-        found = self.choose(super().latents("choices", step, POOL * count, slice(None)), step)
+        found = chosen(self.rule, self.known, super().latents("choices", step, POOL * count, slice(None)), step)
         return found if rows is None else Latents(*(part[rows] for part in found))
-
-
-def choosing(run: Run, rule: str, known: Known) -> Choosing:
-    """The run, whose store's images are chosen by a rule."""
-    return Choosing(run.config, run.out, choose=functools.partial(chosen, rule, known), already=known.asked)

@@ -10,7 +10,7 @@ from mekd.engine.evaluate import BATCH, train_plain
 from mekd.engine.run import Run
 from mekd.oracle.ledger import Ledger
 from mekd.oracle.replay import Replay
-from mekd.pixels import to_float
+from mekd.pixels import as_float
 from mekd.seeds import generator_at
 
 #: Crops of photos, and the share of a photo's area that one shows.
@@ -69,7 +69,7 @@ def train(run: Run, images: Tensor, queries: int, uncertain: bool) -> nn.Module:
 
 @torch.inference_mode()
 def margins(student: nn.Module, images: Tensor) -> Tensor:
-    """The difference (n,) of a student's two largest probabilities."""
+    """The difference (n,) of a student's two largest probabilities for images (n, ch, S, S), uint8 or float."""
     student.eval()
-    best = torch.cat([student(to_float(part)).softmax(1).topk(2).values for part in images.split(512)])
+    best = torch.cat([student(as_float(part)).softmax(1).topk(2).values for part in images.split(512)])
     return best[:, 0] - best[:, 1]

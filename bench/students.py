@@ -304,7 +304,7 @@ def chosen(config: Config, place: Path, queries: int, rule: str) -> tuple[nn.Mod
     known = choices.Known(run, first, asked - HOLDOUT, other)
     config = replace(run.config, distill=replace(run.config.distill, replay=queries - HOLDOUT, store=None))
     asks = named(config, place, "chosen", "replay", HOLDOUT, rule, queries)
-    config = filled(choices.choosing(asks, rule, known), queries - HOLDOUT)
+    config = filled(choices.Choosing(asks.config, asks.out, rule=rule, known=known), queries - HOLDOUT)
     return learned(named(config, place, "student", "distill", rule, queries))
 
 

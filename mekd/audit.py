@@ -262,13 +262,8 @@ def _membership(run: Run, draw: nn.Module, drawn: Tensor, private: Tensor, held:
     """Attacks that tell private images which step 1 saw from those that it did not."""
     if run.config.deprivatize.generator is not None or len(held) < LEAST:
         return {}
-    saved = files.load(run.checkpoint("deprivatize"))["state"]["discriminator"]
-    step1 = run.config.deprivatize
-    names = None if step1.after is None else after.namer(run)  # D judges an image together with its class
-    known = 0 if names is None else run.num_classes
-    judge = Discriminator(run.config.data.size, run.image[0], step1.dropout, step1.d_width, known)
-    judge.load_state_dict(saved)
-    judge.eval().to(run.device)
+    judge = load_discriminator(run)
+    names = None if run.config.deprivatize.after is None else after.namer(run)  # D judges an image with its class
 
     @torch.no_grad()
     def judged(images: Tensor) -> Tensor:
@@ -290,6 +285,15 @@ def _membership(run: Run, draw: nn.Module, drawn: Tensor, private: Tensor, held:
         "membership_high": round(best["high"], 5),
         "membership": {**_rounded(attacks), "members": len(members), "others": len(others)},
     }
+
+
+def load_discriminator(run: Run) -> Discriminator:
+    """Step 1's discriminator as it was at the end, frozen; after a first round it knows of classes."""
+    step1 = run.config.deprivatize
+    known = 0 if step1.after is None else run.num_classes
+    judge = Discriminator(run.config.data.size, run.image[0], step1.dropout, step1.d_width, known)
+    judge.load_state_dict(files.load(run.checkpoint("deprivatize"))["state"]["discriminator"])
+    return judge.to(run.device).eval().requires_grad_(False)
 
 
 def rebuilding_error(draw: nn.Module, images: Tensor, run: Run) -> Tensor:

@@ -105,7 +105,7 @@ def test_latents_are_moved_to_the_class_and_keep_their_length(trained: Run) -> N
 
 @pytest.mark.parametrize("rule", ["ask-doubted", "ask-searched"])
 def test_the_store_before_it_and_other_draws_stay_as_they_are(trained: Run, known: choices.Known, rule: str) -> None:
-    run = choices.choosing(trained, rule, known)
+    run = choices.Choosing(trained.config, trained.out, rule=rule, known=known)
     for purpose, step in (("replay", 0), ("replay", 1), ("holdout", 7), ("distill", 7)):
         for one, other in zip(trained.latents(purpose, step, 256), run.latents(purpose, step, 256), strict=True):
             assert torch.equal(one, other)
