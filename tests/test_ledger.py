@@ -1,11 +1,14 @@
 """The account: nothing is paid for twice, and the budget is hard."""
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ledger_teacher import Cut, Teacher, Unplugged, ask, batch, connect, counts, lose, rows, same, total
+from mekd.engine.feeds import Fresh
 from mekd.oracle import ledger_file
 from mekd.oracle.ledger import BudgetSpent, Ledger, LedgerError, totals
 from mekd.oracle.response import Response
@@ -170,6 +173,27 @@ def test_a_checkpoint_older_than_the_ledger(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match=r"settled 4 images, but the checkpoint knows of 2"):
         ledger.rewind(2)
     ledger.rewind(4)
+
+
+def test_a_checkpoint_knows_no_more_than_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a slow disk an answer is booked long after it came; killed in between, a run could not go on."""
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.2)
+        insert(*arguments)
+
+    insert = ledger_file.insert
+    monkeypatch.setattr("mekd.oracle.ledger.insert", slowly)
+    feed = Fresh(
+        "s", lambda step: (batch(step) / 255, torch.empty(2, 0)), lambda step: 2, connect(Ledger("s", tmp_path))
+    )
+    for step in range(3):
+        feed.take(step)
+    knows = feed.state_dict()["images"]
+    log = tmp_path / "s.sqlite-wal"
+    assert not log.exists() or log.stat().st_size == 0  # a power cut takes what is in the log alone
+    assert knows == 6 and rows(tmp_path, "SELECT sum(length(digest) / 16) FROM answers") == [(6,)]
+    feed.oracle.ledger.close()
 
 
 def test_a_checkpoint_newer_than_the_ledger(tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ MOMENTS = [
     ("mekd.engine.evaluate:functional.kd_loss", 3, "after"),
 ]
 
-# An answer is booked while the run goes on, and a kill may come first: here the run waits, so that what a moment loses is
-# known. The first two moments are those that lose an answer.
+# An answer is booked while the run goes on, and a kill may come first: here the run waits for it, so that what is
+# lost is known. The first two moments are those that lose an answer.
 BOOKED = """
 from mekd.oracle.ledger import Ledger
 def record(self, *arguments, record=Ledger.record):

@@ -158,6 +158,7 @@ class Fresh:
         self.oracle.ledger.rewind(0)
 
     def state_dict(self) -> dict[str, Any]:
+        self.oracle.ledger.flush()
         return {"images": self.oracle.ledger.next}
 
     def load_state_dict(self, state: dict[str, Any], own: bool = True) -> None:
@@ -217,6 +218,7 @@ class Ahead(Fresh):
 
     def state_dict(self) -> dict[str, Any]:
         ahead = self._answered()  # first: it waits, and the ledger goes on meanwhile
+        self.oracle.ledger.flush()
         return {"images": self.oracle.ledger.next - ahead}
 
     def settle(self) -> None:

@@ -225,6 +225,10 @@ class Ledger:
 
         self._book(write, cut=True)
 
+    def flush(self) -> None:
+        """Wait until what was booked is in the file itself, power cut or not: a checkpoint may know of no more."""
+        self._book(lambda database: None, cut=True).result()
+
     def pass_over(self) -> None:
         """Leave the answers since the checkpoint unused, though counted: other processes ask in other batches."""
         self.next = self.next_unanswered()
