@@ -28,7 +28,7 @@ class WeightsError(MekdError, ValueError):
 
 
 def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Let fill write to a file beside path, flush it to the disk, then rename it to path.
+    """Let fill write to a file beside path, flush it to the disk, then rename it to path, and flush that too.
 
     Raises WriteError, with the old file untouched, where the disk is full or the folder cannot be written.
     """
@@ -40,6 +40,7 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+        _flush_folder(path.parent)
     except OSError as error:
         stays = "; the earlier one stays as it was" if path.exists() else ""
         raise WriteError(
@@ -49,6 +50,16 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename survive a power cut: what follows it, as a ledger that lets answers go, counts on the new file."""
+    with contextlib.suppress(OSError):  # some file systems have no such thing
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def shown(name: object) -> str:

@@ -56,22 +56,25 @@ def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
     assert path.read_bytes() == b"new"
 
 
-def test_the_data_reach_the_disk_before_the_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, steps = tmp_path / "file", []
+def test_the_data_reach_the_disk_before_the_name_does_and_that_before_anything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, steps = tmp_path / "file", []  # what was done, and to which file
     fsync, replace = os.fsync, os.replace
 
     def synced(handle: int) -> None:
-        steps.append(("fsync", os.fstat(handle).st_size))
+        steps.append(("fsync", os.fstat(handle).st_ino))
         fsync(handle)
 
     def renamed(source: Path, target: Path) -> None:
-        steps.append(("replace", Path(source).stat().st_size))
+        steps.append(("replace", os.stat(source).st_ino))
         replace(source, target)
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", renamed)
     files.write(path, lambda file: file.write(b"four"))
-    assert steps[:2] == [("fsync", 4), ("replace", 4)]
+    file, folder = path.stat().st_ino, tmp_path.stat().st_ino
+    assert steps == [("fsync", file), ("replace", file), ("fsync", folder)]
 
 
 @pytest.mark.parametrize("earlier", [False, True])
