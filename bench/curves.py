@@ -9,7 +9,7 @@ from typing import Any
 Rows = Sequence[Mapping[str, str]]
 #: Lines that do not depend on a number of queries, and how they are drawn.
 LEVELS = {"ceiling": "--", "plain": ":"}
-#: The other rows of a picture; those that change one setting are the table's.
+#: The other rows of a picture, each of the same colour in all of them; those that change one setting are the table's.
 CURVES = ("mekd", "mekd-before", "kl", "l1", "pool", "pool-uncertain")
 #: A point or more between these makes a share worth telling.
 ROOM = 1.0
@@ -119,7 +119,7 @@ def picture(rows: Rows, title: str) -> Any:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     for axis, what in zip(axes, ("accuracy", "agreement"), strict=True):
         below, floor = [], bottom(rows, what)
-        for number, name in enumerate(dict.fromkeys(row["row"] for row in rows)):
+        for name in dict.fromkeys(row["row"] for row in rows):
             points: dict[float, list[float]] = {}
             for row in rows:
                 if row["row"] == name:
@@ -133,7 +133,7 @@ def picture(rows: Rows, title: str) -> Any:
             if max(means) < floor:
                 below.append(f"{name} {max(means):.1f}")
                 continue
-            at, colour = sorted(points), f"C{number}"
+            at, colour = sorted(points), f"C{CURVES.index(name)}"
             axis.plot(at, [statistics.mean(points[x]) for x in at], marker="o", ms=4, color=colour, label=name)
             low, high = ([limit(points[x]) for x in at] for limit in (min, max))
             axis.fill_between(at, low, high, color=colour, alpha=0.2, lw=0)
