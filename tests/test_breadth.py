@@ -8,10 +8,10 @@ import torch
 
 from bench.breadth import classes_apart
 from flat_settings import replaced
-from mekd.config import Config
+from mekd.config import Config, DataConfig, DeprivatizeConfig, EngineConfig
 from mekd.data.arrays import Dataset
 from mekd.data.sources import ArraySource
-from mekd.engine.deprivatize import CHANCE, _say_chance
+from mekd.engine.deprivatize import CHANCE, _say_chance, deprivatize
 from mekd.engine.pictures import families
 from mekd.engine.run import Run
 from mekd.metrics import explained_by_rows, same_class
@@ -70,6 +70,14 @@ def test_a_discriminator_at_chance_is_spoken_of(
     if said:
         text = (tmp_path / "log.txt").read_text()
         assert f"{loss:.3f}" in text and "--deprivatize.d_width" in text and "another --out" in text
+
+
+def test_chance_is_told_of_once_after_two_thirds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step1 = DeprivatizeConfig(steps=12, batch=8, width=0.1, alpha=0.0, lr=1e-7)
+    data, engine = DataConfig(name="digits", size=16), EngineConfig(log_every=2)
+    deprivatize(Run(Config(data=data, deprivatize=step1, engine=engine), tmp_path / "run"))
+    told = [line for line in capsys.readouterr().out.splitlines() if "is chance" in line]
+    assert len(told) == 1 and "at step 8 " in told[0]
 
 
 @pytest.mark.parametrize("shift", [True, False])

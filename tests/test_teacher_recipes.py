@@ -113,9 +113,10 @@ def sdk() -> tuple[dict[str, ModuleType], list[int]]:
         pass
 
     sides: list[int] = []
+    first = iter([True])  # several threads call at once: one of them is the first
 
     def detect_custom_labels(ProjectVersionArn: str, Image: dict[str, bytes], MinConfidence: float) -> dict[str, Any]:
-        if not sides:
+        if next(first, False):
             sides.append(0)
             raise ThrottlingException("slow down")
         picture = PIL_Image.open(io.BytesIO(Image["Bytes"]))
@@ -143,7 +144,7 @@ def test_an_sdk(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("names.txt").write_text("".join(f"class {i}\n" for i in range(10)))
     asked = run(command("runs/sdk"), address)
     assert asked["queries"] > 200 and asked["uncertain"] == 0
-    assert sides == [0] + [80] * asked["queries"]  # the busy one was free
+    assert sorted(sides) == [0] + [80] * asked["queries"]  # the busy one was free
 
 
 def test_a_plain_post(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
