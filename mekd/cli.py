@@ -41,6 +41,8 @@ made-up teacher in place of a remote one. --yes agrees to the quote of a remote 
 """
 #: Words of the command line that are no settings.
 FLAGS = ("--yes", "--dry-run")
+#: Commands that have no checkpoint: interrupted, they begin anew.
+ANEW = ("predict", "push", "pull", "quote", "doctor", "selftest", "serve", "watch")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(
             f"\nmekd {command}: interrupted"
-            + ("" if command in ("predict", "push", "pull") else "; the same command goes on from the last checkpoint"),
+            + ("" if command in ANEW else "; the same command goes on from the last checkpoint"),
             file=sys.stderr,
         )
         return 130
@@ -107,10 +109,8 @@ def _dispatch(command: str, words: list[str]) -> int:
         )
     flags = [word for word in words if word in FLAGS]
     words = [word for word in words if word not in FLAGS]
-    saved = Path(_value_of(words, "--out") or "") / "config.yaml"
-    if command == "report" and _value_of(words, "--config") is None and saved.is_file():
-        words = ["--config", str(saved), *words]
-    parsed = parse(words)
+    all_words = with_saved(words)
+    parsed = parse(all_words)
     if parsed is None:
         return 0
     config, out = parsed
@@ -128,6 +128,8 @@ def _dispatch(command: str, words: list[str]) -> int:
         print("\n".join([*(f"teacher: {note}" for note in notes), *quote(about)]))
         return 0
     parallel.join(config.engine.device)
+    if all_words != words and parallel.rank() == 0:
+        print(f"settings: those of {out / 'config.yaml'}, and this command's")
     agreed = "--yes" in flags
     run = Run(config, out, asked_to_stop=asked_to_stop, agree_to_send=functools.partial(confirm_images, agreed=agreed))
     stages = list(STAGES) if command == "run" else [command]
@@ -145,9 +147,20 @@ def _dispatch(command: str, words: list[str]) -> int:
     return 0
 
 
+def with_saved(words: list[str]) -> list[str]:
+    """The words, behind the settings of the run in --out where there is one and no --config is given.
+
+    A stage of its own (`mekd audit --out RUN`) is of that run, and would else write the defaults over its settings.
+    """
+    out = _value_of(words, "--out")
+    if out is None or _value_of(words, "--config") is not None or not (Path(out) / "config.yaml").is_file():
+        return words
+    return ["--config", str(Path(out) / "config.yaml"), *words]
+
+
 def forecast(words: list[str]) -> int:
     """What a configuration needs on this machine; 0 if it fits."""
-    parsed = parse(words)
+    parsed = parse(with_saved(words))
     if parsed is None:
         return 0
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is used for memory alone
@@ -184,7 +197,9 @@ def parse(words: list[str]) -> tuple[Config, Path] | None:
     except MekdError:
         raise
     except Exception as error:  # the parser's, and those of the settings' own checks
-        raise UsageError(_plain(str(error))) from error
+        advice = "; a run's folder is --out FOLDER, and mekd STAGE --help lists the settings"
+        stray = "unrecognized arguments" in str(error).lower()
+        raise UsageError(_plain(str(error)) + (advice if stray else "")) from error
     if "--print_config" in words:
         print(dump_yaml(config), end="")
         return None

@@ -26,6 +26,8 @@ def fails(words: list[str], capsys: pytest.CaptureFixture[str], status: int = 2)
         # A typing mistake is answered with the nearest setting.
         (["--oracle.respnse", "label"], ["--oracle.respnse", "oracle.response"]),
         (["--deprivatise.alpha", "1"], ["deprivatize.alpha"]),
+        # A folder where none is expected.
+        (["runs/digits"], ["runs/digits", "--out FOLDER"]),
         # A value that no setting can have: the name, the value, what is allowed.
         (["--oracle.response", "everything"], ["oracle.response", "everything", "logits", "label"]),
         (["--distill.preset", "ours"], ["distill.preset", "ours", "default", "paper"]),
@@ -82,6 +84,36 @@ def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[
     file.write_text(capsys.readouterr().out)
     before, after = cli.parse(["--distill.steps", "7"]), cli.parse(["--config", str(file)])
     assert before is not None and after is not None and before[0] == after[0]
+
+
+def test_a_stage_of_its_own_takes_the_settings_of_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    small = ["--deprivatize.steps", "2", "--deprivatize.batch", "8", "--deprivatize.width", "0.1"]
+    assert cli.main(["deprivatize", "--data.name", "digits", "--data.size", "16", *small, "--out", str(out)]) == 0
+    before = (out / "config.yaml").read_bytes()
+    assert "settings:" not in capsys.readouterr().out
+    assert cli.main(["deprivatize", "--out", str(out)]) == 0
+    assert (out / "config.yaml").read_bytes() == before
+    assert f"settings: those of {out / 'config.yaml'}, and this command's" in capsys.readouterr().out
+    assert cli.main(["deprivatize", f"--out={out}", "--deprivatize.steps", "3"]) == 0
+    now = cli.parse(["--config", str(out / "config.yaml")])
+    assert now is not None and (now[0].deprivatize.steps, now[0].data.name) == (3, "digits")
+    # Settings that are given are taken as they are, and nothing of another folder.
+    assert cli.with_saved(["--config", "digits", "--out", str(out)]) == ["--config", "digits", "--out", str(out)]
+    assert cli.with_saved(["--out", str(tmp_path / "none")]) == ["--out", str(tmp_path / "none")]
+    assert cli.with_saved([]) == []
+
+
+@pytest.mark.parametrize(("command", "goes_on"), [("audit", True), ("run", True), ("quote", False), ("doctor", False)])
+def test_what_is_said_of_an_interruption(
+    command: str, goes_on: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_dispatch", interrupt)
+    assert cli.main([command]) == 130
+    assert ("the same command goes on" in capsys.readouterr().err) == goes_on
 
 
 def test_stages_say_what_they_need(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -265,10 +265,11 @@ def _show_what_is_sent(run: Run) -> None:
         + ("; samples/sent.png shows both" if (run.out / "samples" / "sent.png").exists() else "")
     )
     if among is not None and found["sent_to_private"] < BY_HEART * among:
+        instead = "a narrower --deprivatize.d_width" if run.config.deprivatize.augment else "--deprivatize.augment true"
         run.log(
             "deprivatize: that is nearer than private images are to each other: the generator seems to know them by "
             "heart, draws little else, and shows them to the teacher. Start anew with another --out and fewer "
-            "--deprivatize.steps, or with --deprivatize.augment true"
+            f"--deprivatize.steps, or with {instead}"
         )
 
 
