@@ -29,6 +29,8 @@ def lay_out() -> None:
     to_markdown = [sys.executable, "-m", "nbconvert", "--to", "markdown", "--log-level", "WARN"]
     for notebook in sorted(ROOT.glob("notebooks/*.ipynb")):
         subprocess.run([*to_markdown, "--output-dir", PAGES / "notebooks", notebook], check=True)
+    for page in PAGES.rglob("*.md"):
+        page.write_text(page.read_text("utf-8").replace(".ipynb)", ".md)"), "utf-8")
 
 
 def main() -> int:

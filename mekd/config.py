@@ -28,7 +28,7 @@ class DataConfig:
     Args:
         name: photos, your own, unlabelled, of any format and in any folders; digits, mnist, fashion_mnist, cifar10,
             cifar100; or a tree of files with train in it, and val where evaluate is enabled: folder (class folders of
-            JPEGs), webdataset, tfrecord or parquet (as Hugging Face has it; labels may be missing). null: photos,
+            images), webdataset, tfrecord or parquet (as Hugging Face has it; labels may be missing). null: photos,
             or folder where path holds the folder train, or parquet where path or its data holds train*.parquet
         path: folder of the photos, or of the data set's own files (idx, CIFAR's python batches, a tree); digits need
             none

@@ -21,7 +21,7 @@ class TeacherConfig:
         python: FILE.py:function, your own call of any service: uint8 images (m, H, W, ch) in, answers out
         name: by which a run knows it again at another address; null: host and path, or FILE:function
         checkpoint: a state_dict of arch, instead of training one
-        arch: resnet8, 20, 32, 56, 110 or torchvision:NAME
+        arch: resnet8, 20, 32, 56, 110, torchvision:NAME, timm:NAME, FILE.py:function or package.module:function
         steps: SGD steps with a cosine learning rate
         batch: images a step
         lr: peak learning rate

@@ -115,7 +115,7 @@ def ask_private(run: Run) -> tuple[Replay, int]:
 
 @contextlib.contextmanager
 def asking(run: Run, name: str) -> Iterator[Oracle]:
-    """The oracle with the account NAME, which has no budget: what was answered before is found there."""
+    """The oracle with the account NAME, which has no budget of its own: what was answered before is found there."""
     account, oracle = open_account(run, "evaluate", name), None
     try:
         with parallel.first_alone():
