@@ -41,6 +41,9 @@ made-up teacher in place of a remote one. --yes agrees to the quote of a remote 
 """
 #: Words of the command line that are no settings.
 FLAGS = ("--yes", "--dry-run")
+#: Stages that look at a run as it is: without --config they take the settings that it was saved with, and would else
+#: write the defaults over them. Others decide anew what was not said, of a teacher or a budget that may be another one.
+OF_A_RUN = ("audit", "report")
 #: Commands that have no checkpoint: interrupted, they begin anew.
 ANEW = ("predict", "push", "pull", "quote", "doctor", "selftest", "serve", "watch")
 
@@ -109,8 +112,7 @@ def _dispatch(command: str, words: list[str]) -> int:
         )
     flags = [word for word in words if word in FLAGS]
     words = [word for word in words if word not in FLAGS]
-    all_words = with_saved(words)
-    parsed = parse(all_words)
+    parsed = parse(with_saved(words) if command in OF_A_RUN else words)
     if parsed is None:
         return 0
     config, out = parsed
@@ -128,8 +130,6 @@ def _dispatch(command: str, words: list[str]) -> int:
         print("\n".join([*(f"teacher: {note}" for note in notes), *quote(about)]))
         return 0
     parallel.join(config.engine.device)
-    if all_words != words and parallel.rank() == 0:
-        print(f"settings: those of {out / 'config.yaml'}, and this command's")
     agreed = "--yes" in flags
     run = Run(config, out, asked_to_stop=asked_to_stop, agree_to_send=functools.partial(confirm_images, agreed=agreed))
     stages = list(STAGES) if command == "run" else [command]
@@ -148,10 +148,7 @@ def _dispatch(command: str, words: list[str]) -> int:
 
 
 def with_saved(words: list[str]) -> list[str]:
-    """The words, behind the settings of the run in --out where there is one and no --config is given.
-
-    A stage of its own (`mekd audit --out RUN`) is of that run, and would else write the defaults over its settings.
-    """
+    """The words, behind the settings of the run in --out where there is one and no --config is given."""
     out = _value_of(words, "--out")
     if out is None or _value_of(words, "--config") is not None or not (Path(out) / "config.yaml").is_file():
         return words
@@ -160,7 +157,7 @@ def with_saved(words: list[str]) -> list[str]:
 
 def forecast(words: list[str]) -> int:
     """What a configuration needs on this machine; 0 if it fits."""
-    parsed = parse(with_saved(words))
+    parsed = parse(words)
     if parsed is None:
         return 0
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is used for memory alone

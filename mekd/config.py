@@ -257,7 +257,7 @@ class EvaluateConfig:
         ask_teacher: send the labelled test images to the teacher, to compare its answers; null: only where it is a file
             without a price
         baseline: also train the plain baseline, a student of the teacher's answers to the private images, which are
-            sent for it; null: as ask_teacher
+            sent for it; null: as ask_teacher, and of a remote teacher no
         baseline_steps: its steps; null for as many as distill.steps
     """
 

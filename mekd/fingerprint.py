@@ -143,7 +143,10 @@ def _asked_as_it_is_reached(config: Config, kept: Mapping[str, Any]) -> Config:
     """What is asked of the teacher, by the kind of it and never by its price, and how images go up to it."""
     teacher, oracle, step2, simulation = config.teacher, config.oracle, config.distill, config.evaluate
     if teacher.remote and teacher.name is None:
-        teacher = dataclasses.replace(teacher, name=kept.get("teacher.name") or default_name(teacher))
+        # At another address it may be another teacher: nobody but the user knows, and says so by its name.
+        same = (kept.get("teacher.url"), kept.get("teacher.python")) == (teacher.url, teacher.python)
+        name = kept.get("teacher.name") if same else None
+        teacher = dataclasses.replace(teacher, name=name or default_name(teacher))
     hf = teacher.url is not None and teacher.protocol == "hf"
     if oracle.encoding == "auto":
         oracle = dataclasses.replace(oracle, encoding="png" if hf else "raw")
@@ -151,8 +154,8 @@ def _asked_as_it_is_reached(config: Config, kept: Mapping[str, Any]) -> Config:
         oracle = dataclasses.replace(oracle, concurrency=1 if teacher.python else 8)
     if simulation.ask_teacher is None:
         simulation = dataclasses.replace(simulation, ask_teacher=not teacher.remote and oracle.price is None)
-    if simulation.baseline is None:  # it sends private images, of which dp counts none
-        baseline = bool(simulation.ask_teacher) and config.deprivatize.dp is None
+    if simulation.baseline is None:  # it sends private images: to others only where that was said; dp counts none
+        baseline = bool(simulation.ask_teacher) and not teacher.remote and config.deprivatize.dp is None
         simulation = dataclasses.replace(simulation, baseline=baseline)
     config = dataclasses.replace(config, teacher=teacher, oracle=oracle, evaluate=simulation)
     if step2.replay is None:

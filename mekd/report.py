@@ -57,7 +57,7 @@ def _unfinished(run: Run) -> None:
 def summarize(run: Run) -> dict[str, Any]:
     """What the run measured, flat."""
     evaluated = run.read_json("evaluate.json") or {}
-    accounts = {name: run.asked(name) for name in ("deprivatize", "distill")}
+    accounts = {name: run.asked(name) for name in ("deprivatize", "distill", "audit")}
     best = files.load(run.checkpoint("distill"))["state"]["best"]
     summary: dict[str, Any] = {
         name: evaluated.get(name) for name in ("teacher_accuracy", "student_accuracy", "baseline_accuracy", "agreement")
@@ -80,7 +80,8 @@ def summarize(run: Run) -> dict[str, Any]:
         summary[f"queries_{name}"] = account["queries"]
     if run.config.oracle.price is not None:
         summary["cost"] = round((summary["queries"] + summary["uncertain"]) * run.config.oracle.price, 6)
-    summary["simulation_queries"] = evaluated.get("simulation_queries", 0)
+    simulated = run.asked("evaluate")  # by the books: evaluate.json is not there yet, or is an earlier student's
+    summary["simulation_queries"] = simulated["queries"] + simulated["uncertain"]
     saved = {name: run.checkpoint(name) for name in STAGES}
     seconds = {name: round(files.load(path)["seconds"], 1) for name, path in saved.items() if path.exists()}
     summary["epsilon"] = (run.read_json("dp.json") or {}).get("epsilon")

@@ -9,6 +9,7 @@ import onnx
 import pytest
 
 from mekd import cli, files
+from mekd.engine.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,18 +87,21 @@ def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert before is not None and after is not None and before[0] == after[0]
 
 
-def test_a_stage_of_its_own_takes_the_settings_of_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("stage", ["audit", "report"])
+def test_a_look_at_a_run_takes_its_settings(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     small = ["--deprivatize.steps", "2", "--deprivatize.batch", "8", "--deprivatize.width", "0.1"]
     assert cli.main(["deprivatize", "--data.name", "digits", "--data.size", "16", *small, "--out", str(out)]) == 0
     before = (out / "config.yaml").read_bytes()
-    assert "settings:" not in capsys.readouterr().out
-    assert cli.main(["deprivatize", "--out", str(out)]) == 0
-    assert (out / "config.yaml").read_bytes() == before
-    assert f"settings: those of {out / 'config.yaml'}, and this command's" in capsys.readouterr().out
-    assert cli.main(["deprivatize", f"--out={out}", "--deprivatize.steps", "3"]) == 0
-    now = cli.parse(["--config", str(out / "config.yaml")])
-    assert now is not None and (now[0].deprivatize.steps, now[0].data.name) == (3, "digits")
+    seen = []
+    monkeypatch.setitem(STAGES, stage, lambda run: seen.append(run.config.deprivatize.steps))
+    assert cli.main([stage, "--out", str(out)]) == 0, capsys.readouterr().err
+    assert cli.main([stage, f"--out={out}", "--audit.budget", "50"]) == 0
+    assert seen == [2, 2]
+    now = (out / "config.yaml").read_bytes()
+    assert now == before if stage == "report" else now == before.replace(b"  budget: 0\n", b"  budget: 50\n")
     # Settings that are given are taken as they are, and nothing of another folder.
     assert cli.with_saved(["--config", "digits", "--out", str(out)]) == ["--config", "digits", "--out", str(out)]
     assert cli.with_saved(["--out", str(tmp_path / "none")]) == ["--out", str(tmp_path / "none")]

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from flat_settings import replaced
 from mekd import cli, files
 from mekd.config import Config, DataConfig
 from mekd.engine.run import Run
+from mekd.fingerprint import resolve
 from remote_run import contents, total, words
 from served import inside, metrics
 
@@ -119,6 +121,53 @@ def test_evaluate_asks_a_remote_teacher_nothing(url: str, asked: dict[str, float
     assert found["teacher_accuracy"] is None and found["baseline_accuracy"] is None
     page = (out / "report.html").read_text()
     assert "<dt>test accuracy</dt>" in page and "the class of the label (rows)" in page and "plain baseline" not in page
+
+
+def test_real_images_are_agreed_to_of_their_own(
+    url: str, asked: dict[str, float], out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The budget was agreed to, and that photos of one's own go up as well was not."""
+    simulated = {"evaluate__enabled": "true", "oracle__budget": 2000, "distill__replay": 170}
+    (out / "confirmed.json").write_text(json.dumps({"queries": 2000}))
+    for real, said in (("ask_teacher", "your labelled test images"), ("baseline", "your PRIVATE images")):
+        run = Path(shutil.copytree(out, tmp_path / real))
+        others = {"evaluate__ask_teacher": "false", "evaluate__baseline": "false"} | {f"evaluate__{real}": "true"}
+        assert cli.main(words(url, run, stage="evaluate", **simulated, **others)) == 2
+        captured = capsys.readouterr()
+        assert f"evaluate sends {said} to the teacher" in captured.out and "agree to the quote" in captured.err
+
+
+def test_the_card_counts_real_images_by_the_books(url: str, out: Path) -> None:
+    """They were sent, whether or not a simulation came to its end, or is that of an earlier student."""
+    simulated = {"evaluate__enabled": "true", "oracle__budget": 2000, "distill__replay": 170}
+    simulated |= {"evaluate__baseline": "true", "evaluate__baseline_steps": 1}
+    assert cli.main(words(url, out, "--yes", stage="evaluate", **simulated)) == 0
+    (out / "evaluate.json").unlink()
+    assert cli.main(["report", "--out", str(out)]) == 0
+    card = (out / "README.md").read_text()
+    assert "sent 144 real images" in card and "No private photo was sent" not in card
+
+
+def test_private_images_are_sent_only_where_that_was_said() -> None:
+    remote = replaced("evaluate.ask_teacher", True, replaced("teacher.url", "http://127.0.0.1:1/v2/models/x"))
+    remote = replaced("oracle.budget", 5000, remote)
+    assert resolve(remote, {}, lambda _: False).evaluate.baseline is False
+    assert resolve(replaced("evaluate.baseline", True, remote), {}, lambda _: False).evaluate.baseline is True
+    assert resolve(replaced("evaluate.ask_teacher", True), {}, lambda _: False).evaluate.baseline is True
+
+
+def test_another_address_is_another_teacher_unless_its_name_is_said(
+    url: str, asked: dict[str, float], out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = ["--teacher.name", "the-same"]
+    command = words(url.replace("127.0.0.1", "localhost"), out, "--yes", stage="distill")
+    place = command.index("--teacher.name")
+    assert command[place : place + 2] == named
+    without = command[:place] + command[place + 2 :]
+    assert cli.main(without) == 2
+    said = capsys.readouterr().err
+    assert "--teacher.name the-same, if it is the same teacher at another address" in said, said
+    assert cli.main(command) == 0
 
 
 def test_secrets_are_in_no_file_and_no_message(

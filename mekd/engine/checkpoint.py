@@ -18,6 +18,7 @@ from mekd.engine.runlog import RunLog, diverged
 from mekd.errors import MekdError
 from mekd.fingerprint import differing
 from mekd.oracle.ledger import BudgetSpent
+from mekd.settings import read_saved
 
 
 class Interrupted(MekdError, RuntimeError):
@@ -108,6 +109,9 @@ def check_depends(run: Run, name: str, saved: Mapping[str, Any], wanted: Mapping
         # Where nothing was paid for the file itself, it may go.
         kept = name in ("teacher", "baseline", "pretrain") or (name == "distill" and bool(run.config.distill.replay))
         anew = "; or delete the file, to make it anew from the same answers" if kept else ""
+        if "teacher" in differing(saved, wanted) and run.config.teacher.remote:
+            known = read_saved(run.out / "config.yaml").get("teacher.name")
+            anew += f"; or say --teacher.name {known}, if it is the same teacher at another address" if known else ""
         raise StageError(
             f"{run.checkpoint(name)} is of another configuration: {'; '.join(differs)}. Set that back, or start anew "
             f"with another --out{anew}"

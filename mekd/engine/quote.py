@@ -71,18 +71,19 @@ def quote(run: Run) -> list[str]:
     line = f"the run: {most:,} queries at most" + ("" if oracle.budget else ", and those whose fate is unknown")
     if oracle.price is not None:
         line += f", price {most * oracle.price:,.2f} at most"
-    simulation = run.config.evaluate
-    if simulation.enabled and remote and (simulation.ask_teacher or simulation.baseline):
-        sent = [
-            name
-            for name, on in (("labelled test images", simulation.ask_teacher), ("PRIVATE images", simulation.baseline))
-            if on
-        ]
+    if remote and (sent := real_images(run)):
         lines.append(f"evaluate sends your {' and your '.join(sent)} to the teacher")
     accounts = [name for stage in ACCOUNTS.values() for name in stage]
     if answered := totals(run.out / "ledger", *accounts)["queries"]:
         line += f"; {answered:,} are answered and not asked again"
     return [*lines, line]
+
+
+def real_images(run: Run) -> list[str]:
+    """Which images of the user's own, and not drawn ones, a run sends to the teacher."""
+    simulation = run.config.evaluate
+    kinds = {"labelled test images": simulation.ask_teacher, "PRIVATE images": simulation.baseline}
+    return [kind for kind, on in kinds.items() if on and simulation.enabled]
 
 
 def limit(run: Run) -> int:
@@ -91,20 +92,25 @@ def limit(run: Run) -> int:
 
 
 def confirm(run: Run, stages: Sequence[str], agreed: bool) -> None:
-    """Before a remote teacher is paid: print the quote, and have it agreed to, once; UsageError where it is not."""
+    """Before a remote teacher is paid: print the quote, and have it agreed to; UsageError where it is not.
+
+    It is agreed to once, and anew where more may be asked or another kind of images is sent.
+    """
     pays = {"distill", "evaluate", "audit"} | ({"deprivatize"} if asks(run.config) else set())
     if not run.config.teacher.remote or run.config.distill.store or not pays & set(stages):
         return
     path: Path = run.out / "confirmed.json"
     refused = ""
     if parallel.rank() == 0:
-        most = limit(run)
-        kept = json.loads(path.read_text("utf-8"))["queries"] if path.exists() else 0
-        if most > kept:
+        most, sent = limit(run), real_images(run)
+        kept = json.loads(path.read_text("utf-8")) if path.exists() else {"queries": 0}
+        known = kept.get("real_images", [])
+        if most > kept["queries"] or not set(sent) <= set(known):
             for line in quote(run):
                 run.log(line)
             if agreed or _says_yes(most):
-                files.write_text(path, json.dumps({"queries": most}) + "\n")
+                agreed_to = {"queries": max(most, kept["queries"]), "real_images": sorted({*known, *sent})}
+                files.write_text(path, json.dumps(agreed_to) + "\n")
             else:
                 refused = "nothing was asked: agree to the quote with --yes" + (
                     "" if _somebody() else ", since there is no terminal to be asked on"
