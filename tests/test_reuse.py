@@ -172,6 +172,21 @@ def test_what_does_not_fit_is_refused_and_says_why(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["replay", "holdout"])
+@pytest.mark.parametrize("damage", ["cut", "null", "origin", "count"])
+def test_a_damaged_description_is_named(
+    name: str, damage: str, paid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(paid, tmp_path / "other"))
+    path = other / name / "replay.json"
+    text, told = path.read_text(), json.loads(path.read_text())
+    made = {"cut": text[: len(text) // 2], "null": "null", "origin": json.dumps({**told, "origin": {"answers": 3}})}
+    path.write_text(made.get(damage) or json.dumps({**told, "count": "many"}))
+    assert learn(tmp_path / "run", distill__store=other) == 2
+    said = capsys.readouterr().err
+    assert f"distill.store is '{other}', whose {name}/replay.json is damaged" in said and "put a copy" in said
+
+
 def test_the_doctor_says_what_learning_from_a_store_needs(
     paid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
