@@ -376,9 +376,7 @@ class Run:
             return
         if screen:
             print(line, flush=True)
-        self.out.mkdir(parents=True, exist_ok=True)
-        with open(self.out / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        files.append(self.out / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
 
     def log_skipped(self) -> None:
         """Say which files data.on_error=skip left out so far, if any."""
