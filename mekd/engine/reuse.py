@@ -36,7 +36,7 @@ def adopted(config: Config) -> Config:
         saved = _trained(config.deprivatize.generator)
         depends = saved["depends"]
         kept = {f.name: depends[f"deprivatize.{f.name}"] for f in fields(config.deprivatize)
-                if f"deprivatize.{f.name}" in depends}  # fmt: skip
+                if f"deprivatize.{f.name}" in depends and f.name not in ("dp", "clip")}  # fmt: skip
         recipe = replace(config.deprivatize, **kept, steps=saved["step"])
         data = replace(config.data, size=depends["data.size"], **_likely(config, depends))
         config = replace(config, deprivatize=recipe, data=data)
