@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mekd.engine import dp
 from mekd.engine.result import architecture, class_names, preprocess_of
 from mekd.engine.run import Run
 from mekd.nets.registry import file_of
@@ -140,7 +141,7 @@ def sent(run: Run, summary: dict[str, Any]) -> str:
         )
     if run.config.distill.store is not None:
         text += "What was sent for the answers of another run stands in the card of that run. "
-    if noise := run.read_json("dp.json"):
+    if noise := dp.told(run):
         text += (
             f"The generator learned by DP-SGD: it, what it draws and the student are ({noise['epsilon']:.2f}, "
             f"{noise['delta']:.1e})-differentially private with respect to one of {noise['images']:,} private images. "

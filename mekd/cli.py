@@ -1,5 +1,6 @@
 """The command line: mekd STAGE --config FILE --key.sub value."""
 
+import contextlib
 import functools
 import os
 import sys
@@ -118,6 +119,7 @@ def _dispatch(command: str, words: list[str]) -> int:
     config, out = parsed
     from mekd.engine import parallel
     from mekd.engine.checkpoint import asked_to_stop, stopped_by_signals
+    from mekd.engine.folder import alone
     from mekd.engine.preflight import preflight
     from mekd.engine.quote import confirm, confirm_images, dry_run, quote
     from mekd.engine.run import Run
@@ -131,18 +133,21 @@ def _dispatch(command: str, words: list[str]) -> int:
         return 0
     parallel.join(config.engine.device)
     agreed = "--yes" in flags
-    run = Run(config, out, asked_to_stop=asked_to_stop, agree_to_send=functools.partial(confirm_images, agreed=agreed))
     stages = list(STAGES) if command == "run" else [command]
-    if "--dry-run" in flags:
-        dry_run(run, stages)
-        return 0
-    preflight(run, stages, lambda: confirm(run, stages, agreed))
-    try:
-        with stopped_by_signals():
-            for stage in stages:
-                STAGES[stage](run)
-    finally:
-        run.tracks.close()
+    dry = "--dry-run" in flags
+    with contextlib.nullcontext() if dry else alone(out):
+        send = functools.partial(confirm_images, agreed=agreed)
+        run = Run(config, out, asked_to_stop=asked_to_stop, agree_to_send=send)
+        if dry:
+            dry_run(run, stages)
+            return 0
+        preflight(run, stages, lambda: confirm(run, stages, agreed))
+        try:
+            with stopped_by_signals():
+                for stage in stages:
+                    STAGES[stage](run)
+        finally:
+            run.tracks.close()
     parallel.leave()
     return 0
 

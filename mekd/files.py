@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,22 +34,37 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """
     beside = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        _flush_folder(path.parent)
-    except OSError as error:
-        stays = "; the earlier one stays as it was" if path.exists() else ""
-        raise WriteError(
-            f"{path} could not be written ({error}){stays}. Free some space, or check the folder's permissions, "
-            "and run the same command again: it goes on from the last checkpoint"
-        ) from error
+        with told(path, "; the earlier one stays as it was"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(beside, "wb") as file:
+                fill(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+            _flush_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()
+
+
+def append(path: Path, line: str) -> None:
+    """Add a line to a text file; WriteError where the disk is full or the folder cannot be written."""
+    with told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{line}\n")
+
+
+@contextlib.contextmanager
+def told(path: Path, stays: str = "") -> Iterator[None]:
+    """Make WriteError of what the system says while path is written; stays: of what stood there before."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(
+            f"{path} could not be written ({error}){stays if os.path.exists(path) else ''}. Free some space, or check "
+            "the folder's permissions, and run the same command again: it goes on from the last checkpoint"
+        ) from error
 
 
 def _flush_folder(folder: Path) -> None:

@@ -138,7 +138,7 @@ def _forecast(run: Run, out: Path) -> int:
     if looked and not (run.given_teacher or config.teacher.checkpoint):
         run.data.count("test")  # of photos none is trained, and a tree needs val for it
     image = (3, config.data.size, config.data.size) if not looked else run.image
-    given = run.teacher_onnx.is_file() or config.teacher.remote
+    given = run.teacher_onnx.is_file() or config.teacher.remote or run.origin is not None
     classes = run.num_classes if given else len(run.data.classes) if looked else IMAGENET
     print(f"\nthis configuration: {config.data.name}, {config.data.size} px, {classes} classes, on {run.device}")
     print(f"measured in steps of {SMALL} and {LARGE} images; MB a step and hours are estimates for one process\n")
@@ -168,7 +168,7 @@ def _forecast(run: Run, out: Path) -> int:
 def stages(run: Run, classes: int, image: tuple[int, int, int]) -> Iterator[Need]:
     """The needs of each stage of a run, measured one after the other."""
     config = run.config
-    if not (config.teacher.onnx or config.teacher.remote or config.teacher.checkpoint):
+    if not (run.given_teacher or config.teacher.checkpoint):
         name = f"teacher, {config.teacher.arch.removeprefix('torchvision:')}"
         yield _measured(run, classes, image, name, "teacher", ("teacher",), train_teacher)
     pair = ("generator", "discriminator")

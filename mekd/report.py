@@ -8,7 +8,7 @@ from mekd import files, page
 from mekd.audited import audited
 from mekd.card import card
 from mekd.data.photos import PhotoSource
-from mekd.engine import coverage, parallel
+from mekd.engine import coverage, dp, parallel
 from mekd.engine.private import answers_at_home
 from mekd.engine.result import STUDENT, class_names, finished_student, held_out
 from mekd.engine.run import Run, StageError
@@ -34,8 +34,8 @@ def report(run: Run) -> None:
         if name in PUBLIC:
             run.tracks.picture(name)
     files.write_text(run.out / "report.md", markdown(run, summary, pictures))
-    dp = run.config.deprivatize.dp is not None  # whose epsilon does not count what the audit says of private images
-    said = [] if dp else audited(run.read_json("audit.json"))
+    noisy = run.config.deprivatize.dp is not None or dp.told(run)  # epsilon counts nothing that the audit says
+    said = [] if noisy else audited(run.read_json("audit.json"))
     files.write_text(run.out / "README.md", card(run, summary, pictures, said))
     page.write(page.gather(run, class_names(run), summary, found), said)
     run.log("")
@@ -84,7 +84,7 @@ def summarize(run: Run) -> dict[str, Any]:
     summary["simulation_queries"] = simulated["queries"] + simulated["uncertain"]
     saved = {name: run.checkpoint(name) for name in STAGES}
     seconds = {name: round(files.load(path)["seconds"], 1) for name, path in saved.items() if path.exists()}
-    summary["epsilon"] = (run.read_json("dp.json") or {}).get("epsilon")
+    summary["epsilon"] = (dp.told(run) or {}).get("epsilon")
     summary["seconds"] = seconds
     summary["seed"] = run.config.seed
     summary["response"] = run.config.oracle.response

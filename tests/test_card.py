@@ -138,6 +138,7 @@ def test_the_card_says_what_else_there_is(finished: Path, tmp_path: Path) -> Non
         (["--teacher.url", "https://x.org/a", "--teacher.protocol", "hf"], "x.org/a, asked over HTTP, by Hugging"),
         (["--teacher.python", "sdk.py:ask"], "sdk.py:ask, asked through a Python function"),
         (["--teacher.arch", "resnet20"], "resnet20, trained on digits for this run"),
+        (["--teacher.arch", "clients/acme/nets.py:make"], "nets.py:make, trained on digits for this run"),
     ],
 )
 def test_the_teacher_and_how_it_was_reached(words: list[str], said: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from interrupted import stopped_at
 from mekd import cli, files
 from mekd.config import Config, DeprivatizeConfig
 from mekd.engine import dp
+from mekd.engine.run import Run
 from mekd.errors import UsageError
 from mekd.fingerprint import fingerprint, resolve
 from mekd.nets import Discriminator
@@ -157,3 +158,36 @@ def test_a_run_says_its_epsilon_and_is_resumed_exactly(
         assert all(torch.equal(one["state"][net][key], other["state"][net][key]) for key in one["state"][net])
     assert cli.main(["deprivatize", *parts, "--deprivatize.steps", "90"]) == 2
     assert "spends epsilon" in (said := capsys.readouterr().err) and "take fewer steps" in said
+
+
+def test_its_generator_and_its_answers_are_used_again(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where step 1 is not trained nothing of it is checked, and the card says the epsilon that the generator has."""
+    first = str(tmp_path / "first")
+    noised = [*tiny, "--deprivatize.alpha", "0", "--deprivatize.dp", "5", "--distill.replay", "24"]
+    for stage in ("deprivatize", "distill"):
+        assert cli.main([stage, *noised, "--out", first]) == 0
+    found = json.loads((tmp_path / "first" / "dp.json").read_text())
+    learning = [
+        word for word in zip(tiny[::2], tiny[1::2], strict=True) if word[0].startswith(("--distill", "--engine"))
+    ]
+    words = [*(w for pair in learning for w in pair), "--distill.store", first]
+    assert cli.main(["run", *words, "--out", str(tmp_path / "second")]) == 0, capsys.readouterr().err
+    said = f"are ({found['epsilon']:.2f}, {found['delta']:.1e})-differentially private"
+    assert said in (tmp_path / "second" / "README.md").read_text()
+    assert said in (tmp_path / "second" / "report.html").read_text()
+
+    def run(*more: str) -> Run:
+        parsed = cli.parse([*tiny, "--deprivatize.generator", first, "--out", str(tmp_path / "third"), *more])
+        assert parsed is not None
+        return Run(*parsed)
+
+    dp.check(run().config)
+    assert dp.told(run()) == found == dp.told(run("--deprivatize.generator", f"{first}/checkpoints/deprivatize.pt"))
+    (tmp_path / "first" / "dp.json").write_text(json.dumps({**found, "steps": 8}))
+    assert dp.told(run()) is None, "of another generator"
+    (tmp_path / "first" / "dp.json").write_text(json.dumps(found))
+    assert dp.told(run("--distill.pretrain", "3")) is None, "its student learned from private images besides"
+    with pytest.raises(UsageError, match=r"leave deprivatize.generator out, or leave deprivatize.dp out"):
+        dp.check(run("--deprivatize.dp", "3").config)

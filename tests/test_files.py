@@ -15,6 +15,9 @@ import pytest
 import torch
 
 from mekd import files
+from mekd.config import Config
+from mekd.engine.run import Run
+from mekd.engine.runlog import RunLog
 from mekd.files import WriteError
 
 
@@ -114,6 +117,26 @@ def test_a_fill_that_fails_otherwise_leaves_nothing_either(tmp_path: Path, error
     with pytest.raises(type(error)):
         files.write(path, breaks(error))
     assert path.read_bytes() == b"old" and names(tmp_path) == ["file"]
+
+
+def test_lines_are_added_and_a_full_disk_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "log.txt"
+    for line in ("größer ✓", "two"):
+        files.append(path, line)
+    assert path.read_text("utf-8") == "größer ✓\ntwo\n"
+    with pytest.raises(WriteError, match=r"log.txt could not be written .*Not a directory"):
+        files.append(path / "run" / "log.txt", "three")
+    if Path("/dev/full").exists():
+        full = tmp_path / "full.txt"
+        full.symlink_to("/dev/full")
+        with pytest.raises(WriteError, match=r"full.txt could not be written .*No space left"):
+            files.append(full, "three")
+        for name in ("log.txt", "metrics.jsonl"):
+            (tmp_path / name).symlink_to("/dev/full")
+        run = Run(Config(), tmp_path)
+        for write in (lambda: run.log("line"), lambda: RunLog(run, "teacher", 2, 1, {}).write(1, loss=1.0)):
+            with pytest.raises(WriteError, match="Free some space"):
+                write()
 
 
 def test_a_folder_in_the_place_of_the_file(tmp_path: Path) -> None:

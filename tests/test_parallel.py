@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from forked import FIND, Server
+from forked import FIND, KILL, Server, is_killed
 from ledger_teacher import accounts, metrics
 from mekd import files
 from mekd.config import Config, DistillConfig
@@ -135,6 +135,29 @@ def test_one_budget_for_all_and_another_number_of_processes(
     assert accounts(tmp_path)["deprivatize"]["queries"] == 72
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["queries"] == 72 + 21 + 72 and summary["uncertain"] == 0
+
+
+@pytest.mark.parametrize(("begun", "now"), [(2, 1), (1, 2)])
+def test_another_number_before_the_first_checkpoint_is_told_how_to_go_on(
+    begun: int, now: int, processes: Server, words: list[str], tmp_path: Path
+) -> None:
+    """What is paid is found by as many processes alone: the others are told so, and pay nothing."""
+    stage = ["deprivatize", *words[1:], "--out", str(tmp_path)]
+    target = ["mekd.engine.deprivatize:take_step", "3", "before"]
+    killed = processes.together(begun, *target, *stage, code=KILL)
+    assert any(is_killed(done) for done in killed) and not list((tmp_path / "checkpoints").glob("*")), killed
+    paid = accounts(tmp_path)["deprivatize"]["queries"]
+    assert 2 * 8 <= paid <= 3 * 8
+    for done in processes.together(now, *stage):
+        assert done.returncode == 2 and f"{paid} queries are paid" in done.stderr, done
+        assert (
+            "Go on with 2 processes (under torchrun" if begun == 2 else "Go on with one process (without"
+        ) in done.stderr
+    assert accounts(tmp_path)["deprivatize"]["queries"] == paid
+    for done in processes.together(begun, *stage):
+        assert done.returncode == 0, done.stderr
+    found = accounts(tmp_path)["deprivatize"]
+    assert found["queries"] == 72 and found["uncertain"] <= 8
 
 
 @pytest.mark.parametrize(

@@ -295,6 +295,18 @@ def test_a_labelled_folder_is_for_testing(album: Path, tmp_path: Path) -> None:
         opened(None)
 
 
+def test_a_folder_that_cannot_take_them_is_named(album: Path, tmp_path: Path) -> None:
+    """A path under a file, and a disk that is full before the first line of the index."""
+    found = [str(album / "a.jpg"), str(album / "b.PNG")]
+    with pytest.raises(files.WriteError, match=r"could not be written .*Not a directory"):
+        PhotoCache(album / "a.jpg" / "photos", album, found, 16)
+    if Path("/dev/full").exists():
+        (tmp_path / "photos-of-it").mkdir()
+        (tmp_path / "photos-of-it" / "index.jsonl").symlink_to("/dev/full")
+        with pytest.raises(files.WriteError, match=r"could not be written .*No space left"):
+            PhotoCache(tmp_path / "photos-of-it", album, found, 16)
+
+
 def test_the_doctor_names_every_file_that_is_left_out(
     album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -172,6 +172,37 @@ def test_what_does_not_fit_is_refused_and_says_why(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["replay", "holdout"])
+@pytest.mark.parametrize("damage", ["cut", "null", "origin", "count"])
+def test_a_damaged_description_is_named(
+    name: str, damage: str, paid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(paid, tmp_path / "other"))
+    path = other / name / "replay.json"
+    text, told = path.read_text(), json.loads(path.read_text())
+    made = {"cut": text[: len(text) // 2], "null": "null", "origin": json.dumps({**told, "origin": {"answers": 3}})}
+    path.write_text(made.get(damage) or json.dumps({**told, "count": "many"}))
+    assert learn(tmp_path / "run", distill__store=other) == 2
+    said = capsys.readouterr().err
+    assert f"distill.store is '{other}', whose {name}/replay.json is damaged" in said and "put a copy" in said
+
+
+def test_the_doctor_says_what_learning_from_a_store_needs(
+    paid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its classes are the store's; the photos, whatever they show, have none. No teacher is trained."""
+    images = pytest.importorskip("PIL.Image", reason="Pillow is not installed: pip install 'mekd[photos]'")
+    for i in range(3):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        images.new("RGB", (20, 20), (i, 9 * i, 90)).save(tmp_path / "photos" / f"{i}.png")
+    settings = LEARNING | {"data.path": tmp_path / "photos", "distill.store": paid}
+    words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+    assert cli.forecast([*words, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "photos, 16 px, 10 classes" in said and "\nteacher, " not in said and "it fits" in said
+    assert "distill: 0 queries" in said
+
+
 def test_the_same_folder_keeps_its_answers_for_another_student(
     url: str, asked: None, paid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,7 +41,8 @@ class PhotoCache:
         if folder is None:
             self._temporary = tempfile.TemporaryDirectory()
             folder = Path(self._temporary.name)
-        folder.mkdir(parents=True, exist_ok=True)
+        with files.told(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self._pixels, self._index = folder / "pixels.u8", folder / "index.jsonl"
         self._size, self._resize, self._bytes = size, resize, 3 * size * size
         stamps = {_under(root, file): (file, _stamp(file)) for file in found}
@@ -53,7 +54,8 @@ class PhotoCache:
         if len(current) < len(known):  # their rows are written anew: no line may claim them
             files.write_text(self._index, "".join(_line(n, entry) for n, entry in current.items()))
         if missing:
-            current |= self._decode(missing, current)
+            with files.told(self._pixels):
+                current |= self._decode(missing, current)
         changed["new"] = [n for n in missing if known and n not in known and "row" in current[n]]
         self.changed = {what: len(names) for what, names in changed.items() if names}
         entries = [current[n] for n in stamps]

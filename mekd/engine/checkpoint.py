@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mekd import files
 from mekd.engine import parallel
-from mekd.engine.feeds import Feed
+from mekd.engine.feeds import Feed, same_processes
 from mekd.engine.run import Run, StageError
 from mekd.engine.runlog import RunLog, diverged
 from mekd.errors import MekdError
@@ -47,6 +47,8 @@ class Checkpoint:
         if not self.path.exists():
             for feed in self.feeds.values():
                 feed.begin()
+                if feed.ledger is not None:
+                    same_processes(self.run, feed.ledger.name)
         else:
             saved = files.load(self.path)
             check_depends(self.run, self.name, saved["depends"], self.depends)

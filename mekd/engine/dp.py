@@ -4,12 +4,14 @@ Whatever is computed from D alone, G, every image that is sent, the student, is 
 with respect to one private image. Logs, reports and pictures of the private images are not: they stay at home.
 """
 
+import json
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mekd import files
 from mekd.config import Config
 from mekd.data import TREES, arrays
 from mekd.engine import parallel
@@ -67,6 +69,23 @@ def check(config: Config) -> None:
         import opacus  # noqa: F401
     except ImportError as error:
         raise UsageError("deprivatize.dp takes Opacus, which counts epsilon: pip install 'mekd[dp]'") from error
+
+
+def told(run: Run) -> dict[str, Any] | None:
+    """What dp.json says of the run's generator, which may be another run's; None where there is no such number.
+
+    There is none for a student that private images went into besides: of pretraining, or of another round's answers.
+    """
+    step1, checkpoint = run.config.deprivatize, run.checkpoint("deprivatize")
+    path = (run.out if step1.generator is None else checkpoint.parent.parent) / "dp.json"
+    if run.config.distill.pretrain or step1.after is not None or not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    if step1.generator is not None:  # any file may be given: is it the one that dp.json is of?
+        saved = files.load(checkpoint)
+        if saved["state"].get("dp") != {name: found[name] for name in Spent._fields} or saved["step"] != found["steps"]:
+            return None
+    return found
 
 
 class Noisy:

@@ -12,7 +12,7 @@ from mekd.data import TREES
 from mekd.engine.run import Run
 from mekd.errors import MekdError
 from mekd.nets import build
-from mekd.nets.registry import file_of
+from mekd.nets.registry import file_of, without_folder
 from mekd.oracle.export import Classifier, export
 from mekd.oracle.replay import Replay
 from mekd.oracle.response import Response
@@ -70,9 +70,7 @@ def about(run: Run, how: Preprocess) -> dict[str, str]:
 
 def architecture(run: Run) -> str:
     """distill.student, without the folder of a file, which is copied beside the weights."""
-    name = run.config.distill.student
-    file = file_of(name)
-    return name if file is None else f"{Path(file).name}:{name.rpartition(':')[2]}"
+    return without_folder(run.config.distill.student)
 
 
 def preprocess_of(run: Run) -> Preprocess:

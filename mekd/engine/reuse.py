@@ -1,7 +1,6 @@
 """Generators and paid answers of other runs: what they decide of a configuration, and whether they fit it."""
 
 import hashlib
-import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from mekd import files
 from mekd.config import Config
 from mekd.errors import UsageError
+from mekd.oracle import replay
 from mekd.settings import flatten, read_saved
 from mekd.student import FILE
 from mekd.teacher_config import OracleConfig
@@ -36,7 +36,7 @@ def adopted(config: Config) -> Config:
         saved = _trained(config.deprivatize.generator)
         depends = saved["depends"]
         kept = {f.name: depends[f"deprivatize.{f.name}"] for f in fields(config.deprivatize)
-                if f"deprivatize.{f.name}" in depends}  # fmt: skip
+                if f"deprivatize.{f.name}" in depends and f.name not in ("dp", "clip")}  # fmt: skip
         recipe = replace(config.deprivatize, **kept, steps=saved["step"])
         data = replace(config.data, size=depends["data.size"], **_likely(config, depends))
         config = replace(config, deprivatize=recipe, data=data)
@@ -95,8 +95,7 @@ def origin_of(store: str) -> dict[str, Any]:
                 f"distill.store is {store!r}; it must be the folder of a run that asked for its answers, which holds "
                 f"{name}/replay.json (distill.replay above 0)"
             )
-    kept = json.loads((Path(store) / "replay" / "replay.json").read_text("utf-8"))
-    origin: dict[str, Any] | None = kept.get("origin")
+    origin: dict[str, Any] | None = _described(store, "replay").get("origin")
     if origin is None:
         raise UsageError(
             f"distill.store is {store!r}, whose answers do not say what they come from: an earlier version of mekd "
@@ -108,7 +107,7 @@ def origin_of(store: str) -> dict[str, Any]:
 def rows_of(store: str, name: str) -> int:
     """The answers in the folder NAME of another run; UsageError where not all of them are there yet."""
     path = Path(store) / "checkpoints" / f"{name}.pt"
-    found = json.loads((Path(store) / name / "replay.json").read_text("utf-8"))
+    found = _described(store, name)
     stands = files.load(path)["state"]["place"]["rows"] if path.is_file() else 0
     if stands < found["count"]:
         raise UsageError(
@@ -116,6 +115,24 @@ def rows_of(store: str, name: str) -> int:
             "run first"
         )
     return int(found["count"])
+
+
+def _described(store: str, name: str) -> dict[str, Any]:
+    """What the answers in the folder NAME of another run say of themselves; UsageError where that is damaged."""
+    try:
+        found = replay.described(Path(store) / name)
+        origin = found.get("origin")
+        if origin is not None and not (set(ORIGIN) <= set(origin) and set(origin["answers"]) <= set(ANSWERS)):
+            raise ValueError("it does not say what its answers come from")
+        if origin is not None and not isinstance(found["count"], int):
+            raise ValueError("it does not say how many there are")
+        return found
+    except (replay.StoreError, KeyError, TypeError, ValueError) as error:
+        why = error.__cause__ if isinstance(error, replay.StoreError) else error
+        raise UsageError(
+            f"distill.store is {store!r}, whose {name}/replay.json is damaged ({why}): put a copy of it back, or give "
+            "another run's folder"
+        ) from error
 
 
 def _with_store(config: Config, store: Path) -> Config:
@@ -131,17 +148,17 @@ def _with_store(config: Config, store: Path) -> Config:
     if config.deprivatize.generator is None:
         generator_of(str(store))
         config = replace(config, deprivatize=replace(config.deprivatize, generator=str(store)))
-    replay, holdout = (rows_of(str(store), name) for name in ("replay", "holdout"))
-    if (step2.replay or 0) > replay:
+    answers, holdout = (rows_of(str(store), name) for name in ("replay", "holdout"))
+    if (step2.replay or 0) > answers:
         raise UsageError(
-            f"distill.replay is {step2.replay}, and distill.store {str(store)!r} holds {replay} answers: say fewer, or "
-            "leave distill.replay out to learn from all of them"
+            f"distill.replay is {step2.replay}, and distill.store {str(store)!r} holds {answers} answers: say fewer, "
+            "or leave distill.replay out to learn from all of them"
         )
-    replay = step2.replay or replay
+    answers = step2.replay or answers
     simulation = config.evaluate
     if config.teacher.onnx is None:  # there is nobody to ask
         simulation = replace(simulation, ask_teacher=False, baseline=False)
-    return replace(config, distill=replace(step2, replay=replay, holdout=holdout), evaluate=simulation)
+    return replace(config, distill=replace(step2, replay=answers, holdout=holdout), evaluate=simulation)
 
 
 def _second_round(config: Config) -> Config:

@@ -20,7 +20,7 @@ from mekd.engine.train import faster_in_bfloat16
 from mekd.errors import MekdError
 from mekd.fingerprint import fingerprint, resolve
 from mekd.nets import Generator
-from mekd.nets.registry import file_of
+from mekd.nets.registry import file_of, without_folder
 from mekd.oracle import identity, ledger
 from mekd.oracle.base import Oracle
 from mekd.oracle.batch import find_batch, stored_batch
@@ -193,7 +193,9 @@ class Run:
         if teacher.name is not None:
             return teacher.name
         own = teacher.onnx
-        return Path(own).name if own else f"{teacher.arch}, trained on {self.config.data.name} for this run"
+        if own is not None:
+            return Path(own).name
+        return f"{without_folder(teacher.arch)}, trained on {self.config.data.name} for this run"
 
     @functools.cached_property
     def about_teacher(self) -> reach.About:
@@ -374,9 +376,7 @@ class Run:
             return
         if screen:
             print(line, flush=True)
-        self.out.mkdir(parents=True, exist_ok=True)
-        with open(self.out / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        files.append(self.out / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
 
     def log_skipped(self) -> None:
         """Say which files data.on_error=skip left out so far, if any."""

@@ -81,9 +81,8 @@ class RunLog:
         if parallel.rank():
             return
         known = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.run.out.mkdir(parents=True, exist_ok=True)
-        with open(self.run.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": self.name, "step": step, **known}, allow_nan=False) + "\n")
+        row = {"stage": self.name, "step": step, **known}
+        files.append(self.run.out / "metrics.jsonl", json.dumps(row, allow_nan=False))
         self.run.tracks.metrics(self.name, self.depends, step, known)
 
     def forget(self, step: int) -> None:

@@ -58,6 +58,11 @@ def file_of(name: str) -> str | None:
     return file if is_users(name) and file.endswith(".py") else None
 
 
+def without_folder(name: str) -> str:
+    """A network's name as it may be handed on: of FILE.py:factory the file without its folder."""
+    return name if file_of(name) is None else name.replace("\\", "/").rpartition("/")[2]
+
+
 def _torchvision(name: str, model: str, num_classes: int, channels: int) -> nn.Module:
     try:
         from torchvision import models

@@ -133,7 +133,8 @@ class Ledger:
             if digests[16 * rows.start : 16 * rows.stop] != _digests(images[row : row + high - low]):
                 raise LedgerError(
                     f"call {first} of {self.name} differs from the booked one: the run is not the one that was "
-                    "interrupted (other code, device or thread count?). Start anew with another --out"
+                    "interrupted (other code, device, or number of threads or processes?). Go on as it was begun, or "
+                    "start anew with another --out"
                 )
             found.append((row, answer[rows]))
         return found

@@ -44,7 +44,7 @@ class Replay:
         self._arrays: dict[str, np.ndarray] = {}
         self._kind: dict[str, Any] = {}
         if (folder / "replay.json").exists():
-            self._kind = _described(folder)
+            self._kind = described(folder)
             for name in self._kind["arrays"]:
                 path = folder / f"{name}.npy"
                 try:
@@ -214,7 +214,7 @@ def write_store(
         files.write(folder / f"{name}.npy", functools.partial(np.save, arr=array, allow_pickle=False))
     told = {"kind": kind.get("kind"), "decimals": kind.get("decimals"), "arrays": list(arrays), "origin": origin}
     files.write_text(folder / "replay.json", json.dumps({**told, "count": rows}) + "\n")
-    _described(folder)
+    described(folder)
 
 
 def mapped(folder: Path, count: int) -> tuple[np.ndarray, Response]:
@@ -222,14 +222,14 @@ def mapped(folder: Path, count: int) -> tuple[np.ndarray, Response]:
 
     Nothing is opened for writing, and no row is checked.
     """
-    kind = _described(folder)
+    kind = described(folder)
     names = [name for name in kind["arrays"] if name in PARTS[:3]]
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)[:count] for name in names}
     values, indices = (torch.from_numpy(arrays[n].copy()) if n in arrays else None for n in PARTS[1:3])
     return arrays["images"], Response(kind["kind"], values, indices, kind["decimals"])
 
 
-def _described(folder: Path) -> dict[str, Any]:
+def described(folder: Path) -> dict[str, Any]:
     """What replay.json says; StoreError where it is damaged."""
     path = folder / "replay.json"
     try:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mekd import files
 from mekd.config import DeprivatizeConfig
+from mekd.engine import dp
 from mekd.engine.run import ACCOUNTS, Run
 from mekd.fingerprint import asks
 from mekd.nets import Generator
@@ -103,7 +104,7 @@ def gather(
         summary=summary,
         coverage=run.read_json("coverage.json"),
         audit=run.read_json("audit.json"),
-        noise=run.read_json("dp.json"),
+        noise=dp.told(run),
         shown=shown,
         classes=classes,
         answers=0 if answer is None else len(answer),

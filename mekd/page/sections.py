@@ -8,7 +8,7 @@ import numpy as np
 
 from mekd import card
 from mekd.engine import after
-from mekd.nets.registry import file_of
+from mekd.nets.registry import file_of, without_folder
 from mekd.page import curves, pictures
 from mekd.page.facts import Facts
 from mekd.page.going_on import going_on
@@ -60,7 +60,7 @@ def title(facts: Facts) -> str:
     """What the run is, in a line; not escaped."""
     config = facts.run.config
     what = config.data.name or "answers of another run"
-    student = config.distill.student.rpartition("/")[2]
+    student = without_folder(config.distill.student)
     return f"{what}, {config.data.size} px: {student} from a black box that answers {config.oracle.response}"
 
 
@@ -340,11 +340,17 @@ def public(key: str, value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if key in PATHS or (key == "distill.student" and file_of(value)):
+    if key in PATHS or (key in ("teacher.arch", "distill.student") and file_of(value)):
         name = str(value).replace("\\", "/").rstrip("/")
         return name if "/" not in name else f"…/{name.rpartition('/')[2]}"
     if key == "teacher.url":
-        return re.sub(r"([?&;][^=&;]+=)(?!\{(?:env|file):)[^&;]+", r"\1…", str(value))
+        return _places(re.sub(r"([?&;][^=&;]+=)(?!\{(?:env|file):)[^&;]+", r"\1…", str(value)))
     if key == "oracle.headers":
-        return "; ".join(f"{name}: {one if _SCHEMES.fullmatch(str(one)) else '…'}" for name, one in value.items())
+        shown = {name: _places(str(one)) if _SCHEMES.fullmatch(str(one)) else "…" for name, one in value.items()}
+        return "; ".join(f"{name}: {one}" for name, one in shown.items())
     return str(value)
+
+
+def _places(secrets: str) -> str:
+    """The places of secrets, without the folders of {file:PATH}."""
+    return re.sub(r"(\{file:)[^{}]*[/\\]", r"\1…/", secrets)
