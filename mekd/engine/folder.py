@@ -47,6 +47,8 @@ def _refused(out: Path, lock: FileLock, made: list[Path]) -> MekdError | None:
             f"--out is {str(out)!r}, where another run is at work: wait for it (`mekd watch {out}` shows how far it "
             "is), stop it, or say another --out"
         )
+    except NotImplementedError:  # a file system without locks: there the ledger's own is all that there is
+        pass
     except OSError as error:
         return files.WriteError(
             f"--out is {str(out)!r}, which cannot be written ({error}): check the folder's permissions, or say another "
