@@ -139,7 +139,8 @@ def _service(run: "Run", about: About) -> Service:
     if about.model is None:
         return Pictures(_line(run), oracle.encoding, about.classes, oracle.base64)
     k = min(oracle.k, about.classes) if oracle.response == "topk" and about.model.classification else None
-    return Oip(_line(run), about.model, about.classes, mean=oracle.mean, std=oracle.std, k=k)
+    names = run.class_names or ()
+    return Oip(_line(run), about.model, about.classes, mean=oracle.mean, std=oracle.std, k=k, names=names)
 
 
 def _line(run: "Run") -> Line:
