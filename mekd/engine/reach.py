@@ -16,10 +16,10 @@ from mekd.oracle.base import about_scale
 from mekd.oracle.function import Function, load
 from mekd.oracle.hf import Pictures
 from mekd.oracle.http import Line, ServiceError
-from mekd.oracle.images import Encoding
+from mekd.oracle.images import Encoding, pillow
 from mekd.oracle.ledger import Ledger
 from mekd.oracle.oip import Model, Oip, check_transport, describe
-from mekd.oracle.remote import Pace, Rate, RemoteOracle, Service
+from mekd.oracle.remote import Pace, Rate, RemoteOracle, Service, pyrate_limiter
 
 if TYPE_CHECKING:
     from mekd.engine.run import Run
@@ -66,6 +66,35 @@ def look(run: "Run") -> About:
     kind = "python" if teacher.python is not None else teacher.protocol
     known_by = repr((kind, teacher.name, versions, classes))
     return About(classes, notes, hashlib.sha256(known_by.encode()).hexdigest()[:16], model)
+
+
+def check(run: "Run") -> None:
+    """Raise UsageError for what would keep the teacher from being asked later: a setting, or a missing package."""
+    teacher, oracle, model = run.config.teacher, run.config.oracle, run.about_teacher.model
+    pictures = oracle.encoding in ("png", "jpeg")
+    if pictures and oracle.transport != "uint8":
+        raise UsageError(
+            f"oracle.encoding is {oracle.encoding!r}: pictures hold pixels, so oracle.transport must be uint8"
+        )
+    hf = teacher.url is not None and teacher.protocol == "hf"
+    if pictures != hf:
+        raise UsageError(
+            f"oracle.encoding is {oracle.encoding!r}; it must be {'png or jpeg with protocol hf' if hf else 'raw here'}"
+        )
+    if pictures:
+        pillow()
+    if oracle.rate is not None or oracle.image_rate is not None:
+        pyrate_limiter()
+    if model is not None and model.datatype != "UINT8":
+        channels = run.image[0]
+        for name, numbers in (("mean", oracle.mean), ("std", oracle.std)):
+            if len(numbers) not in (1, channels):
+                raise UsageError(
+                    f"oracle.{name} is {numbers}, and the images have {channels} channel{'s' if channels > 1 else ''}: "
+                    f"it must hold one number for all of them{'' if channels == 1 else f', or {channels}'}"
+                )
+    side(run)
+    calls_of(run)
 
 
 def open_remote(run: "Run", account: Ledger) -> RemoteOracle:
@@ -124,16 +153,7 @@ def calls_of(run: "Run") -> int:
 
 def _service(run: "Run", about: About) -> Service:
     teacher, oracle = run.config.teacher, run.config.oracle
-    pictures = oracle.encoding in ("png", "jpeg")
-    if pictures and oracle.transport != "uint8":
-        raise UsageError(
-            f"oracle.encoding is {oracle.encoding!r}: pictures hold pixels, so oracle.transport must be uint8"
-        )
-    hf = teacher.url is not None and teacher.protocol == "hf"
-    if pictures != hf:
-        raise UsageError(
-            f"oracle.encoding is {oracle.encoding!r}; it must be {'png or jpeg with protocol hf' if hf else 'raw here'}"
-        )
+    check(run)
     if teacher.python is not None:
         return Function(load(teacher.python))
     if about.model is None:

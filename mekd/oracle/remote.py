@@ -55,17 +55,15 @@ class Rate:
     """Calls or images a second, over all processes and restarts that share a folder."""
 
     def __init__(self, folder: Path, name: str, per_second: float, largest: int = 1) -> None:
-        try:
-            from pyrate_limiter import Limiter, SQLiteBucket
-            from pyrate_limiter import Rate as Window
-        except ImportError as error:
-            raise UsageError("oracle.rate needs pyrate-limiter: pip install 'mekd[remote]'") from error
+        limiter = pyrate_limiter()
         folder.mkdir(parents=True, exist_ok=True)
         # A window holds the largest call, and spreads the others over a fifth of a second.
         count = max(largest, round(per_second / 5), 1)
-        window = Window(count, max(1, round(1000 * count / per_second)))
-        bucket = SQLiteBucket.init_from_file([window], db_path=str(folder / f"{name}.sqlite"), use_file_lock=True)
-        self._limiter = Limiter(bucket, buffer_ms=5)
+        window = limiter.Rate(count, max(1, round(1000 * count / per_second)))
+        bucket = limiter.SQLiteBucket.init_from_file(
+            [window], db_path=str(folder / f"{name}.sqlite"), use_file_lock=True
+        )
+        self._limiter = limiter.Limiter(bucket, buffer_ms=5)
         self._turn = threading.Lock()  # the threads of a process would fight for the file
 
     def wait(self, weight: int = 1, stop: Callable[[], bool] = lambda: False) -> None:
@@ -73,6 +71,18 @@ class Rate:
         with self._turn:
             while not stop() and not self._limiter.try_acquire("calls", weight=weight, timeout=LOOK_S):
                 pass
+
+
+def pyrate_limiter() -> Any:
+    """The package that keeps rates, or UsageError saying what to install."""
+    try:
+        import filelock  # noqa: F401 - what it keeps its file with
+        import pyrate_limiter
+    except ImportError as error:
+        raise UsageError(
+            f"oracle.rate and oracle.image_rate need pyrate-limiter and filelock ({error}): pip install 'mekd[remote]'"
+        ) from error
+    return pyrate_limiter
 
 
 class RemoteOracle(Oracle):
