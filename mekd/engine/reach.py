@@ -105,10 +105,10 @@ def open_remote(run: "Run", account: Ledger) -> RemoteOracle:
     share = max(1, (oracle.concurrency or 1) // parallel.world())
     rates: list[Pace] = []
     if oracle.rate is not None:
-        calls = Rate(run.ledger, "rate", oracle.rate)
+        calls = Rate(run.ledger, "rate", oracle.rate, log=run.log)
         rates.append(lambda images, stop: calls.wait(1, stop))
     if oracle.image_rate is not None:
-        rates.append(Rate(run.ledger, "image-rate", oracle.image_rate, batch).wait)
+        rates.append(Rate(run.ledger, "image-rate", oracle.image_rate, batch, run.log).wait)
     return RemoteOracle(
         run.service or _service(run, about),
         run.image,
