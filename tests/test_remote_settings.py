@@ -14,6 +14,10 @@ FUNCTION = """
 def ask(images):
     raise AssertionError("the teacher was asked")
 """
+ONE = json.dumps({
+    "name": "m", "inputs": [{"name": "x", "datatype": "UINT8", "shape": [-1, 1, 16, 16]}],
+    "outputs": [{"name": "p", "datatype": "FP32", "shape": [-1, 1]}],
+}).encode()  # fmt: skip
 FLOATING = json.dumps({
     "name": "m", "versions": ["1"],
     "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 1, 16, 16]}],
@@ -78,3 +82,14 @@ def test_a_floating_model_takes_a_number_for_each_channel(
     with scripted(*[reply(200, FLOATING)] * 20) as server:
         said = refused(command, server.url, tmp_path / "out", capsys, **{f"oracle__{name}": "[0.5, 0.5]"})
     assert f"oracle.{name} is [0.5, 0.5], and the images have 1 channel: it must hold one number" in said
+
+
+def test_one_class_is_no_teacher(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "names.txt").write_text("cat, dog, bird\n")
+    (tmp_path / "teacher.py").write_text(FUNCTION)
+    own = {"teacher__python": f"{tmp_path / 'teacher.py'}:ask", "oracle__classes": tmp_path / "names.txt"}
+    assert "each name stands in a line of its own" in refused(command, "", tmp_path / "out", capsys, **own)
+    with scripted(*[reply(200, ONE)] * 20) as server:
+        for more in ({}, {"oracle__num_classes": 2}):
+            said = refused(command, server.url, tmp_path / "out", capsys, **more)
+            assert "holds 1 value an image; a teacher has at least 2 classes" in said

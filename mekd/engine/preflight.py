@@ -79,6 +79,11 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
             )
     else:
         classes = 0
+    if classes == 1:  # of the data: nothing else may say so
+        raise StageError(
+            "the teacher has 1 class, as the data has, and a teacher has at least 2: give data of its classes, or say "
+            "how many there are with --oracle.num_classes N or --oracle.classes FILE"
+        )
     if {"deprivatize", "distill"} & set(stages):
         after.check(run)
     if "distill" in stages:

@@ -51,6 +51,12 @@ def look(run: "Run") -> About:
         _line(run).check()
     by_hand = oracle.num_classes if run.class_names is None else len(run.class_names)
     told = None if model is None else model.classes
+    if told == 1:
+        raise UsageError(
+            "the server's metadata say that the output which is read holds 1 value an image; a teacher has at least 2 "
+            "classes: name another output with --oracle.output_name, or give a function that answers a share for each "
+            "class with --teacher.python"
+        )
     if by_hand is not None and told is not None and by_hand != told:
         raise UsageError(
             f"oracle.{'num_classes' if run.class_names is None else 'classes'} says {by_hand} classes, the server's "
