@@ -1,5 +1,6 @@
 """What can be set of the teacher: the black box, how it is reached, and what it gives away."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,6 +149,17 @@ class OracleConfig:
         check_choice("oracle.precision", self.precision, ("float32", "float16"))
         if self.batch is not None and self.batch < 1:
             raise ValueError(f"oracle.batch is {self.batch}; it must be at least 1, or null")
+        if self.decimals is not None:
+            within("oracle.decimals", self.decimals, 0, 7)
+        if self.response == "topk" and self.k < 1:
+            raise ValueError(f"oracle.k is {self.k}; with oracle.response topk it must be at least 1 class")
+        for name, above in (("mean", -math.inf), ("std", 0)):
+            numbers = getattr(self, name)
+            if not (numbers and all(math.isfinite(x) and x > above for x in numbers)):
+                wanted = "numbers above 0" if name == "std" else "finite numbers"
+                raise ValueError(
+                    f"oracle.{name} is {numbers}; it must hold {wanted}: one for all channels, or one for each"
+                )
         if self.num_classes is not None and self.num_classes < 2:
             raise ValueError(f"oracle.num_classes is {self.num_classes}; it must be at least 2, or null")
 

@@ -1,5 +1,7 @@
 """An oracle at the other end of a line, for both protocols, and what its account says afterwards."""
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,13 @@ def good(protocol: str) -> bytes:
 
 def connect(
     protocol: str, url: str, folder: Path | None, *, timeout: float = 10.0, headers: dict[str, str] | None = None,
-    budget: int | None = None, model: Model = MODEL, k: int | None = None, unknown: str = "error", **options: Any,
+    budget: int | None = None, model: Model = MODEL, k: int | None = None, unknown: str = "error",
+    names: Sequence[str] = (), **options: Any,
 ) -> RemoteOracle:  # fmt: skip
     line = Line(url, headers or {}, timeout)
     hf = protocol == "hf"
-    service = Pictures(line, "png", CLASSES) if hf else Oip(line, model, CLASSES, mean=[0.0], std=[1.0], k=k)
+    oip = functools.partial(Oip, mean=[0.0], std=[1.0], k=k, names=names)
+    service = Pictures(line, "png", CLASSES) if hf else oip(line, model, CLASSES)
     kind = "pairs" if hf or k else "probs"
     ledger = Ledger("s", folder, budget)
     ledger.rewind(0)

@@ -273,6 +273,7 @@ def test_text_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
         ("猫\u2028mimi\nChat\nchat".encode(), ["猫\u2028mimi", "Chat", "chat"]),
         (b"cat\n\ndog\ncat\n", r"oracle\.classes: .*names\.txt: 'cat' stands in line 1 and in line 4"),
         (b"\xef\xbb\xbf\r\n", r"oracle\.classes: .*names\.txt is empty"),
+        (b"cat, dog, bird\n", r"lists one name, 'cat, dog, bird'; .*each name stands in a line of its own"),
         ("cat\n".encode("utf-16"), r"names\.txt is no text in UTF-8"),
         (None, r"oracle\.classes is '.*names\.txt'; no such file"),
     ],

@@ -135,6 +135,16 @@ def test_a_tree_needs_val_for_what_is_tested_alone(tmp_path: Path, capsys: pytes
     assert cli.main(["deprivatize", *words, *few, "--data.local_fraction", "1", "--engine.device", "cpu"]) == 0
 
 
+def test_data_of_one_class_make_no_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("train", "val"):
+        (tmp_path / "tree" / part / "cat").mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "tree" / part / "cat" / "a.jpg")
+    words = ["--data.path", str(tmp_path / "tree"), "--data.size", "16", "--out", str(tmp_path / "run")]
+    for stage in ("teacher", "deprivatize"):
+        assert cli.main([stage, *words, "--data.local_fraction", "1", "--engine.device", "cpu"]) == 2
+        assert "the teacher has 1 class, as the data has" in capsys.readouterr().err
+
+
 def test_a_floating_teacher_without_mean_and_std_is_spoken_of(tmp_path: Path) -> None:
     torch.manual_seed(0)
     export(Classifier(build("resnet8", 10, 3)), tmp_path / "floating.onnx", (3, 16, 16), "float")

@@ -131,6 +131,37 @@ def test_a_pause_of_the_rate_ends_when_somebody_asks_to_stop(tmp_path: Path) -> 
     assert counts(tmp_path / "books")["queries"] == 1 and counts(tmp_path / "books")["uncertain"] == 0
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_clock_that_is_set_back_does_not_stop_the_calls(
+    restarted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    rate = Rate(tmp_path, "rate", 10, log=said.append)
+    for _ in range(4):
+        rate.wait(1)
+    monkeypatch.setattr("pyrate_limiter.buckets.sqlite_bucket.time_ns", lambda: time.time_ns() - 3600 * 10**9)
+    if restarted:
+        rate = Rate(tmp_path, "rate", 10, log=said.append)
+    begun = time.monotonic()
+    for _ in range(4):
+        rate.wait(1, lambda: time.monotonic() - begun > 20)
+    assert 0.2 < time.monotonic() - begun < 10, "it waited for the clock, or kept no rate"
+    assert len(said) == 1 and "oracle.rate is 10 a second: the clock was set back" in said[0]
+
+
+def test_a_long_wait_for_the_rate_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine's clock may be a little ahead: its calls count, and are waited for."""
+    monkeypatch.setattr(remote, "LONG_S", 0.1)
+    said: list[str] = []
+    rate = Rate(tmp_path, "image-rate", 2, log=said.append)
+    rate.wait(1)
+    monkeypatch.setattr("pyrate_limiter.buckets.sqlite_bucket.time_ns", lambda: time.time_ns() - 9 * 10**8)
+    begun = time.monotonic()
+    rate.wait(1, lambda: time.monotonic() - begun > 20)
+    assert 1 < time.monotonic() - begun < 10
+    assert len(said) == 1 and "oracle.image_rate is 2 a second: a call has waited 1 s" in said[0]
+
+
 def test_patience_ends_what_is_refused_again_and_again(tmp_path: Path) -> None:
     service = Fake([Refused("h answered 429: slow down")] * 1000)
     oracle = connect(service, tmp_path, patience=0.2)

@@ -18,7 +18,7 @@ import torch
 from fake_service import IMAGE, images
 from mekd.errors import MekdError, UsageError
 from mekd.oracle import remote
-from mekd.oracle.http import ServiceError
+from mekd.oracle.http import Denied, Line, ServiceError
 from mekd.oracle.remote import ServiceGone
 from raw_server import chunked, dripping, reply, scripted, silent, tensor
 from remote_ask import GOOD, ask, assert_right, connect, good, paid
@@ -288,3 +288,54 @@ def test_secrets_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.
         assert isinstance(error, UsageError) and "takes one line" in str(error) and "two" not in str(error)
         assert not server.connections
     assert paid(tmp_path)[:2] == (0, 0)
+
+
+def test_a_key_file_may_have_a_byte_order_mark(protocol: str, tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(b"\xef\xbb\xbfsk-1234\r\n")
+    with scripted(good(protocol)) as server:
+        headers = {"Authorization": f"Bearer {{file:{tmp_path}/key}}"}
+        assert_right(protocol, ask(protocol, server.url, tmp_path / "books", headers=headers))
+        assert server.requests[0][1]["authorization"] == "Bearer sk-1234"
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "secret", "said"),
+    [
+        ("", {"X-Key": "\u201csk-1\u201d"}, "", "oracle.headers X-Key is '\u201csk-1\u201d', and no header can hold"),
+        ("", {"X-Key": "one\ntwo"}, "", "oracle.headers X-Key is 'one\\ntwo'"),
+        ("", {"X Key": "sk-1"}, "", "oracle.headers has the name 'X Key'"),
+        ("", {"X-Key": "{env:MEKD_TEST_TOKEN}"}, "\ufeffhush-1", "X-Key is '{env:MEKD_TEST_TOKEN}', and its secret"),
+        ("/?key={env:MEKD_TEST_TOKEN}", {}, "hush 1", "teacher.url is 'http://127.0.0.1:"),
+        ("/?key={env:MEKD_TEST_TOKEN}", {}, "hush-\u00e9", "which is no address with what its secrets hold"),
+    ],
+)
+def test_what_no_request_can_hold_is_free_and_found_before(
+    path: str, headers: dict[str, str], secret: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEKD_TEST_TOKEN", secret)
+    with scripted(good("hf")) as server:
+        with pytest.raises(UsageError) as found:
+            Line(server.url + path, headers, 5).check()
+        error = ask("hf", server.url + path, tmp_path, headers=headers)
+        assert not server.connections
+    assert isinstance(error, UsageError) and said in str(error) == str(found.value), error
+    assert "hush" not in str(error) and paid(tmp_path) == (0, 0, 1)
+
+
+def test_an_address_that_no_request_can_hold() -> None:
+    for url, said in [
+        ("http://127.0.0.1/v2/models/my model", "no address can hold ' ': leave it out, or write %20 for it"),
+        ("http://127.0.0.1/v2/models/mod\u00e8le", "or write %C3%A8 for it"),
+        ("http://127.0.0.1/infer?name=a b", "or write %20 for it"),
+        ("http://my host/v2/models/m", "no address can hold ' '"),
+    ]:
+        with pytest.raises(UsageError, match=r"^teacher\.url is ") as error:
+            Line(url, {}, 5)
+        assert said in str(error.value)
+
+
+def test_a_request_that_cannot_be_written_costs_nothing() -> None:
+    with scripted(good("hf")) as server:
+        with pytest.raises(Denied, match="cannot be written, and nothing was sent"):
+            Line(server.url, {}, 5).exchange("GET\n", "")
+        assert not server.requests

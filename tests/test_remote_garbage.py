@@ -10,7 +10,7 @@ from mekd.oracle.http import Line, ServiceError
 from mekd.oracle.oip import describe
 from mekd.oracle.response import AnswerError
 from raw_server import pairs, reply, scripted, tensor
-from remote_ask import SHARES, ask, connect, paid
+from remote_ask import NAMES, SHARES, ask, connect, paid
 
 
 @pytest.fixture(params=["hf", "oip"])
@@ -79,6 +79,22 @@ def test_the_classification_extension(tmp_path: Path) -> None:
         with scripted(reply(200, tensor(wrong, [1, 1], "BYTES"))) as server:
             error = ask("oip", server.url, tmp_path / wrong[0], k=2, meaning=Meaning("pairs", 1.0, "so"))
         assert isinstance(error, AnswerError), (wrong, error)
+
+
+def test_the_classification_extension_with_names(tmp_path: Path) -> None:
+    """It answers class numbers, whatever names are listed; a name that it gives besides must be that of the list."""
+    for n, values in enumerate((["0.9:3:elk", "0.05:1"], ["0.9:3", "0.05:1: dog"])):
+        for unknown in ("error", "rest"):
+            with scripted(reply(200, tensor(values, [1, 2], "BYTES"))) as server:
+                answer = ask("oip", server.url, tmp_path / f"{n}{unknown}", k=2, unknown=unknown, names=NAMES)
+            assert answer.indices.tolist() == [[3, 1]], answer
+    for n, (value, said) in enumerate([
+        ("0.9:3:dog", "the teacher calls class 3 'dog', and oracle.classes lists 'elk' for it"),
+        ("0.9:4:yak", "the teacher answered class 4; there are 4"),
+    ]):  # fmt: skip
+        with scripted(reply(200, tensor([value], [1, 1], "BYTES"))) as server:
+            error = ask("oip", server.url, tmp_path / str(n), k=2, unknown="rest", names=NAMES)
+        assert isinstance(error, AnswerError) and said in str(error), error
 
 
 METADATA = [

@@ -170,6 +170,21 @@ def test_another_address_is_another_teacher_unless_its_name_is_said(
     assert cli.main(command) == 0
 
 
+def test_best_classes_are_asked_for_by_number_where_names_are_listed(
+    teacher_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names, other = tmp_path / "names.txt", tmp_path / "other.txt"
+    names.write_text("".join(f"digit {n}\n" for n in range(10)))
+    other.write_text("".join(f"digit {n}\n" for n in reversed(range(10))))
+    best = {"oracle__response": "topk", "oracle__k": 3}
+    with inside(teacher_onnx, "--classes", names, "--response", "probs") as url:
+        assert cli.main(words(url, tmp_path / "out", "--yes", oracle__classes=other, **best)) == 2
+        assert "and oracle.classes lists 'digit" in capsys.readouterr().err
+        assert cli.main(words(url, tmp_path / "out", "--yes", oracle__classes=names, **best)) == 0
+    found = store(tmp_path / "out")
+    assert found["indices"].shape == (170, 3) and found["indices"].min() >= 0
+
+
 def test_secrets_are_in_no_file_and_no_message(
     teacher_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -310,7 +310,7 @@ def _shards(root: Path, kind: str, classes: tuple[str, ...] | None) -> Listing:
         names = next((f for f in (root / "classes.txt", root.parent / "classes.txt") if f.is_file()), None)
         if names is None:
             raise DataError(f"{root / 'classes.txt'} is missing; write the names of the classes into it, one a line")
-        classes = tuple(read_names(names, "classes.txt"))
+        classes = tuple(read_names(names, "classes.txt", least=1))
     entries = [entry for entry in _entries(str(root)) if not _is_folder(entry)]
     found = [entry.path for entry in entries if shards.is_shard(kind, entry.name)]
     if not found:
@@ -344,4 +344,4 @@ def _parquet(path: Path, split: str, classes: tuple[str, ...] | None) -> Listing
 
 def _listed(path: Path) -> tuple[str, ...]:
     file = path / "classes.txt"
-    return tuple(read_names(file, "classes.txt")) if file.is_file() else ()
+    return tuple(read_names(file, "classes.txt", least=1)) if file.is_file() else ()

@@ -30,8 +30,8 @@ def ending(name: str) -> str:
     return os.path.splitext(name)[1].lower() or "no ending"
 
 
-def read_names(path: str | Path, setting: str) -> list[str]:
-    """Class names, one a line, in UTF-8; empty lines are passed over.
+def read_names(path: str | Path, setting: str, least: int = 2) -> list[str]:
+    """Class names, one a line, in UTF-8, so many at least; empty lines are passed over.
 
     Raises DataError naming the setting that gave the file, and what is wrong in which line.
     """
@@ -53,4 +53,9 @@ def read_names(path: str | Path, setting: str) -> list[str]:
             lines[name] = number
     if not lines:
         raise DataError(f"{setting}: {path} is empty; write the names of the classes into it, one a line")
+    if len(lines) < least:
+        raise DataError(
+            f"{setting}: {path} lists one name, {next(iter(lines))[:80]!r}; a teacher has at least 2 classes, and each "
+            "name stands in a line of its own"
+        )
     return list(lines)

@@ -11,7 +11,7 @@ import torch
 
 from mekd import files, track
 from mekd.codes import resolve_code
-from mekd.engine import after, again, dp, parallel
+from mekd.engine import after, again, dp, parallel, reach
 from mekd.engine.checkpoint import check_depends
 from mekd.engine.run import Run, StageError
 from mekd.engine.train import computed_in
@@ -69,6 +69,8 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
         if run.origin is None and (tuple(stages) != ("deprivatize",) or asks(config)):
             run.require_teacher()
         classes = run.num_classes
+        if config.teacher.remote and run.origin is None:
+            reach.check(run)
         notes += [f"teacher: {note}" for note in run.teacher_notes]
         if simulates and classes != len(run.data.classes):
             raise StageError(
@@ -77,6 +79,11 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
             )
     else:
         classes = 0
+    if classes == 1:  # of the data: nothing else may say so
+        raise StageError(
+            "the teacher has 1 class, as the data has, and a teacher has at least 2: give data of its classes, or say "
+            "how many there are with --oracle.num_classes N or --oracle.classes FILE"
+        )
     if {"deprivatize", "distill"} & set(stages):
         after.check(run)
     if "distill" in stages:

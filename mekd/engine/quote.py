@@ -50,6 +50,8 @@ def quote(run: Run) -> list[str]:
     oracle = run.config.oracle
     channels, side, _ = run.image
     remote = run.config.teacher.remote
+    if remote:
+        reach.check(run)
     batch = reach.calls_of(run) if remote else 1
     side = (reach.side(run) if remote else None) or side
     pixels = channels * side * side * (4 if oracle.transport == "float" else 1)
@@ -167,6 +169,8 @@ def dry_run(run: Run, stages: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         about = run.about_teacher if config.teacher.remote else None
         service = None if about is None else MadeUp(about.classes, config.oracle.response)
+        if about is not None:
+            reach.check(run)  # as it is: the trial has no rate
         trial = Run(short, Path(folder), service=service)
         preflight(trial, stages)
         for stage in stages:

@@ -16,10 +16,10 @@ from mekd.oracle.base import about_scale
 from mekd.oracle.function import Function, load
 from mekd.oracle.hf import Pictures
 from mekd.oracle.http import Line, ServiceError
-from mekd.oracle.images import Encoding
+from mekd.oracle.images import Encoding, pillow
 from mekd.oracle.ledger import Ledger
 from mekd.oracle.oip import Model, Oip, check_transport, describe
-from mekd.oracle.remote import Pace, Rate, RemoteOracle, Service
+from mekd.oracle.remote import Pace, Rate, RemoteOracle, Service, pyrate_limiter
 
 if TYPE_CHECKING:
     from mekd.engine.run import Run
@@ -51,6 +51,12 @@ def look(run: "Run") -> About:
         _line(run).check()
     by_hand = oracle.num_classes if run.class_names is None else len(run.class_names)
     told = None if model is None else model.classes
+    if told == 1:
+        raise UsageError(
+            "the server's metadata say that the output which is read holds 1 value an image; a teacher has at least 2 "
+            "classes: name another output with --oracle.output_name, or give a function that answers a share for each "
+            "class with --teacher.python"
+        )
     if by_hand is not None and told is not None and by_hand != told:
         raise UsageError(
             f"oracle.{'num_classes' if run.class_names is None else 'classes'} says {by_hand} classes, the server's "
@@ -68,6 +74,35 @@ def look(run: "Run") -> About:
     return About(classes, notes, hashlib.sha256(known_by.encode()).hexdigest()[:16], model)
 
 
+def check(run: "Run") -> None:
+    """Raise UsageError for what would keep the teacher from being asked later: a setting, or a missing package."""
+    teacher, oracle, model = run.config.teacher, run.config.oracle, run.about_teacher.model
+    pictures = oracle.encoding in ("png", "jpeg")
+    if pictures and oracle.transport != "uint8":
+        raise UsageError(
+            f"oracle.encoding is {oracle.encoding!r}: pictures hold pixels, so oracle.transport must be uint8"
+        )
+    hf = teacher.url is not None and teacher.protocol == "hf"
+    if pictures != hf:
+        raise UsageError(
+            f"oracle.encoding is {oracle.encoding!r}; it must be {'png or jpeg with protocol hf' if hf else 'raw here'}"
+        )
+    if pictures:
+        pillow()
+    if oracle.rate is not None or oracle.image_rate is not None:
+        pyrate_limiter()
+    if model is not None and model.datatype != "UINT8":
+        channels = run.image[0]
+        for name, numbers in (("mean", oracle.mean), ("std", oracle.std)):
+            if len(numbers) not in (1, channels):
+                raise UsageError(
+                    f"oracle.{name} is {numbers}, and the images have {channels} channel{'s' if channels > 1 else ''}: "
+                    f"it must hold one number for all of them{'' if channels == 1 else f', or {channels}'}"
+                )
+    side(run)
+    calls_of(run)
+
+
 def open_remote(run: "Run", account: Ledger) -> RemoteOracle:
     """The remote teacher with an account; the first call of a run holds one image, whose answer is read and said."""
     oracle, about = run.config.oracle, run.about_teacher
@@ -76,10 +111,10 @@ def open_remote(run: "Run", account: Ledger) -> RemoteOracle:
     share = max(1, (oracle.concurrency or 1) // parallel.world())
     rates: list[Pace] = []
     if oracle.rate is not None:
-        calls = Rate(run.ledger, "rate", oracle.rate)
+        calls = Rate(run.ledger, "rate", oracle.rate, log=run.log)
         rates.append(lambda images, stop: calls.wait(1, stop))
     if oracle.image_rate is not None:
-        rates.append(Rate(run.ledger, "image-rate", oracle.image_rate, batch).wait)
+        rates.append(Rate(run.ledger, "image-rate", oracle.image_rate, batch, run.log).wait)
     return RemoteOracle(
         run.service or _service(run, about),
         run.image,
@@ -124,22 +159,14 @@ def calls_of(run: "Run") -> int:
 
 def _service(run: "Run", about: About) -> Service:
     teacher, oracle = run.config.teacher, run.config.oracle
-    pictures = oracle.encoding in ("png", "jpeg")
-    if pictures and oracle.transport != "uint8":
-        raise UsageError(
-            f"oracle.encoding is {oracle.encoding!r}: pictures hold pixels, so oracle.transport must be uint8"
-        )
-    hf = teacher.url is not None and teacher.protocol == "hf"
-    if pictures != hf:
-        raise UsageError(
-            f"oracle.encoding is {oracle.encoding!r}; it must be {'png or jpeg with protocol hf' if hf else 'raw here'}"
-        )
+    check(run)
     if teacher.python is not None:
         return Function(load(teacher.python))
     if about.model is None:
         return Pictures(_line(run), oracle.encoding, about.classes, oracle.base64)
     k = min(oracle.k, about.classes) if oracle.response == "topk" and about.model.classification else None
-    return Oip(_line(run), about.model, about.classes, mean=oracle.mean, std=oracle.std, k=k)
+    names = run.class_names or ()
+    return Oip(_line(run), about.model, about.classes, mean=oracle.mean, std=oracle.std, k=k, names=names)
 
 
 def _line(run: "Run") -> Line:

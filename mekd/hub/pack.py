@@ -16,7 +16,7 @@ from mekd.card import IN_THIS_FOLDER, NOT_IN_IT
 from mekd.engine import reuse
 from mekd.errors import MekdError, UsageError
 from mekd.nets.registry import is_users
-from mekd.oracle.http import Secrets
+from mekd.oracle.address import Secrets
 from mekd.oracle.replay import Replay
 from mekd.plots import PUBLIC
 from mekd.settings import flatten, read_saved

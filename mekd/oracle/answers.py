@@ -13,8 +13,8 @@ import torch
 
 from mekd.oracle.response import AnswerError, Response, answer, from_names, sum_limit
 
-#: A name and its score.
-Pair = tuple[str, float]
+#: A class by its name, or by its number where the service says that it is one, and its score.
+Pair = tuple[str | int, float]
 
 
 class Raw(NamedTuple):
@@ -23,7 +23,7 @@ class Raw(NamedTuple):
     scores: np.ndarray | None = None
     indices: np.ndarray | None = None
     names: list[str] | None = None
-    pairs: list[list[Pair]] | None = None
+    pairs: Sequence[Sequence[Pair]] | None = None
 
     def __len__(self) -> int:
         return next(len(part) for part in self if part is not None)
@@ -96,7 +96,7 @@ def _scores(scores: np.ndarray, num_classes: int, output: str, more: dict[str, A
     return Meaning("logits", 1.0, f"{said}: logits", **more)
 
 
-def _pairs(pairs: list[Pair], num_classes: int, response: str, more: dict[str, Any]) -> Meaning:
+def _pairs(pairs: Sequence[Pair], num_classes: int, response: str, more: dict[str, Any]) -> Meaning:
     scores = [score for _, score in pairs]
     shown = ", ".join(f"{name} {score:.4g}" for name, score in pairs[:3]) + (", ..." if len(pairs) > 3 else "")
     said = f"the first answer names {len(pairs)} classes" + (f" ({shown})" if pairs else "")
@@ -133,7 +133,7 @@ def respond(raw: Raw, meaning: Meaning, num_classes: int, response: str, k: int,
 
 
 def _from_pairs(
-    pairs: list[list[Pair]], meaning: Meaning, num_classes: int, response: str, k: int, decimals: int | None
+    pairs: Sequence[Sequence[Pair]], meaning: Meaning, num_classes: int, response: str, k: int, decimals: int | None
 ) -> Response:
     index = {name: i for i, name in enumerate(meaning.classes)}
     values, indices = torch.zeros(len(pairs), k), torch.full((len(pairs), k), -1, dtype=torch.int64)
@@ -141,9 +141,16 @@ def _from_pairs(
     for row, named in enumerate(pairs):
         found: dict[int, float] = {}
         for name, score in named:
-            number = int(name) if not index and name.isdecimal() and len(name) < 10 else num_classes
-            at = index.get(name, number if number < num_classes else -1)
-            name = name[:80]
+            if isinstance(name, int):
+                if not 0 <= name < num_classes:
+                    raise AnswerError(
+                        f"the teacher answered class {name}; there are {num_classes} (oracle.num_classes)"
+                    )
+                at = name
+            else:
+                number = int(name) if not index and name.isdecimal() and len(name) < 10 else num_classes
+                at = index.get(name, number if number < num_classes else -1)
+                name = name[:80]
             share = score / meaning.scale
             if not 0 <= share <= 1.01:
                 raise AnswerError(

@@ -4,7 +4,6 @@ urllib3 does the protocol. It repeats nothing and follows no redirect: each atte
 """
 
 import functools
-import os
 import re
 import socket
 import ssl
@@ -12,14 +11,13 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from http.client import HTTPException
-from pathlib import Path
+from http.client import HTTPException, InvalidURL
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from mekd.errors import MekdError, UsageError
+from mekd.oracle.address import Secrets, address, check_address, header
 
-_SECRET = re.compile(r"\{(env|file):([^{}]+)\}")
 _CHUNK = 1 << 16
 _PAGE = 1 << 16  # bytes of an error's body that are read
 
@@ -52,57 +50,6 @@ class Reply(NamedTuple):
     body: bytes
 
 
-class Secrets:
-    """{env:NAME} and {file:PATH} in settings: expanded when something is sent, and hidden in what is said of it."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, str] = {}
-
-    def expand(self, setting: str, text: str) -> str:
-        """The text with its secrets; UsageError names the setting whose secret is not there."""
-
-        def found(match: re.Match[str]) -> str:
-            kind, name = match.groups()
-            if kind == "env":
-                value = os.environ.get(name)
-            else:
-                try:
-                    value = Path(name).expanduser().read_text("utf-8").strip()
-                except (OSError, UnicodeDecodeError):
-                    value = None
-            if not value:
-                what = f"the environment variable {name}" if kind == "env" else f"the file {name}"
-                raise UsageError(f"{setting} needs {what}, which is missing or empty: set it, then run again")
-            if "\n" in value or "\r" in value:
-                raise UsageError(f"{setting} takes one line; {match.group()} holds several")
-            self._known[value] = match.group()
-            return value
-
-        return _SECRET.sub(found, text)
-
-    def hide(self, text: str) -> str:
-        """A message without any secret that was expanded."""
-        for value in sorted(self._known, key=len, reverse=True):
-            text = text.replace(value, self._known[value])
-        return text
-
-
-def check_address(url: str) -> None:
-    """Raise UsageError for what is no address of http or https, or holds a user and password; nothing is expanded."""
-    try:
-        parts = urlsplit(_SECRET.sub("secret", url))
-        host, _ = parts.hostname, parts.port
-    except ValueError as error:
-        raise UsageError(f"teacher.url is {url!r}, which is no address ({error}): http://HOST:PORT/PATH") from error
-    if "@" in parts.netloc:
-        raise UsageError(
-            "teacher.url holds a user or a password; it is written to the run's folder, so it must not. Send them as a "
-            "header: --oracle.headers '{Authorization: \"Basic {env:NAME}\"}'"
-        )
-    if parts.scheme not in ("http", "https") or not host:
-        raise UsageError(f"teacher.url is {url!r}; it must begin with http:// or https:// and a host")
-
-
 class Line:
     """Connections to one host, one for each thread that exchanges.
 
@@ -128,19 +75,26 @@ class Line:
     ) -> Reply:  # fmt: skip
         """Send one request and read its answer, of limit bytes at most; path follows the address.
 
-        Raises Refused where nothing was sent, Lost where its fate is unknown, Denied for a host that cannot be asked at
-        all, ServiceError for an answer that is too large; of what is no answer, the first bytes are read. Statuses are
-        the caller's to judge.
+        Raises UsageError and Refused where nothing was sent, Lost where its fate is unknown, Denied for a host that
+        cannot be asked at all or a request that cannot be written, ServiceError for an answer that is too large; of
+        what is no answer, the first bytes are read. Statuses are the caller's to judge.
         """
         urllib3 = _urllib3()
-        url = urlsplit(self.secrets.expand("teacher.url", self.url))
+        url = address(self.secrets, self.url)
         sent = {"accept-encoding": "identity", "user-agent": "mekd"} | dict(headers or {})
-        sent |= {k: self.secrets.expand(f"oracle.headers {k}", v) for k, v in self._headers.items()}
+        sent |= {name: header(self.secrets, name, value) for name, value in self._headers.items()}
         target = url.path.rstrip("/") + path + (f"?{url.query}" if url.query else "")
         connection = self._connect(url)
         begun = self._watch.begin(connection.sock)
         try:
-            connection.request(method, target or "/", body=body, headers=sent, preload_content=False)
+            try:
+                connection.request(method, target or "/", body=body, headers=sent, preload_content=False)
+            except (ValueError, InvalidURL) as error:  # of its line and headers; sending bytes raises none of both
+                said = self.secrets.hide(_said(error))
+                raise Denied(
+                    f"the request to {self._host()} cannot be written, and nothing was sent: {said}. Look at "
+                    "teacher.url and oracle.headers"
+                ) from None
             response = connection.getresponse()
             parts, size, answers = [], 0, response.status == 200
             most = limit if answers else _PAGE
@@ -174,10 +128,10 @@ class Line:
         return reply
 
     def check(self) -> None:
-        """Raise UsageError for a secret that is not there; nothing is connected."""
-        self.secrets.expand("teacher.url", self.url)
+        """Raise UsageError for a secret that is not there, and for what no request can hold; nothing is connected."""
+        address(self.secrets, self.url)
         for name, value in self._headers.items():
-            self.secrets.expand(f"oracle.headers {name}", value)
+            header(self.secrets, name, value)
 
     def beside(self, url: str) -> "Line":
         """A line to another address of the same host, with the same headers and time-out."""

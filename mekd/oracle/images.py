@@ -43,7 +43,7 @@ def resized(images: Tensor, size: int | None) -> Tensor:
 
 def _file(image: Tensor, kind: str, quality: int) -> bytes:
     buffer = io.BytesIO()
-    picture = _pillow().fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).contiguous().numpy())
+    picture = pillow().fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).contiguous().numpy())
     if kind == "png":
         picture.save(buffer, "PNG", compress_level=1)
     else:
@@ -52,12 +52,13 @@ def _file(image: Tensor, kind: str, quality: int) -> bytes:
 
 
 def _pixels(file: bytes, channels: int) -> Tensor:
-    picture = _pillow().open(io.BytesIO(file)).convert("L" if channels == 1 else "RGB")
+    picture = pillow().open(io.BytesIO(file)).convert("L" if channels == 1 else "RGB")
     values = torch.from_numpy(np.array(picture))
     return values[None] if channels == 1 else values.permute(2, 0, 1).contiguous()
 
 
-def _pillow() -> Any:
+def pillow() -> Any:
+    """PIL.Image, or UsageError saying what to install."""
     try:
         from PIL import Image
     except ImportError as error:

@@ -128,12 +128,16 @@ def _model(
 
 
 class Oip:
-    """Calls of one model. k: ask for that many classes by the classification extension; None for the whole output."""
+    """Calls of one model. k: ask for that many classes by the classification extension; None for the whole output.
+
+    names: of the classes, which those that the extension tells must agree with; empty where they are not known.
+    """
 
     def __init__(
-        self, line: Line, model: Model, classes: int, *, mean: Sequence[float], std: Sequence[float], k: int | None
-    ) -> None:
-        self._line, self._model, self._classes, self._k = line, model, classes, k
+        self, line: Line, model: Model, classes: int, *, mean: Sequence[float], std: Sequence[float], k: int | None,
+        names: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        self._line, self._model, self._classes, self._k, self._names = line, model, classes, k, names
         self._shift, self._spread = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (mean, std))
         self._ids = itertools.count()
 
@@ -203,7 +207,7 @@ class Oip:
         if isinstance(values, list):
             if self._k is None:
                 return Raw(names=[str(value) for value in values])
-            return Raw(pairs=_classified(values, count))
+            return Raw(pairs=_classified(values, count, self._names))
         if values.dtype.kind == "f":
             return Raw(scores=values.reshape(len(values), math.prod(values.shape[1:])))
         return Raw(indices=values.reshape(-1))
@@ -227,18 +231,28 @@ def _values(tensor: dict[str, Any], raw: bytes | None) -> "np.ndarray | list[str
     return values.reshape(shape)
 
 
-def _classified(values: list[str], count: int) -> list[list[tuple[str, float]]]:
-    """value:index[:name] for each entry, in any order, as many for each image."""
+def _classified(values: list[str], count: int, names: Sequence[str]) -> list[list[tuple[int, float]]]:
+    """value:index[:name] for each entry, in any order, as many for each image; AnswerError for another name there."""
     if count == 0 or len(values) % count:
         raise AnswerError(f"the teacher answered {len(values)} classes for {count} images")
     k = len(values) // count
     pairs = []
     for value in values:
         score, _, rest = value.partition(":")
+        number, _, label = rest.partition(":")
         try:
-            pairs.append((rest.partition(":")[0], float(score)))
+            if not (number.isdecimal() and len(number) < 10):
+                raise ValueError
+            at, label = int(number), label.strip()
+            pairs.append((at, float(score)))
         except ValueError:
             raise AnswerError(f"the teacher answered {value[:80]!r}; it must be value:index") from None
+        if label and at < len(names) and label != names[at]:
+            raise AnswerError(
+                f"the teacher calls class {at} {label[:80]!r}, and oracle.classes lists {names[at][:80]!r} for it (the "
+                "first name is of class 0): list the names as the server has them and in its order, or say "
+                f"--oracle.classes null --oracle.num_classes {len(names)}, since it answers with numbers"
+            )
     return [pairs[i * k : (i + 1) * k] for i in range(count)]
 
 

@@ -21,6 +21,8 @@ from mekd.oracle.response import AnswerError, Response
 ATTEMPTS = 3  # of a call, of those whose fate is unknown
 PAUSE_S, LONGEST_S = 0.2, 30.0
 LOOK_S = 0.1  # between two looks whether somebody asks to stop
+AHEAD_MS = 1000  # the clocks of two machines that share a rate may differ by so much
+LONG_S = 60.0  # a call that waits so much longer than its rate asks is spoken of
 
 
 class Service(Protocol):
@@ -52,27 +54,58 @@ Pace = Callable[[int, Callable[[], bool]], None]
 
 
 class Rate:
-    """Calls or images a second, over all processes and restarts that share a folder."""
+    """Calls or images a second, over all processes and restarts that share a folder; log is told what is unusual."""
 
-    def __init__(self, folder: Path, name: str, per_second: float, largest: int = 1) -> None:
-        try:
-            from pyrate_limiter import Limiter, SQLiteBucket
-            from pyrate_limiter import Rate as Window
-        except ImportError as error:
-            raise UsageError("oracle.rate needs pyrate-limiter: pip install 'mekd[remote]'") from error
+    def __init__(
+        self, folder: Path, name: str, per_second: float, largest: int = 1,
+        log: Callable[[str], object] = lambda line: None,
+    ) -> None:  # fmt: skip
+        limiter = pyrate_limiter()
         folder.mkdir(parents=True, exist_ok=True)
         # A window holds the largest call, and spreads the others over a fifth of a second.
         count = max(largest, round(per_second / 5), 1)
-        window = Window(count, max(1, round(1000 * count / per_second)))
-        bucket = SQLiteBucket.init_from_file([window], db_path=str(folder / f"{name}.sqlite"), use_file_lock=True)
-        self._limiter = Limiter(bucket, buffer_ms=5)
+        window = limiter.Rate(count, max(1, round(1000 * count / per_second)))
+        self._file, self._log = folder / f"{name}.sqlite", log
+        self._said = f"oracle.{name.replace('-', '_')} is {per_second:g} a second"
+        self._long = window.interval / 1000 + LONG_S
+        self._bucket = limiter.SQLiteBucket.init_from_file([window], db_path=str(self._file), use_file_lock=True)
+        self._limiter = limiter.Limiter(self._bucket, buffer_ms=5)
         self._turn = threading.Lock()  # the threads of a process would fight for the file
 
     def wait(self, weight: int = 1, stop: Callable[[], bool] = lambda: False) -> None:
         """Return when so much may be sent, or soon after stop() says so."""
         with self._turn:
+            begun, told = time.monotonic(), False
             while not stop() and not self._limiter.try_acquire("calls", weight=weight, timeout=LOOK_S):
-                pass
+                self._forget_the_future()
+                if not told and time.monotonic() - begun > self._long:
+                    told = True
+                    self._log(
+                        f"{self._said}: a call has waited {time.monotonic() - begun:.0f} s for its turn, and waits on; "
+                        f"other processes that share {self._file} may go first"
+                    )
+
+    def _forget_the_future(self) -> None:
+        """Empty a bucket whose calls lie ahead of the clock, which was set back: else it stays full until then."""
+        with self._bucket.lock:  # of the file: no other process's call of now is lost
+            newest = self._bucket.peek(0)
+            if newest is not None and newest.timestamp > self._bucket.now() + AHEAD_MS:
+                self._bucket.flush()
+                self._log(
+                    f"{self._said}: the clock was set back, so the calls that {self._file} has of later are forgotten"
+                )
+
+
+def pyrate_limiter() -> Any:
+    """The package that keeps rates, or UsageError saying what to install."""
+    try:
+        import filelock  # noqa: F401 - what it keeps its file with
+        import pyrate_limiter
+    except ImportError as error:
+        raise UsageError(
+            f"oracle.rate and oracle.image_rate need pyrate-limiter and filelock ({error}): pip install 'mekd[remote]'"
+        ) from error
+    return pyrate_limiter
 
 
 class RemoteOracle(Oracle):
