@@ -239,19 +239,13 @@ def _check_checkpoints(run: Run, stage: str) -> list[Callable[[], None]]:
         return []
     if stage == "deprivatize" and config.deprivatize.generator is not None:
         return []
+    paid = [run.checkpoint(name) for name in ("holdout", "replay", "distill")]
+    if stage in ("deprivatize", "distill") and (asked := [path for path in paid if path.exists()]):
+        _check_generator_stays(run, asked[0])
     if stage != "teacher" and run.origin is None and not config.teacher.remote and not run.teacher_onnx.exists():
         return []
     names = {"distill": ("holdout", "replay", "distill"), "evaluate": ("baseline",)}.get(stage, (stage,))
     found = [name for name in names if run.checkpoint(name).exists() and (name != "replay" or config.distill.replay)]
-    if found and stage == "distill":
-        path = run.checkpoint("deprivatize")
-        stands = files.load(path)["step"] if path.exists() else 0
-        if stands != config.deprivatize.steps:
-            raise StageError(
-                f"{run.checkpoint(found[0])} is of the generator at step {stands}; with deprivatize.steps "
-                f"{config.deprivatize.steps} it becomes another one, whose answers are paid for anew. Say "
-                f"--deprivatize.steps {stands}, or start anew with another --out"
-            )
     for name in found:
         content = files.load(run.checkpoint(name))
         saved, depends, stands = content["depends"], run.depends(name), content["step"]
@@ -266,3 +260,18 @@ def _check_checkpoints(run: Run, stage: str) -> list[Callable[[], None]]:
         elif name == "distill":
             return [functools.partial(again.set_aside_student, run, saved, why)]
     return []
+
+
+def _check_generator_stays(run: Run, asked: Path) -> None:
+    """Refuse what would change the generator whose images were asked about; asked: the checkpoint that says so."""
+    path, steps = run.checkpoint("deprivatize"), run.config.deprivatize.steps
+    if not path.exists():
+        raise StageError(
+            f"{path} is missing, the generator whose answers {asked} is of: put it back, or start anew with another "
+            "--out"
+        )
+    if (stands := files.load(path)["step"]) != steps:
+        raise StageError(
+            f"{asked} is of the generator at step {stands}; with deprivatize.steps {steps} it becomes another one, "
+            f"whose answers are paid for anew. Say --deprivatize.steps {stands}, or start anew with another --out"
+        )
