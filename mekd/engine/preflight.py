@@ -16,7 +16,7 @@ from mekd.engine.checkpoint import check_depends
 from mekd.engine.run import Run, StageError
 from mekd.engine.train import computed_in
 from mekd.errors import UsageError
-from mekd.fingerprint import asks
+from mekd.fingerprint import asks, differing, fingerprint
 from mekd.nets import build
 from mekd.nets.check import check_network
 from mekd.nets.features import last_linear
@@ -90,6 +90,8 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
         _check_simulation(run)
     if anew:
         begins.append(functools.partial(again.set_aside_generation, run))
+    elif "audit" in stages:
+        _check_audited(run)
     for stage in stages:
         if not (anew and stage in ("deprivatize", "distill")):
             begins += _check_checkpoints(run, stage)
@@ -260,6 +262,24 @@ def _check_checkpoints(run: Run, stage: str) -> list[Callable[[], None]]:
         elif name == "distill":
             return [functools.partial(again.set_aside_student, run, saved, why)]
     return []
+
+
+def _check_audited(run: Run) -> None:
+    """Refuse an audit that takes other images for those that step 1 saw, and for those that were held from it."""
+    path = run.checkpoint("deprivatize")
+    if run.config.deprivatize.generator is not None or not path.exists():  # of another run's, membership is not told
+        return
+    saved, wanted = (
+        {key: value for key, value in depends.items() if key in ("seed", "audit.holdout") or key.startswith("data.")}
+        for depends in (files.load(path)["depends"], fingerprint(run.config, "deprivatize"))
+    )
+    differs = [f"{key} was {was} and is {now}" for key, (was, now) in differing(saved, wanted).items()]
+    if differs:
+        raise StageError(
+            f"{path} learnt with other settings, by which the audit would take other images for those that step 1 saw: "
+            f"{'; '.join(differs)}. Set that back. What step 1 has seen cannot be held out afterwards: membership "
+            "needs a run that begins with --audit.holdout N, in another --out"
+        )
 
 
 def _check_generator_stays(run: Run, asked: Path) -> None:
