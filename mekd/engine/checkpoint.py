@@ -108,6 +108,8 @@ def check_depends(run: Run, name: str, saved: Mapping[str, Any], wanted: Mapping
         # Where nothing was paid for the file itself, it may go.
         kept = name in ("teacher", "baseline", "pretrain") or (name == "distill" and bool(run.config.distill.replay))
         anew = "; or delete the file, to make it anew from the same answers" if kept else ""
+        if name.startswith("evaluate-"):
+            anew = "; or delete the file, to ask anew"
         raise StageError(
             f"{run.checkpoint(name)} is of another configuration: {'; '.join(differs)}. Set that back, or start anew "
             f"with another --out{anew}"

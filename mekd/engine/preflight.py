@@ -11,7 +11,7 @@ import torch
 
 from mekd import files, track
 from mekd.codes import resolve_code
-from mekd.engine import after, again, dp, parallel
+from mekd.engine import after, again, asked, dp, parallel
 from mekd.engine.checkpoint import check_depends
 from mekd.engine.run import Run, StageError
 from mekd.engine.train import computed_in
@@ -219,17 +219,21 @@ def _check_budgets(run: Run, stages: Sequence[str]) -> None:
 
 
 def _check_simulation(run: Run) -> None:
-    """Hold what evaluate asks against what a store leaves of oracle.budget."""
+    """Hold what evaluate asked against its teacher, and what it asks against what a store leaves of oracle.budget."""
     budget, step2, simulation = run.config.oracle.budget, run.config.distill, run.config.evaluate
+    if run.given_teacher or run.teacher_onnx.exists():
+        for name, asks_it in (("evaluate-test", simulation.ask_teacher), ("evaluate-private", simulation.baseline)):
+            if asks_it:
+                asked.check(run, name)
     if budget is None or not step2.replay or step2.store is not None:
         return
-    asked = run.data.count("test") if simulation.ask_teacher else 0
-    asked += run.data.count("local") if simulation.baseline else 0
+    count = run.data.count("test") if simulation.ask_teacher else 0
+    count += run.data.count("local") if simulation.baseline else 0
     left = budget - step2.holdout - step2.replay
-    if asked > left:
+    if count > left:
         raise UsageError(
-            f"oracle.budget is {budget}, of which evaluate asks {asked} (evaluate.ask_teacher, evaluate.baseline), and "
-            f"{max(left, 0)} are left beside the holdout and the store: say --oracle.budget {budget + asked - left} "
+            f"oracle.budget is {budget}, of which evaluate asks {count} (evaluate.ask_teacher, evaluate.baseline), and "
+            f"{max(left, 0)} are left beside the holdout and the store: say --oracle.budget {budget + count - left} "
             f"with --distill.replay {step2.replay}, or ask nothing there"
         )
 
@@ -242,8 +246,8 @@ def _check_checkpoints(run: Run, stage: str) -> list[Callable[[], None]]:
     if stage == "deprivatize" and config.deprivatize.generator is not None:
         return []
     paid = [run.checkpoint(name) for name in ("holdout", "replay", "distill")]
-    if stage in ("deprivatize", "distill") and (asked := [path for path in paid if path.exists()]):
-        _check_generator_stays(run, asked[0])
+    if stage in ("deprivatize", "distill") and (there := [path for path in paid if path.exists()]):
+        _check_generator_stays(run, there[0])
     if stage != "teacher" and run.origin is None and not config.teacher.remote and not run.teacher_onnx.exists():
         return []
     names = {"distill": ("holdout", "replay", "distill"), "evaluate": ("baseline",)}.get(stage, (stage,))
@@ -282,16 +286,16 @@ def _check_audited(run: Run) -> None:
         )
 
 
-def _check_generator_stays(run: Run, asked: Path) -> None:
-    """Refuse what would change the generator whose images were asked about; asked: the checkpoint that says so."""
+def _check_generator_stays(run: Run, paid: Path) -> None:
+    """Refuse what would change the generator whose images were asked about; paid: the checkpoint that says so."""
     path, steps = run.checkpoint("deprivatize"), run.config.deprivatize.steps
     if not path.exists():
         raise StageError(
-            f"{path} is missing, the generator whose answers {asked} is of: put it back, or start anew with another "
+            f"{path} is missing, the generator whose answers {paid} is of: put it back, or start anew with another "
             "--out"
         )
     if (stands := files.load(path)["step"]) != steps:
         raise StageError(
-            f"{asked} is of the generator at step {stands}; with deprivatize.steps {steps} it becomes another one, "
+            f"{paid} is of the generator at step {stands}; with deprivatize.steps {steps} it becomes another one, "
             f"whose answers are paid for anew. Say --deprivatize.steps {stands}, or start anew with another --out"
         )
