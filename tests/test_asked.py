@@ -17,6 +17,7 @@ from mekd.engine.run import Run, StageError
 from mekd.nets import build
 from mekd.oracle.export import Classifier, export
 from mekd.oracle.ort import OnnxOracle
+from mekd.pixels import to_float
 from mekd.teacher_config import OracleConfig, TeacherConfig
 
 
@@ -161,3 +162,15 @@ def test_another_number_of_processes_pays_nothing_again(
         assert torch.equal(torch.cat([labels for labels, _, _ in found]), expected)
         assert all(torch.equal(sent, images(0, 31)) and torch.equal(named, expected) for _, sent, named in found)
         assert run.asked("evaluate")["queries"] == 62
+
+
+def test_a_float_transport_gets_real_images_too(config: Config, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    export(Classifier(build("resnet8", 10, 1)), tmp_path / "float.onnx", (1, 16, 16), "float")
+    config = replace(config, teacher=TeacherConfig(onnx=str(tmp_path / "float.onnx")))
+    run = run_of(config, tmp_path / "run", images(0), transport="float")
+    expected = OnnxOracle(run.teacher_onnx, "label", transport="float").query(to_float(images(0))).labels
+    assert torch.equal(evaluate.ask_test(run)[1], expected)
+    store, _ = evaluate.ask_private(run)
+    sent, answer, _ = store.read(slice(None))
+    assert torch.equal(sent, images(0)) and torch.equal(answer.labels, expected)

@@ -128,8 +128,8 @@ def _private(run: Run, share: Path) -> Path:
 
 
 def query(oracle: Oracle, images: Tensor) -> Response:
-    """The answer, on the CPU, to real images (m, ch, S, S), uint8."""
-    return oracle.query(images).to("cpu")
+    """The answer, on the CPU, to real images (m, ch, S, S), uint8, which go up as the oracle transports them."""
+    return oracle.query(to_float(images) if oracle.transport == "float" else images).to("cpu")
 
 
 @contextlib.contextmanager
