@@ -14,6 +14,7 @@ from mekd.codes import resolve_code
 from mekd.engine import after, again, asked, dp, parallel
 from mekd.engine.checkpoint import check_depends
 from mekd.engine.run import Run, StageError
+from mekd.engine.teacher import check_exported
 from mekd.engine.train import computed_in
 from mekd.errors import UsageError
 from mekd.fingerprint import asks, differing, fingerprint
@@ -60,6 +61,8 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
         raise UsageError(
             f"oracle.num_classes is {config.oracle.num_classes}, but oracle.classes lists {len(run.class_names)}"
         )
+    if tuple(stages) != ("report",):
+        check_exported(run, stages)
     if not run.given_teacher and {"teacher", "export"} & set(stages) and not run.teacher_onnx.exists():
         classes = run.trained_classes
         teacher = _built("teacher.arch", config.teacher.arch, classes, run.image[0])
