@@ -84,3 +84,22 @@ def test_a_trained_teacher_is_made_anew_with_its_black_box(tmp_path: Path, capsy
     saved.with_name("gone.pt").rename(saved)
     (tmp_path / "exported.json").unlink()
     assert "delete" not in fails(["teacher", *words, "2"], capsys), "its answers are paid"
+
+
+@pytest.mark.parametrize("name", ["oracle.num_classes", "oracle.classes"])
+def test_a_teacher_that_is_trained_here_has_the_classes_of_the_data(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "names.txt").write_text("".join(f"class {i}\n" for i in range(12)))
+    said = {"oracle.num_classes": "12", "oracle.classes": str(tmp_path / "names.txt")}[name]
+    out = tmp_path / "run"
+    words = ["--data.name", "digits", "--data.size", "16", "--teacher.arch", "resnet8", "--teacher.steps", "1"]
+    words += ["--teacher.batch", "16", "--engine.device", "cpu", "--out", str(out)]
+    for stage in ("run", "teacher"):
+        found = fails([stage, *words, f"--{name}", said], capsys)
+        assert f"{name} says 12 classes" in found and "those of the data, 10" in found
+    assert not out.exists()
+    assert cli.main(["teacher", *words]) == 0
+    found = fails(["export", *words, f"--{name}", said], capsys)
+    assert "teacher.pt does not fit teacher.arch 'resnet8' with 12 classes" in found
+    assert cli.main(["export", *words]) == 0

@@ -14,7 +14,7 @@ from mekd.codes import resolve_code
 from mekd.engine import after, again, asked, dp, parallel
 from mekd.engine.checkpoint import check_depends
 from mekd.engine.run import Run, StageError
-from mekd.engine.teacher import check_exported
+from mekd.engine.teacher import check_exported, load_trained
 from mekd.engine.train import computed_in
 from mekd.errors import UsageError
 from mekd.fingerprint import asks, differing, fingerprint
@@ -65,9 +65,17 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
         check_exported(run, stages)
     if not run.given_teacher and {"teacher", "export"} & set(stages) and not run.teacher_onnx.exists():
         classes = run.trained_classes
+        if trains and classes != (own := len(run.data.classes)):
+            name = "oracle.num_classes" if run.class_names is None else "oracle.classes"
+            raise UsageError(
+                f"{name} says {classes} classes, and a teacher that is trained here gets those of the data, {own}: "
+                f"leave {name} out, or name {own}"
+            )
         teacher = _built("teacher.arch", config.teacher.arch, classes, run.image[0])
         if config.teacher.checkpoint is not None:
             run.load_weights(teacher, "teacher.checkpoint", config.teacher.checkpoint)
+        elif not trains and run.checkpoint("teacher").exists():
+            load_trained(run, teacher)
     elif {"deprivatize", "distill", "evaluate"} & set(stages):
         if run.origin is None and (tuple(stages) != ("deprivatize",) or asks(config)):
             run.require_teacher()

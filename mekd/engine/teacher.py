@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mekd import files
 from mekd.engine import parallel
@@ -118,7 +119,7 @@ def _export_teacher(run: Run, config: TeacherConfig) -> None:
             raise StageError(
                 f"the teacher stands at step {saved['step']} of {config.steps}: run `mekd teacher` to finish it"
             )
-        teacher.net.load_state_dict(saved["state"]["teacher"])
+        load_trained(run, teacher.net)
     else:
         raise StageError(
             f"{run.checkpoint('teacher')} is missing: run `mekd teacher` first, or give --teacher.checkpoint FILE"
@@ -126,6 +127,18 @@ def _export_teacher(run: Run, config: TeacherConfig) -> None:
     worst = export(teacher, run.teacher_onnx, run.image, run.config.oracle.transport)
     run.write_json(EXPORTED, {"file": identity.digest(run.teacher_onnx), "of": _made_of(run)})
     run.log(f"export: {run.teacher_onnx}, largest difference from torch {worst:.1e} of the largest logit")
+
+
+def load_trained(run: Run, net: nn.Module) -> None:
+    """Give teacher.arch the weights that were trained here; StageError where they do not fit it."""
+    path, meta = run.checkpoint("teacher"), any(x.is_meta for x in net.parameters())
+    try:
+        net.load_state_dict(files.load(path)["state"]["teacher"], assign=meta)
+    except RuntimeError as error:
+        raise StageError(
+            f"{path} does not fit teacher.arch {run.config.teacher.arch!r} with {run.trained_classes} classes and "
+            f"{run.image[0]} channels: say what it was trained with ({str(error).splitlines()[-1].strip()})"
+        ) from error
 
 
 def classifier(config: TeacherConfig, num_classes: int, image: tuple[int, int, int]) -> Classifier:
