@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mekd import distances, files, plots
 from mekd.data import open_source
-from mekd.engine import after, parallel
+from mekd.engine import after, asked, parallel
 from mekd.engine.collect import BLOCK, collect
 from mekd.engine.private import MOST, images_of
 from mekd.engine.result import class_names, finished_student
@@ -132,12 +132,9 @@ def _function(run: Run, student: nn.Module, own: Replay | None) -> dict[str, Any
     images, answer, _ = store.read(slice(None))
     found = {"function": _compared(run, student, images, answer)}
     found["function"]["images"] = "drawn for the audit" if own else "held out, by which the best step was chosen"
-    tested = run.checkpoint("evaluate-test")
-    if run.config.evaluate.enabled and tested.exists() and "answer" in (saved := files.load(tested)):
-        # In an experiment: the labelled test images, which the simulation asked about.
-        answer = Response(**saved["answer"])
-        test = torch.cat([images.cpu() for images, _ in run.data.once("test", 256)])[saved["rows"]]
-        found["test"] = _compared(run, student, test, answer) | {"images": "labelled test images"}
+    # In an experiment: the labelled test images, which the simulation asked about.
+    if run.config.evaluate.enabled and (tested := asked.audited(run)):
+        found["test"] = _compared(run, student, *tested) | {"images": "labelled test images"}
     flat = found["function"]
     return {"w_answers": flat["w"], "w_answers_noise": flat["noise"], **found}
 

@@ -36,6 +36,7 @@ _DEPENDS = {
     "replay": ("seed", *_ANSWERS),  # a store may grow
     "distill": ("seed", "distill", *_ANSWERS, *_COMPUTED),
     "audit": ("seed", *_ANSWERS),
+    "evaluate": _ANSWERS,  # what is asked there, of real images
     "pretrain": (
         "seed",
         "data",

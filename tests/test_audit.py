@@ -78,6 +78,21 @@ def test_what_it_asks_is_booked_once_and_nothing_private(tiny: list[str], tmp_pa
     assert len(seen) == count, "nothing was paid twice"
 
 
+def test_what_step_1_saw_is_not_held_out_afterwards(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images that G and D have seen, declared unseen, would make an attack look like chance."""
+    for stage in ("deprivatize", "distill"):
+        assert cli.main([stage, *tiny, "--data.local_fraction", "0.3", "--out", str(tmp_path)]) == 0
+    config, alone = (tmp_path / "config.yaml").read_bytes(), ["audit", "--out", str(tmp_path)]
+    for name, was, now in (("audit.holdout", 0, 300), ("seed", 0, 1), ("data.local_fraction", 0.3, 0.4)):
+        assert cli.main([*alone, f"--{name}", str(now)]) == 2
+        said = capsys.readouterr().err
+        assert f"{name} was {was} and is {now}. Set that back" in said and "another --out" in said
+    assert not (tmp_path / "audit.json").exists() and (tmp_path / "config.yaml").read_bytes() == config
+    assert cli.main(alone) == 0 and read(tmp_path)["membership_auc"] is None
+
+
 def test_what_is_held_out_is_seen_by_nothing_else() -> None:
     kept, held = kept_apart(100, 30, 0)
     assert sorted([*kept.tolist(), *held.tolist()]) == list(range(100)) and len(held) == 30

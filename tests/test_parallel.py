@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,15 @@ def test_two_processes_ask_what_one_asks(
     # One line of metrics a step, of the first process.
     steps = [(row["stage"], row["step"]) for row in metrics(undisturbed)]
     assert steps == [(row["stage"], row["step"]) for row in metrics(tmp_path)]
+    # What two asked of real images, one finds.
+    out, paid = Path(shutil.copytree(undisturbed, tmp_path / "two")), accounts(undisturbed)
+    (out / "checkpoints" / "baseline.pt").unlink()
+    done = processes.run("evaluate", "--out", str(out))
+    assert done.returncode == 0 and accounts(out) == paid, done.stderr
+    again = json.loads((out / "evaluate.json").read_text())
+    assert {key: again[key] for key in two if "baseline" not in key} == {
+        key: value for key, value in two.items() if "baseline" not in key
+    }
 
 
 @pytest.mark.slow

@@ -233,6 +233,27 @@ def test_another_student_keeps_the_answers_that_are_paid_for(
     assert accounts(tmp_path) == paid
 
 
+def test_a_generator_whose_images_were_asked_about_is_trained_no_further(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Step 1 as a command of its own: another generator would make the paid store useless for good."""
+    replay = [*words, "--evaluate.enabled", "false", "--distill.replay", "40", "--out", str(tmp_path)]
+    assert cli.main(replay) == 0
+    saved, config = (tmp_path / "checkpoints" / "deprivatize.pt"), (tmp_path / "config.yaml").read_bytes()
+    generator = saved.read_bytes()
+    alone = ["deprivatize", "--out", str(tmp_path)]
+    assert cli.main([*alone, "--deprivatize.steps", "12"]) == 2
+    said = capsys.readouterr().err
+    assert "holdout.pt is of the generator at step 9" in said and "Say --deprivatize.steps 9" in said
+    assert saved.read_bytes() == generator and (tmp_path / "config.yaml").read_bytes() == config
+    assert cli.main([*alone, "--deprivatize.steps", "9"]) == 0, "its advice works"
+    saved.rename(tmp_path / "elsewhere.pt")
+    assert cli.main(alone) == 2
+    assert "deprivatize.pt is missing" in (said := capsys.readouterr().err) and "put it back" in said
+    (tmp_path / "elsewhere.pt").rename(saved)
+    assert cli.main(replay) == 0
+
+
 def test_another_student_of_fresh_queries_is_refused(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mekd import files
 from mekd.engine import parallel
 from mekd.engine.feeds import Feed, same_processes
-from mekd.engine.run import Run, StageError
+from mekd.engine.run import ACCOUNTS, Run, StageError
 from mekd.engine.runlog import RunLog, diverged
 from mekd.errors import MekdError
 from mekd.fingerprint import differing
@@ -109,8 +109,15 @@ def check_depends(run: Run, name: str, saved: Mapping[str, Any], wanted: Mapping
     differs = [f"{key} was {was!r} and is {now!r}" for key, (was, now) in differing(saved, wanted).items()]
     if differs:
         # Where nothing was paid for the file itself, it may go.
-        kept = name in ("teacher", "baseline", "pretrain") or (name == "distill" and bool(run.config.distill.replay))
+        kept = name in ("baseline", "pretrain") or (name == "distill" and bool(run.config.distill.replay))
         anew = "; or delete the file, to make it anew from the same answers" if kept else ""
+        if name == "teacher":  # the black box is made of it, and may have been asked
+            files_of_it = "the file, to make it"
+            if run.teacher_onnx.exists():
+                files_of_it = f"the file and {run.teacher_onnx}, to make both"
+            anew = "" if any(run.asked(*ACCOUNTS).values()) else f"; or delete {files_of_it} anew"
+        if name.startswith("evaluate-"):
+            anew = "; or delete the file, to ask anew"
         if "teacher" in differing(saved, wanted) and run.config.teacher.remote:
             known = read_saved(run.out / "config.yaml").get("teacher.name")
             anew += f"; or say --teacher.name {known}, if it is the same teacher at another address" if known else ""

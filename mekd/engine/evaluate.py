@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mekd import files, functional
 from mekd.data import Source, arrays
-from mekd.engine import parallel
+from mekd.engine import asked, parallel
+from mekd.engine.asked import BATCH
 from mekd.engine.checkpoint import Checkpoint, steps
 from mekd.engine.feeds import open_account
 from mekd.engine.pretrain import load_pretrained, pretrain
@@ -24,12 +25,12 @@ from mekd.engine.train import computed_in, predict, set_cosine_lr, sgd
 from mekd.metrics import accuracy, confusion
 from mekd.nets import build
 from mekd.oracle.base import Oracle
-from mekd.oracle.replay import Replay
-from mekd.oracle.response import concatenate, floor_of
+from mekd.oracle.ledger import digests
+from mekd.oracle.replay import Joined, Replay
+from mekd.oracle.response import Response, concatenate, floor_of
 from mekd.pixels import to_float
 from mekd.seeds import generator_at
 
-BATCH = 256
 #: Test images of which the whole answer is kept, for the audit.
 AUDITED = 2000
 
@@ -85,32 +86,50 @@ def predictions(model: nn.Module, data: Source) -> Tensor:
 
 def ask_test(run: Run) -> tuple[Tensor, Tensor]:
     """Labels (n,) of this process's test images and the teacher's, asked once."""
-    path = _kept(run, "evaluate-test")
-    with asking(run, "evaluate-test") as oracle:
-        if not path.exists():
-            pairs = [(labels.cpu(), oracle.query(x).to("cpu")) for x, labels in run.data.once("test", BATCH)]
-            labels, answer = torch.cat([labels for labels, _ in pairs]), concatenate([answer for _, answer in pairs])
-            rows = torch.arange(0, len(labels), -(-len(labels) // AUDITED))
-            files.save(path, {"labels": labels, "answers": answer.labels, "rows": rows, "answer": vars(answer[rows])})
+    name = "evaluate-test"
+    kept = asked.before(run, name)
+    with asking(run, name) as oracle:
+        if kept is None:
+            asked.forget(run, name)
+            found = [(labels.cpu(), digests(x), query(oracle, x)) for x, labels in run.data.once("test", BATCH)]
+            labels, own, answers = zip(*found, strict=True)
+            answer = concatenate(list(answers))
+            rows = torch.arange(0, len(answer), -(-len(answer) // AUDITED))
+            audited = {"rows": rows, "answer": vars(answer[rows])}
+            asked.keep(run, name, {"digests": b"".join(own), "answers": answer.labels, **audited})
         oracle.ledger.settle()
-    saved = files.load(path)
-    return saved["labels"], saved["answers"]
+    if kept is None:
+        return torch.cat(labels), answer.labels
+    return labels_of(run.data), asked.in_order(kept, [share["answers"] for share in kept.shares])
 
 
-def ask_private(run: Run) -> tuple[Replay, int]:
-    """This process's private images and the teacher's answers to them, asked once; and how many there are."""
-    path = _kept(run, "evaluate-private")
-    store = Replay(run.out / "private" / path.stem, -(-run.data.count("local") // parallel.world()))
-    with asking(run, "evaluate-private") as oracle:
-        if not path.exists():
-            count = 0
+def ask_private(run: Run) -> tuple[Replay | Joined, int]:
+    """The private images and the teacher's answers to them, asked once, by all processes; and how many there are."""
+    name = "evaluate-private"
+    kept, most = asked.before(run, name), -(-run.data.count("local") // parallel.world())
+    with asking(run, name) as oracle:
+        if kept is None:
+            asked.forget(run, name)
+            own, store = b"", Replay(_private(run, asked.share(run, name)), most)
             for images, _ in run.data.once("local", BATCH):
-                store.write(count, images, oracle.query(images))
-                count += len(images)
+                store.write(len(own) // 16, images, query(oracle, images))
+                own += digests(images)
             store.flush()
-            files.save(path, {"count": count})
+            asked.keep(run, name, {"digests": own})
         oracle.ledger.settle()
-    return store, files.load(path)["count"]
+    counts = {path: len(files.load(path)["digests"]) // 16 for path in asked.shares(run, name)}
+    stores = [Replay(_private(run, path), count, part=True) for path, count in counts.items() if count]
+    return (stores[0] if len(stores) == 1 else Joined(stores)), sum(counts.values())
+
+
+def _private(run: Run, share: Path) -> Path:
+    """The folder of the images and answers of a share."""
+    return run.out / "private" / share.stem
+
+
+def query(oracle: Oracle, images: Tensor) -> Response:
+    """The answer, on the CPU, to real images (m, ch, S, S), uint8, which go up as the oracle transports them."""
+    return oracle.query(to_float(images) if oracle.transport == "float" else images).to("cpu")
 
 
 @contextlib.contextmanager
@@ -130,7 +149,7 @@ def train_baseline(run: Run) -> nn.Module:
     return train_plain(run, *ask_private(run))
 
 
-def train_plain(run: Run, store: Replay, count: int) -> nn.Module:
+def train_plain(run: Run, store: Replay | Joined, count: int) -> nn.Module:
     """The student trained by KL on the first count images of a store and the teacher's answers to them.
 
     Augmented: it sees them shifted, and mirrored where data.flip says so, with the answer to the original.
@@ -144,17 +163,17 @@ def train_plain(run: Run, store: Replay, count: int) -> nn.Module:
         load_pretrained(run, student)
     student = run.place(student)
     optimizer = sgd(student, config.lr, config.weight_decay)
-    batch = min(config.batch // parallel.world(), count)
-    learner = parallel.data_parallel(student)
+    batch = -(-min(config.batch, count) // parallel.world()) * parallel.world()  # of all processes together
+    learner, mine = parallel.data_parallel(student), parallel.part(batch)
     parallel.dropout_apart(run.config.seed)
-    log = RunLog(run, "baseline", count_steps, batch * parallel.world(), {}, lr="distill.lr")
+    log = RunLog(run, "baseline", count_steps, batch, {}, lr="distill.lr")
     checkpoint = Checkpoint(run, "baseline", {"student": student, "optimizer": optimizer}, {}, run.depends("baseline"))
     checkpoint.restore(log)
     for step in steps(checkpoint, log):
         set_cosine_lr(optimizer, config.lr, step, count_steps)
-        generator = generator_at(run.config.seed, "baseline", step, parallel.rank())
-        images, answers, _ = store.read(torch.randint(count, (batch,), generator=generator))
-        images = arrays.moved(images, arrays.moves(batch, run.image[-1], run.config.data.flip, generator))
+        generator = generator_at(run.config.seed, "baseline", step, 0)  # of all processes, as of the first
+        images, answers, _ = store.read(torch.randint(count, (batch,), generator=generator)[mine])
+        images = arrays.moved(images, arrays.moves(batch, run.image[-1], run.config.data.flip, generator)[mine])
         target = answers.to(run.device).target
         with computed_in(config.precision, run.device):
             logits = learner(to_float(images.to(run.device)))
@@ -164,9 +183,3 @@ def train_plain(run: Run, store: Replay, count: int) -> nn.Module:
         optimizer.step()
         log.add(loss=loss)
     return student
-
-
-def _kept(run: Run, name: str) -> Path:
-    """Where this process keeps what it asked: with another number of processes, its images are others."""
-    share = f"-{parallel.rank()}of{parallel.world()}" if parallel.world() > 1 else ""
-    return run.checkpoint(f"{name}{share}")

@@ -11,12 +11,13 @@ import torch
 
 from mekd import files, track
 from mekd.codes import resolve_code
-from mekd.engine import after, again, dp, parallel, reach
+from mekd.engine import after, again, asked, dp, parallel, reach
 from mekd.engine.checkpoint import check_depends
 from mekd.engine.run import Run, StageError
+from mekd.engine.teacher import check_exported, load_trained
 from mekd.engine.train import computed_in
 from mekd.errors import UsageError
-from mekd.fingerprint import asks
+from mekd.fingerprint import asks, differing, fingerprint
 from mekd.nets import build
 from mekd.nets.check import check_network
 from mekd.nets.features import last_linear
@@ -60,11 +61,21 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
         raise UsageError(
             f"oracle.num_classes is {config.oracle.num_classes}, but oracle.classes lists {len(run.class_names)}"
         )
+    if tuple(stages) != ("report",):
+        check_exported(run, stages)
     if not run.given_teacher and {"teacher", "export"} & set(stages) and not run.teacher_onnx.exists():
         classes = run.trained_classes
+        if trains and classes != (own := len(run.data.classes)):
+            name = "oracle.num_classes" if run.class_names is None else "oracle.classes"
+            raise UsageError(
+                f"{name} says {classes} classes, and a teacher that is trained here gets those of the data, {own}: "
+                f"leave {name} out, or name {own}"
+            )
         teacher = _built("teacher.arch", config.teacher.arch, classes, run.image[0])
         if config.teacher.checkpoint is not None:
             run.load_weights(teacher, "teacher.checkpoint", config.teacher.checkpoint)
+        elif not trains and run.checkpoint("teacher").exists():
+            load_trained(run, teacher)
     elif {"deprivatize", "distill", "evaluate"} & set(stages):
         if run.origin is None and (tuple(stages) != ("deprivatize",) or asks(config)):
             run.require_teacher()
@@ -97,6 +108,8 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
         _check_simulation(run)
     if anew:
         begins.append(functools.partial(again.set_aside_generation, run))
+    elif "audit" in stages:
+        _check_audited(run)
     for stage in stages:
         if not (anew and stage in ("deprivatize", "distill")):
             begins += _check_checkpoints(run, stage)
@@ -224,17 +237,21 @@ def _check_budgets(run: Run, stages: Sequence[str]) -> None:
 
 
 def _check_simulation(run: Run) -> None:
-    """Hold what evaluate asks against what a store leaves of oracle.budget."""
+    """Hold what evaluate asked against its teacher, and what it asks against what a store leaves of oracle.budget."""
     budget, step2, simulation = run.config.oracle.budget, run.config.distill, run.config.evaluate
+    if run.given_teacher or run.teacher_onnx.exists():
+        for name, asks_it in (("evaluate-test", simulation.ask_teacher), ("evaluate-private", simulation.baseline)):
+            if asks_it:
+                asked.check(run, name)
     if budget is None or not step2.replay or step2.store is not None:
         return
-    asked = run.data.count("test") if simulation.ask_teacher else 0
-    asked += run.data.count("local") if simulation.baseline else 0
+    count = run.data.count("test") if simulation.ask_teacher else 0
+    count += run.data.count("local") if simulation.baseline else 0
     left = budget - step2.holdout - step2.replay
-    if asked > left:
+    if count > left:
         raise UsageError(
-            f"oracle.budget is {budget}, of which evaluate asks {asked} (evaluate.ask_teacher, evaluate.baseline), and "
-            f"{max(left, 0)} are left beside the holdout and the store: say --oracle.budget {budget + asked - left} "
+            f"oracle.budget is {budget}, of which evaluate asks {count} (evaluate.ask_teacher, evaluate.baseline), and "
+            f"{max(left, 0)} are left beside the holdout and the store: say --oracle.budget {budget + count - left} "
             f"with --distill.replay {step2.replay}, or ask nothing there"
         )
 
@@ -246,19 +263,13 @@ def _check_checkpoints(run: Run, stage: str) -> list[Callable[[], None]]:
         return []
     if stage == "deprivatize" and config.deprivatize.generator is not None:
         return []
+    paid = [run.checkpoint(name) for name in ("holdout", "replay", "distill")]
+    if stage in ("deprivatize", "distill") and (there := [path for path in paid if path.exists()]):
+        _check_generator_stays(run, there[0])
     if stage != "teacher" and run.origin is None and not config.teacher.remote and not run.teacher_onnx.exists():
         return []
     names = {"distill": ("holdout", "replay", "distill"), "evaluate": ("baseline",)}.get(stage, (stage,))
     found = [name for name in names if run.checkpoint(name).exists() and (name != "replay" or config.distill.replay)]
-    if found and stage == "distill":
-        path = run.checkpoint("deprivatize")
-        stands = files.load(path)["step"] if path.exists() else 0
-        if stands != config.deprivatize.steps:
-            raise StageError(
-                f"{run.checkpoint(found[0])} is of the generator at step {stands}; with deprivatize.steps "
-                f"{config.deprivatize.steps} it becomes another one, whose answers are paid for anew. Say "
-                f"--deprivatize.steps {stands}, or start anew with another --out"
-            )
     for name in found:
         content = files.load(run.checkpoint(name))
         saved, depends, stands = content["depends"], run.depends(name), content["step"]
@@ -273,3 +284,36 @@ def _check_checkpoints(run: Run, stage: str) -> list[Callable[[], None]]:
         elif name == "distill":
             return [functools.partial(again.set_aside_student, run, saved, why)]
     return []
+
+
+def _check_audited(run: Run) -> None:
+    """Refuse an audit that takes other images for those that step 1 saw, and for those that were held from it."""
+    path = run.checkpoint("deprivatize")
+    if run.config.deprivatize.generator is not None or not path.exists():  # of another run's, membership is not told
+        return
+    saved, wanted = (
+        {key: value for key, value in depends.items() if key in ("seed", "audit.holdout") or key.startswith("data.")}
+        for depends in (files.load(path)["depends"], fingerprint(run.config, "deprivatize"))
+    )
+    differs = [f"{key} was {was} and is {now}" for key, (was, now) in differing(saved, wanted).items()]
+    if differs:
+        raise StageError(
+            f"{path} learnt with other settings, by which the audit would take other images for those that step 1 saw: "
+            f"{'; '.join(differs)}. Set that back. What step 1 has seen cannot be held out afterwards: membership "
+            "needs a run that begins with --audit.holdout N, in another --out"
+        )
+
+
+def _check_generator_stays(run: Run, paid: Path) -> None:
+    """Refuse what would change the generator whose images were asked about; paid: the checkpoint that says so."""
+    path, steps = run.checkpoint("deprivatize"), run.config.deprivatize.steps
+    if not path.exists():
+        raise StageError(
+            f"{path} is missing, the generator whose answers {paid} is of: put it back, or start anew with another "
+            "--out"
+        )
+    if (stands := files.load(path)["step"]) != steps:
+        raise StageError(
+            f"{paid} is of the generator at step {stands}; with deprivatize.steps {steps} it becomes another one, "
+            f"whose answers are paid for anew. Say --deprivatize.steps {stands}, or start anew with another --out"
+        )

@@ -25,7 +25,7 @@ from mekd.errors import MekdError, UsageError
 from mekd.oracle.ledger_file import COUNTS, LedgerError, insert, open_file, packed, totals
 from mekd.oracle.response import Response
 
-__all__ = ["BudgetSpent", "Ledger", "LedgerError", "describe", "totals"]
+__all__ = ["BudgetSpent", "Ledger", "LedgerError", "describe", "digests", "totals"]
 
 Result = TypeVar("Result")
 
@@ -128,9 +128,9 @@ class Ledger:
         """
         found = []
         for first, low, high in self._known(len(images)):
-            digests, answer = self._answers[first]
+            booked, answer = self._answers[first]
             row, rows = low - self.next, slice(low - first, high - first)
-            if digests[16 * rows.start : 16 * rows.stop] != _digests(images[row : row + high - low]):
+            if booked[16 * rows.start : 16 * rows.stop] != digests(images[row : row + high - low]):
                 raise LedgerError(
                     f"call {first} of {self.name} differs from the booked one: the run is not the one that was "
                     "interrupted (other code, device, or number of threads or processes?). Go on as it was begun, or "
@@ -187,7 +187,7 @@ class Ledger:
         def write(database: sqlite3.Connection) -> None:
             if ready is not None:  # the writer's stream does not wait for the caller's by itself
                 ready.synchronize()
-            insert(database, "answers", (sent.call, _digests(images), *packed(response)))
+            insert(database, "answers", (sent.call, digests(images), *packed(response)))
             insert(database, "calls", (*sent[:4], down, sent.time, time.time()))
             self._marks = self._marks._replace(ended=self._marks.ended + 1)
 
@@ -299,8 +299,8 @@ def describe(counts: dict[str, int]) -> str:
     return sent + (f", {counts['uncertain']} uncertain" if counts["uncertain"] else "")
 
 
-def _digests(images: Tensor) -> bytes:
-    """Of each image, 16 bytes."""
+def digests(images: Tensor) -> bytes:
+    """Of each image, 16 bytes, by which it is known again."""
     content = images.cpu().contiguous().numpy()
     rows = content.reshape(len(content), -1).view(np.uint8)
     return b"".join(hashlib.blake2b(row.data, digest_size=16).digest() for row in rows)
