@@ -105,13 +105,13 @@ def confirm(run: Run, stages: Sequence[str], agreed: bool) -> None:
     refused = ""
     if parallel.rank() == 0:
         most, sent = limit(run), real_images(run)
-        kept = json.loads(path.read_text("utf-8")) if path.exists() else {"queries": 0}
-        known = kept.get("real_images", [])
-        if most > kept["queries"] or not set(sent) <= set(known):
+        kept: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        asked, known = kept.get("queries", 0), kept.get("real_images", [])
+        if most > asked or not set(sent) <= set(known):
             for line in quote(run):
                 run.log(line)
             if agreed or _says_yes(most):
-                agreed_to = {"queries": max(most, kept["queries"]), "real_images": sorted({*known, *sent})}
+                agreed_to = {"queries": max(most, asked), "real_images": sorted({*known, *sent})}
                 files.write_text(path, json.dumps(agreed_to) + "\n")
             else:
                 refused = "nothing was asked: agree to the quote with --yes" + (
