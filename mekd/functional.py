@@ -90,7 +90,11 @@ def kd_loss(
             student, logits, probs, labels, topk, tau, tau_teacher, scale, way, skew, rest, floor, ignore_index,
             weights, mask, dim, reduction,
         )  # fmt: skip
-        losses.append(ops.run(name, *arguments, reduction=reduction, impl=impl))
+        loss = ops.run(name, *arguments, reduction=reduction, impl=impl)
+        compared, classes = arguments[0].shape[-1], student.shape[dim]
+        if compared != classes and (reduction == "mean" or (reduction == "batchmean" and student.dim() == 1)):
+            loss = loss * (compared / classes)  # of buckets the op has divided by their number
+        losses.append(loss)
     return losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2
 
 

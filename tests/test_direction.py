@@ -110,6 +110,25 @@ def test_near_equality_digits_are_left(direction: str, dtype: torch.dtype) -> No
     torch.testing.assert_close(found, exact, rtol=2e-5, atol=0)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("direction", ["forward", "reverse", "symmetric"])
+@pytest.mark.parametrize("skew", [0.0, 0.1])
+def test_what_a_reduction_divides_by(target: str, direction: str, skew: float) -> None:
+    # As kd_loss has it, whether the op sees classes or buckets.
+    how: dict[str, Any] = {"tau": TAU, "direction": direction, "skew": skew}
+    given = TARGETS[target][0]
+    total = kd_loss(STUDENT, **given, **how, reduction="sum")
+    for reduction, divisor in (("rowmean", N), ("batchmean", N), ("mean", N * C)):
+        torch.testing.assert_close(divisor * kd_loss(STUDENT, **given, **how, reduction=reduction), total)
+    # Of one row, dimension 0 is that of the classes; and they may be elsewhere.
+    for turned, dim, first in ((lambda x: x[0], -1, C), (lambda x: x.mT, 0, N)):
+        some = {k: tuple(map(turned, v)) if k == "topk" else v if k == "rest" else turned(v) for k, v in given.items()}
+        total = kd_loss(turned(STUDENT), **some, **how, dim=dim, reduction="sum")
+        mean, batch = (kd_loss(turned(STUDENT), **some, **how, dim=dim, reduction=x) for x in ("mean", "batchmean"))
+        torch.testing.assert_close(turned(STUDENT).numel() * mean, total)
+        torch.testing.assert_close(first * batch, total)
+
+
 @pytest.mark.parametrize("target", ["logits", "probs", "spread"])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_of_a_layer_whose_logits_are_not_there(target: str, direction: str) -> None:
