@@ -99,7 +99,7 @@ def gan_generator(
     if response is not None and known:
         check_confidence(response, slack)
     if response is not None and kind == "probs":
-        check_probabilities(response, None, slack, SAY_CONFIDENCE)
+        check_probabilities(response, None, None, slack, SAY_CONFIDENCE)
     if alpha == 0:  # a weight of 0 is not multiplied with what may be NaN
         response = None
     rows = response if response is None else response.contiguous() if known else as_rows(response)

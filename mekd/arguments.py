@@ -27,6 +27,7 @@ from mekd.checks import (
     check_teacher,
     check_tensor,
     check_weight,
+    rows_that_weigh,
     rows_with_answer,
     slack_of,
     tau_tensor,
@@ -93,11 +94,13 @@ def kd_arguments(
         check_device("topk values", values, student)
         slack = slack_of(values, floor)
         if mixed:
-            check_best(values, indices, mask, slack, rest, student.shape[-1])
-            check_named_classes(indices, student.shape[-1], mask)
+            check_best(values, indices, weights, mask, slack, rest, student.shape[-1])
+            check_named_classes(indices, student.shape[-1], weights, mask)
             mask = rows_with_answer(indices, mask, rest)
+            kept = rows_that_weigh(weights, mask)  # of the others, nothing may reach a gradient
+            indices = reference.hide(indices, kept, -1)
             if rest == "tail":
-                log_p, log_q = reference.buckets(student, values, indices, tau)
+                log_p, log_q = reference.buckets(reference.hide(student, kept, 0.0), values, indices, tau)
                 return _through_mixture(log_q, log_p, direction, skew, tau, weights, mask, True, scale)
             filled = reference.fill_topk(values, indices, student.shape[-1])
             return _through_mixture(student, filled.log(), direction, skew, tau, weights, mask, False, scale)
@@ -108,7 +111,7 @@ def kd_arguments(
     check_teacher("probs" if logits is None else "logits", target, student)
     slack = slack_of(target, floor)
     if logits is None and (mixed or tau_teacher is not None):
-        check_probabilities(target, mask, slack)
+        check_probabilities(target, weights, mask, slack)
         target = target.to(accumulation_dtype(target)).clamp_min(0).log()
     if tau_teacher is not None:
         target = target.to(accumulation_dtype(target)) * (tau / tau_tensor(tau_teacher, target.device))

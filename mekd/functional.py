@@ -35,9 +35,10 @@ from mekd.checks import (
     check_student,
     check_teacher,
     check_weight,
+    rows_that_weigh,
     slack_of,
 )
-from mekd.reference import accumulation_dtype
+from mekd.reference import accumulation_dtype, hide
 
 
 def kd_loss(
@@ -99,7 +100,15 @@ def kd_loss(
 
 
 def logit_standardized_kd_loss(
-    student: Tensor, logits: Tensor, *, tau: float | Tensor = 1.0, scale: str = "tau2", dim: int = -1, **others: object
+    student: Tensor,
+    logits: Tensor,
+    *,
+    tau: float | Tensor = 1.0,
+    scale: str = "tau2",
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    dim: int = -1,
+    **others: object,
 ) -> Tensor:
     """kd_loss of logits that are standardised per row, (x - mean) / (1e-7 + std) (Sun et al., CVPR 2024).
 
@@ -111,8 +120,10 @@ def logit_standardized_kd_loss(
     check_teacher("logits", logits, student)
     if student.shape[-1] < 2:
         raise ValueError(f"student has shape {tuple(student.shape)}; one class has no deviation: at least 2 are needed")
-    ours, theirs = (_standardize(x.to(accumulation_dtype(x))) for x in (student, logits))
-    return kd_loss(ours, theirs, tau=tau, scale=scale, **others)  # type: ignore[arg-type]
+    check_rows(weights, mask, student.shape[:-1], student)
+    kept = rows_that_weigh(weights, mask)  # of the others, nothing may reach a gradient
+    ours, theirs = (_standardize(hide(x.to(accumulation_dtype(x)), kept, 0.0)) for x in (student, logits))
+    return kd_loss(ours, theirs, tau=tau, scale=scale, weights=weights, mask=mask, **others)  # type: ignore[arg-type]
 
 
 def _standardize(x: Tensor) -> Tensor:

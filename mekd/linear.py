@@ -185,7 +185,7 @@ def _run(
         made = [F.linear(*teacher), *targets[1:]] if teacher is not None else targets
         logits = F.linear(hidden, weight, bias)
         return ops.run(name, logits, *made, tau, weights, mask, *options, reduction=reduction, impl=impl)
-    kept = _rows_that_count(name, targets, mask, options, weight.shape[0])
+    kept = _rows_that_count(name, targets, weights, mask, options, weight.shape[0])
     weights = _shares(hidden, weight.shape[0], weights, kept, reduction)
     rows = [x.reshape(-1, *x.shape[hidden.dim() - 1 :]) for x in targets]
     head: list[Tensor] = []
@@ -203,12 +203,12 @@ def _run(
 
 
 def _rows_that_count(
-    name: str, targets: list[Tensor], mask: Tensor | None, options: list[Any], classes: int
+    name: str, targets: list[Tensor], weights: Tensor | None, mask: Tensor | None, options: list[Any], classes: int
 ) -> Tensor | None:
     if name == "tempered_kl_labels":
-        return rows_with_label(targets[0], mask, options[0], classes)
+        return rows_with_label(targets[0], weights, mask, options[0], classes)
     if name == "dkd":
-        return rows_with_label(targets[1], mask, options[2], classes)
+        return rows_with_label(targets[1], weights, mask, options[2], classes)
     if name == "tempered_kl_topk":
         return rows_with_answer(targets[1], mask, options[0])
     return mask

@@ -129,6 +129,30 @@ def test_what_a_reduction_divides_by(target: str, direction: str, skew: float) -
         torch.testing.assert_close(first * batch, total)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("direction", ["forward", "reverse", "symmetric"])
+@pytest.mark.parametrize("left_out", ["mask", "weights"])
+@pytest.mark.parametrize("stray", [math.nan, math.inf])
+def test_a_row_that_does_not_count_may_hold_anything(target: str, direction: str, left_out: str, stray: float) -> None:
+    on = torch.arange(N) % 4 != 1
+    how: dict[str, Any] = {"tau": TAU, "direction": direction, left_out: on if left_out == "mask" else on.double()}
+    given = TARGETS[target][0]
+    clean, dirty = STUDENT.clone().requires_grad_(), STUDENT.clone()
+    expected = kd_loss(clean, **given, **how)
+    expected.backward()
+    dirty[~on] = stray
+    dirty.requires_grad_()
+    spoilt = {
+        k: (v[0].where(on[:, None], stray), v[1].where(on[:, None], 10**9)) if k == "topk"
+        else v if k == "rest" else v.where(on[:, None], stray)
+        for k, v in given.items()
+    }  # fmt: skip
+    found = kd_loss(dirty, **spoilt, **how)
+    found.backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(dirty.grad, clean.grad)
+
+
 @pytest.mark.parametrize("target", ["logits", "probs", "spread"])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_of_a_layer_whose_logits_are_not_there(target: str, direction: str) -> None:
