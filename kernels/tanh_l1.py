@@ -108,6 +108,8 @@ def tanh_l1(
     """Losses and the gradient for a (m, ...); NCHW and channels_last are read and written as they lie."""
     x = a if _sample_major(a) else a.contiguous()
     gradient = empty_gradient(x if grad else x.new_empty(0))
+    if grad and not x.is_contiguous():
+        gradient = gradient.to(memory_format=torch.channels_last)
     return _distances(x, b, weights, tanh, finished, reduction, gradient if grad else None), gradient
 
 
