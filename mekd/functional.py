@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mekd import ops
-from mekd.arguments import classes_last, dkd_arguments, jsd_arguments, kd_arguments
+from mekd.arguments import check_direction, classes_last, dkd_arguments, jsd_arguments, kd_arguments
 from mekd.checks import (
     DIRECTIONS,
     SAMPLE_REDUCTIONS,
@@ -85,6 +85,7 @@ def kd_loss(
         ignore_index: the label of rows that do not count.
     """
     check_choice("direction", direction, DIRECTIONS)
+    check_direction(direction, skew, labels, topk, rest)
     losses = []
     for way in ("forward", "reverse") if direction == "symmetric" else (direction,):
         name, arguments = kd_arguments(
@@ -297,12 +298,12 @@ def _generator(
     kind, response = answers[0] if answers else ("confidence", None)
     if response is not None:
         if kind == "confidence":
-            check_teacher(kind, response, d_fake)
-        else:
-            check_teacher(kind, response, response)
-            check_device(kind, response, d_fake)
-            if response.dim() != 2 or response.shape[0] != d_fake.numel() or response.shape[1] == 0:
-                raise ValueError(f"{kind} has shape {tuple(response.shape)}; it must be ({d_fake.numel()}, C)")
+            if response.shape != d_fake.shape:
+                raise ValueError(
+                    f"{kind} has shape {tuple(response.shape)}; it must be {tuple(d_fake.shape)}, as d_fake's"
+                )
+        elif response.dim() != 2 or response.shape[0] != d_fake.numel() or response.shape[1] == 0:
+            raise ValueError(f"{kind} has shape {tuple(response.shape)}; it must be ({d_fake.numel()}, C)")
     slack = SLACK if response is None else slack_of(response, 0.0)
     return ops.run(
         "gan_generator", d_fake, response, kind, slack, base, float(alpha), minimax, reduction=reduction, impl=impl

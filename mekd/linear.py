@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mekd import ops
-from mekd.arguments import dkd_arguments, jsd_arguments, kd_arguments
+from mekd.arguments import check_direction, dkd_arguments, jsd_arguments, kd_arguments
 from mekd.checks import check_choice, check_positive, checks_values, rows_with_answer, rows_with_label
 from mekd.reference import accumulation_dtype
 
@@ -61,6 +61,7 @@ def linear_kd_loss(
     hidden, weight, bias = _in_one_dtype(hidden, weight, bias)
     student = _stand_in("hidden", hidden, weight, bias)
     check_choice("direction", direction, ("forward", "reverse"))
+    check_direction(direction, skew, labels, topk, rest)
     if topk is not None and rest == "tail" and (direction != "forward" or skew):
         raise ValueError("rest='tail' with another direction than forward, or a skew, takes all logits: use kd_loss")
     if teacher is not None:

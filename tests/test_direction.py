@@ -157,7 +157,7 @@ def test_a_row_that_does_not_count_may_hold_anything(target: str, direction: str
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_of_a_layer_whose_logits_are_not_there(target: str, direction: str) -> None:
     hidden, weight = logits(7)[:, :5].clone().requires_grad_(), torch.randn(C, 5, dtype=torch.float64)
-    how = {**TARGETS[target][0], "tau": TAU, "direction": direction, "skew": 0.2}
+    how = {**TARGETS[target][0], "tau": TAU, "direction": direction, "skew": torch.tensor(0.2)}
     ours, plain = linear_kd_loss(hidden, weight, **how), kd_loss(F.linear(hidden, weight), **how)
     torch.testing.assert_close(ours, plain)
     torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (ours, plain)))
@@ -192,6 +192,10 @@ def test_a_temperature_of_the_teacher_s_own(tau: float | Tensor, direction: str)
         ({"skew": 1.0}, "skew is 1.0; it must be at least 0 and below 1"),
         ({"skew": -0.1}, "skew is -0.1"),
         ({"logits": None, "labels": torch.zeros(N, dtype=torch.long), "direction": "reverse"}, "'reverse' .* labels"),
+        (
+            {"logits": None, "labels": torch.zeros(N, dtype=torch.long), "direction": "symmetric"},
+            "'symmetric' and skew",
+        ),
         ({"logits": None, "topk": (VALUES, INDICES), "rest": "drop", "skew": 0.1}, "skew 0.1 with topk with rest='dr"),
         ({"logits": None, "probs": 2 * PROBS, "direction": "reverse"}, "probs sum to 2; a row of probabilities sums"),
         ({"logits": None, "topk": (VALUES, INDICES + C), "direction": "reverse"}, "topk indices hold"),
