@@ -26,9 +26,10 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None  # known now: torch
 
 
 class Op(NamedTuple):
-    """What run() needs to know: how many leading arguments are differentiable, what calls each backend, the formula."""
+    """What callers need to know: how many arguments get a gradient, how many are targets, what runs it, the formula."""
 
     differentiable: int
+    targets: int
     dispatch: Any
     reference: Callable[..., tuple[Tensor, ...]]
     formula: Callable[..., Tensor]
@@ -193,7 +194,9 @@ def _define(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], dif
         return plain(*arguments)
 
     LIBRARY.impl(name, composite, "CompositeExplicitAutograd")
-    OPS[name] = Op(differentiable, op, plain, formula)
+    names = [x.name for x in op._schema.arguments]
+    targets = names.index("tau") - 1 if "tau" in names else 0
+    OPS[name] = Op(differentiable, targets, op, plain, formula)
 
 
 def define_alone(

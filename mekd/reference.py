@@ -30,6 +30,11 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x is; the meta device knows none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def log_softmax(logits: Tensor, tau: Tensor | float = 1.0) -> Tensor:
     """log softmax(logits / tau) over the last dimension, in the accumulation dtype. A logit of -inf is a mask."""
     return F.log_softmax(logits.to(accumulation_dtype(logits)) / tau, dim=-1)
