@@ -22,4 +22,4 @@ class LogitsDistillationLoss(nn.Module):
     def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
         """The loss of logits_s (B, ..., C) against logits_t, whose gradient is cut."""
         loss = functional.kd_loss(logits_s, logits_t.detach(), tau=self._temperature, reduction=self._reduction)
-        return as_given(loss, logits_s)
+        return as_given(loss, logits_s, logits_t)
