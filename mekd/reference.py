@@ -293,9 +293,12 @@ def jsd_loss(
 
 def tanh_l1_loss(a: Tensor, b: Tensor, weights: Tensor | None, tanh: bool, finished: bool, reduction: str) -> Tensor:
     """tanh_l1 of (m, ...), weighted and reduced."""
+    if weights is not None:  # of weight 0 an image may hold anything, and 0 times NaN is NaN
+        off = (weights == 0).reshape(-1, *[1] * (a.dim() - 1))
+        a, b = a.masked_fill(off, 0.0), b.masked_fill(off, 0.0)
     losses = tanh_l1(a, b, tanh, finished)
     if weights is not None:
-        losses = losses.masked_fill(weights == 0, 0.0) * weights.to(losses.dtype)
+        losses = losses * weights.to(losses.dtype)
     return _reduce(losses, reduction, a, a.shape[0])
 
 
