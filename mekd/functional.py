@@ -230,6 +230,11 @@ def image_l1_loss(
     if inplace and wanted and student.dtype != torch.float16 and not student.is_neg() and not ops.transformed():
         if student.is_leaf:
             raise ValueError("student is a leaf that requires grad, and inplace=True would overwrite it; use False")
+        base = student._base
+        if base is not None and base.is_leaf and base.requires_grad:
+            raise ValueError(
+                "student is a view of a leaf that requires grad, and inplace=True would overwrite that; use False"
+            )
         return ops.run_in_place(student, teacher, weights, tanh, finished, reduction, impl=impl)
     return ops.run("tanh_l1", student, teacher, weights, tanh, finished, reduction=reduction, impl=impl)
 
@@ -297,6 +302,8 @@ def _generator(
     check_weight("alpha", alpha)
     kind, response = answers[0] if answers else ("confidence", None)
     if response is not None:
+        check_teacher(kind, response, response)
+        check_device(kind, response, d_fake)
         if kind == "confidence":
             if response.shape != d_fake.shape:
                 raise ValueError(
