@@ -294,6 +294,14 @@ def rows_with_label(
     return kept
 
 
+def check_drawn(labels: Tensor, classes: int) -> None:
+    """Raise ValueError for a label of no class, ignored by kd_loss or not: no image is drawn from it."""
+    if checks_values(labels):
+        bad = (labels < 0) | (labels >= classes)
+        allowed = f"an image is drawn from each, and classes are 0 to {classes - 1}: leave out the rows without a label"
+        _refuse(bad, None, labels, "labels", f"{allowed}, as in student[labels >= 0] and labels[labels >= 0]")
+
+
 def _refuse(bad: Tensor, mask: Tensor | None, x: Tensor, name: str, allowed: str, what: str = "hold") -> None:
     if mask is not None:
         bad = bad & mask
