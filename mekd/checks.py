@@ -54,7 +54,7 @@ def check_positive(name: str, value: float | Tensor) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a float or a 0-d tensor")
-        if value.requires_grad:
+        if value.requires_grad and not torch._C._are_functorch_transforms_active():  # where the formula gives it
             raise ValueError(f"{name} requires grad, which the losses do not give; pass {name}.detach()")
         if not checks_values(value):
             return
