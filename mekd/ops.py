@@ -133,6 +133,8 @@ def scaled(ctx: Any, upstream: Tensor, looks: bool) -> list[Tensor]:
         return [_on_device(grad, upstream, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
     elif upstream.item() != 1:
         grads = [grad * upstream for grad in grads]
+    elif _graph_is_kept():  # another backward finds them as they are, whatever becomes of these
+        grads = [g.clone() if g.dtype == dtype else g for g, dtype in zip(grads, ctx.dtypes, strict=True)]
     return [g if g.dtype == dtype else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
 
 
