@@ -1,4 +1,7 @@
-"""LogitsDistillationLoss as in NVIDIA ModelOpt (modelopt.torch.distill)."""
+"""LogitsDistillationLoss as in NVIDIA ModelOpt 0.47 (modelopt.torch.distill).
+
+Earlier versions have "batchmean" as their default, and divide it by all rows: they flatten the logits to (N, C) before.
+"""
 
 from torch import Tensor, nn
 
