@@ -31,8 +31,9 @@ Result dkd(
     using A = decltype(kind);
     const Rows<A> s(student), t(teacher);
     const int64_t classes = student.size(-1);
-    const Labels target(labels, s.tensor.size(0), classes, ignore_index, mask);
+    const Labels target(labels, s.tensor.size(0), ignore_index, mask);
     const Factors factors = factors_of(student, scale_factor(scale, tau), reduction, weights, target.kept);
+    target.check(classes, factors);
     const A unit = static_cast<A>(kLog2e / tau);
     const Output<A> output(grad_dtype(student));
     return for_rows<A>(student, factors, grad, [&](int64_t i, Scratch<A>& scratch, double factor, char* to) {

@@ -217,17 +217,21 @@ struct Labels {
   Kept kept;
   const int64_t* values;
 
-  Labels(const Tensor& labels, int64_t rows, int64_t classes, int64_t ignore_index, const std::optional<Tensor>& mask)
+  Labels(const Tensor& labels, int64_t rows, int64_t ignore_index, const std::optional<Tensor>& mask)
       : flat(dense(labels)), kept(kept_rows(mask, rows)) {
     MEKD_CHECK(
         labels.numel() == rows && labels.scalar_type() == ScalarType::Long, "labels have shape ", labels.sizes(),
         " and dtype ", labels.scalar_type(), "; they must be int64 with one element for each of ", rows, " rows");
     kept.resize(rows, 1);
     values = flat.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < rows; ++i) {
-      kept[i] &= values[i] != ignore_index;
+    for (int64_t i = 0; i < rows; ++i) kept[i] &= values[i] != ignore_index;
+  }
+
+  // A row of weight 0 counts, but for nothing: its label may be anything.
+  void check(int64_t classes, const Factors& factors) const {
+    for (size_t i = 0; i < kept.size(); ++i) {
       MEKD_CHECK(
-          !kept[i] || (values[i] >= 0 && values[i] < classes), "labels hold ", values[i], " in row ", i,
+          (values[i] >= 0 && values[i] < classes) || factors.skips(i), "labels hold ", values[i], " in row ", i,
           "; classes are 0 to ", classes - 1);
     }
   }

@@ -176,8 +176,13 @@ Tensor distances(
     const int64_t grain = std::max<int64_t>(1, 32768 / std::clamp<int64_t>(pixels, 1, kChunk));
     torch::stable::parallel_for(0, samples * pieces, grain, [&](int64_t from, int64_t until) {
       for (int64_t task = from; task < until; ++task) {
-        const int64_t i = task / pieces, first = task % pieces * kChunk;
-        parts[task] = chunk<A>(job, i * pixels + first, std::min(kChunk, pixels - first), static_cast<A>(by[i]));
+        const int64_t i = task / pieces, first = task % pieces * kChunk, begin = i * pixels + first;
+        const int64_t n = std::min(kChunk, pixels - first);
+        if (by[i] != 0) {
+          parts[task] = chunk<A>(job, begin, n, static_cast<A>(by[i]));
+        } else if (job.grad) { // of weight 0 an image may hold anything, and 0 times NaN is NaN
+          std::memset(job.grad + begin * job.item_grad, 0, n * job.item_grad);
+        }
       }
     });
     const bool none = reduction == "none";
@@ -186,7 +191,7 @@ Tensor distances(
     for (int64_t i = 0; i < samples; ++i) {
       double one = 0;
       for (int64_t piece = 0; piece < pieces; ++piece) one += parts[i * pieces + piece];
-      one = by[i] == 0 ? 0 : by[i] * one; // infinite or not
+      one *= by[i];
       total += one;
       if (none) loss.mutable_data_ptr<A>()[i] = static_cast<A>(one);
     }

@@ -12,8 +12,9 @@ Result tempered_kl_labels(
   return for_dtype(student, student, [&](auto kind) {
     using A = decltype(kind);
     const Rows<A> s(student);
-    const Labels target(labels, s.tensor.size(0), student.size(-1), ignore_index, mask);
+    const Labels target(labels, s.tensor.size(0), ignore_index, mask);
     const Factors factors = factors_of(student, scale_factor(scale, tau), reduction, weights, target.kept);
+    target.check(student.size(-1), factors);
     const A unit = static_cast<A>(kLog2e / tau);
     const Output<A> output(grad_dtype(student));
     return for_rows<A>(student, factors, grad, [&](int64_t i, Scratch<A>& scratch, double factor, char* to) {

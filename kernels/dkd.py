@@ -139,7 +139,7 @@ def dkd(
     check_shape("labels", labels, student.shape[:-1], torch.int64)
     check_shape("mask", mask, labels.shape, torch.bool)
     check_tau(tau)
-    kept = rows_with_label(labels, mask, ignore_index, student.shape[-1])
+    kept = rows_with_label(labels, weights, mask, ignore_index, student.shape[-1])
     theirs = as_rows(teacher)
     return run(
         "dkd", (_tile, _online), student, (theirs,), tau, weights, kept, scale, reduction, grad, flat(labels),

@@ -40,18 +40,14 @@ def gan_discriminator(d_real: Tensor, d_fake: Tensor, reduction: str, grad: bool
     both = (d_real, d_fake)
     real, fake = (d.contiguous() for d in both)
     gradients = [empty_gradient(d if grad else d.new_empty(0)) for d in both]
-    written = [g if g.is_contiguous() else torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in gradients]
     losses = torch.empty(
         max(real.numel(), fake.numel()), dtype=torch.float64 if real.dtype == torch.float64 else torch.float32,
         device=real.device,
     )  # fmt: skip
     launch(
         gan_discriminator_kernel, (triton.cdiv(losses.numel(), BLOCK),), real, fake, losses,
-        *(written if grad else (None, None)), real.numel(), fake.numel(),
+        *(gradients if grad else (None, None)), real.numel(), fake.numel(),
         *(1.0 if reduction == "sum" else 1 / max(d.numel(), 1) for d in both),
         A=tl.float64 if wide else tl.float32, BLOCK=BLOCK, num_warps=4, num_stages=1,
     )  # fmt: skip
-    for gradient, from_kernel in zip(gradients, written, strict=True):
-        if gradient is not from_kernel:
-            gradient.copy_(from_kernel)
     return losses.sum(), *gradients

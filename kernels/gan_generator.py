@@ -99,7 +99,7 @@ def gan_generator(
     if response is not None and known:
         check_confidence(response, slack)
     if response is not None and kind == "probs":
-        check_probabilities(response, None, slack, SAY_CONFIDENCE)
+        check_probabilities(response, None, None, slack, SAY_CONFIDENCE)
     if alpha == 0:  # a weight of 0 is not multiplied with what may be NaN
         response = None
     rows = response if response is None else response.contiguous() if known else as_rows(response)
@@ -109,14 +109,11 @@ def gan_generator(
     wide = d.dtype == torch.float64 or (rows is not None and rows.dtype == torch.float64)
     x, gradient = d.contiguous(), empty_gradient(d if grad else d.new_empty(0))
     losses = torch.empty(d.shape, dtype=torch.float64 if d.dtype == torch.float64 else torch.float32, device=d.device)
-    written = gradient if gradient.is_contiguous() else torch.empty_like(x, dtype=gradient.dtype)
     launch(
-        gan_generator_kernel, (triton.cdiv(count, at_once),), x, rows, losses, written if grad else None, count,
+        gan_generator_kernel, (triton.cdiv(count, at_once),), x, rows, losses, gradient if grad else None, count,
         base, alpha, 1 / max({"mean": count, "batchmean": d.shape[0]}.get(reduction, 1), 1),
         CLASSES=classes, STEP=rows.stride(0) if classes else 0, LOGITS=kind == "logits", MINIMAX=minimax,
         A=tl.float64 if wide else tl.float32, ROWS=at_once, BLOCK=block,
         num_warps=8 if block > 1024 else 4, num_stages=1,
     )  # fmt: skip
-    if written is not gradient:
-        gradient.copy_(written)
     return losses if reduction == "none" else losses.sum(), gradient

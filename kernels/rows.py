@@ -141,11 +141,8 @@ def check_shape(name: str, x: Tensor | None, shape: tuple[int, ...], dtype: torc
 
 
 def empty_gradient(x: Tensor) -> Tensor:
-    """Laid out as x where that is channels_last; float32 for float16, which is too narrow before a GradScaler."""
-    grad = torch.empty(x.shape, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype, device=x.device)
-    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        grad = grad.to(memory_format=torch.channels_last)
-    return grad
+    """Contiguous, however x lies; float32 for float16, which is too narrow before a GradScaler."""
+    return torch.empty(x.shape, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype, device=x.device)
 
 
 def run(
@@ -168,8 +165,6 @@ def run(
         lead, dtype=torch.float64 if student.dtype == torch.float64 else torch.float32, device=student.device
     )
     gradient = empty_gradient(student) if grad else None
-    # Written in rows, and rearranged after, in the rare case that it is to be laid out otherwise.
-    written = gradient if gradient is None or gradient.is_contiguous() else torch.empty_like(ours, dtype=gradient.dtype)
     by_rows = count if mask is None else 1  # those that count are counted on the device
     divisor = {"mean": count * classes, "batchmean": student.shape[0], "rowmean": by_rows}.get(reduction, 1)
     tile = tuning.tile(name, torch.float64 if wide else student.dtype, classes)
@@ -186,13 +181,10 @@ def run(
         (triton.cdiv(count, tile.rows),),
         ours, tau, None if weights is None else flat(weights), None if mask is None else flat(mask),
         mask.sum() if mask is not None and reduction == "rowmean" else None,
-        losses, written, count, 1 / max(divisor, 1), *targets, *others,
+        losses, gradient, count, 1 / max(divisor, 1), *targets, *others,
         CLASSES=classes, STEP=ours.stride(0), POWER=POWERS[scale], A=tl.float64 if wide else tl.float32,
         ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, num_stages=tile.stages, **constants,
     )  # fmt: skip
-    if gradient is not None and written is not gradient:
-        assert written is not None
-        gradient.copy_(written.view(student.shape))
     loss = losses if reduction == "none" else losses.sum()
     return loss, student.new_empty(
         0, dtype=torch.float32 if student.dtype == torch.float16 else None

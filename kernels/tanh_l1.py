@@ -70,8 +70,15 @@ def tanh_l1_kernel(
     # PIXELS is known to the compiler, so that it sees which samples begin at a multiple of 16 bytes.
     at = sample * PIXELS + columns
     inside = columns < PIXELS
-    a = tl.load(a_ptr + at, inside, 0.0).to(dtype)
-    b = tl.load(b_ptr + at, inside, 0.0).to(dtype)
+    factor = number(by, dtype)
+    read = inside
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + sample).to(dtype)
+        factor *= weight
+        # Of weight 0 the image may hold anything, and 0 times NaN is NaN.
+        read = columns < tl.where(weight == 0, 0, PIXELS)
+    a = tl.load(a_ptr + at, read, 0.0).to(dtype)
+    b = tl.load(b_ptr + at, read, 0.0).to(dtype)
     if TANH and FINISHED:
         # tanh(a) = (e - 1) / (e + 1) with e = e^2a, less b over the same denominator.
         s, p = parts_of_exp_twice(a, dtype)
@@ -92,9 +99,6 @@ def tanh_l1_kernel(
     else:
         gap = a - b
         slope = tl.full((BLOCK,), 1.0, dtype)
-    factor = number(by, dtype)
-    if weights_ptr is not None:
-        factor *= tl.load(weights_ptr + sample).to(dtype)
     tl.store(partial_ptr + program, product(factor, tl.sum(tl.abs(gap))))
     if grad_ptr is not None:
         # A tie gives 0 as torch's abs does; a slope that is NaN stays NaN.
@@ -108,6 +112,8 @@ def tanh_l1(
     """Losses and the gradient for a (m, ...); NCHW and channels_last are read and written as they lie."""
     x = a if _sample_major(a) else a.contiguous()
     gradient = empty_gradient(x if grad else x.new_empty(0))
+    if grad and not x.is_contiguous():
+        gradient = gradient.to(memory_format=torch.channels_last)
     return _distances(x, b, weights, tanh, finished, reduction, gradient if grad else None), gradient
 
 

@@ -134,7 +134,7 @@ def tempered_kl(
     check_shape("target", target, student.shape)
     check_tau(tau)
     if probs:
-        check_probabilities(target, mask, slack)
+        check_probabilities(target, weights, mask, slack)
     theirs = as_rows(target)
     return run(
         "tempered_kl", (tile, online), student, (theirs,), tau, weights, mask, scale, reduction, grad, None,

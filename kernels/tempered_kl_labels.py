@@ -85,7 +85,7 @@ def tempered_kl_labels(
     check_shape("labels", labels, student.shape[:-1], torch.int64)
     check_shape("mask", mask, labels.shape, torch.bool)
     check_tau(tau)
-    kept = rows_with_label(labels, mask, ignore_index, student.shape[-1])
+    kept = rows_with_label(labels, weights, mask, ignore_index, student.shape[-1])
     return run(
         "tempered_kl_labels", (_tile, _online), student, (), tau, weights, kept, scale, reduction, grad,
         flat(labels),

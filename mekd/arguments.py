@@ -3,6 +3,7 @@
 mekd.functional runs the op on logits, mekd.linear on those of a layer, part by part.
 """
 
+import operator
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,7 @@ from mekd.checks import (
     check_teacher,
     check_tensor,
     check_weight,
+    rows_that_weigh,
     rows_with_answer,
     slack_of,
     tau_tensor,
@@ -37,13 +39,28 @@ from mekd.reference import accumulation_dtype
 Arguments = tuple[str, tuple[Any, ...]]
 
 
+def check_direction(
+    direction: str, skew: float, labels: Tensor | None, topk: tuple[Tensor, Tensor] | None, rest: str
+) -> None:
+    """Raise unless skew is a number in [0, 1), and this way of looking says something of the target."""
+    check_number("skew", skew)
+    if not 0 <= skew < 1:
+        raise ValueError(f"skew is {float(skew)}; it must be at least 0 and below 1")
+    if (direction != "forward" or skew != 0) and (labels is not None or (topk is not None and rest == "drop")):
+        what = "labels" if labels is not None else "topk with rest='drop'"
+        raise ValueError(
+            f"direction is {direction!r} and skew {float(skew):g} with {what}, whose probabilities of 0 make the "
+            "divergence infinite or say nothing: use direction='forward' and skew=0, or another target, or another rest"
+        )
+
+
 def kd_arguments(
     student: Tensor, logits: Tensor | None, probs: Tensor | None, labels: Tensor | None,
     topk: tuple[Tensor, Tensor] | None, tau: float | Tensor, tau_teacher: float | Tensor | None, scale: str,
     direction: str, skew: float, rest: str, floor: float, ignore_index: int, weights: Tensor | None,
     mask: Tensor | None, dim: int, reduction: str,
 ) -> Arguments:  # fmt: skip
-    """What kd_loss runs, checked."""
+    """What kd_loss runs, checked; direction and skew by check_direction."""
     if (logits is not None) + (probs is not None) + (labels is not None) + (topk is not None) != 1:
         given = {"logits": logits, "probs": probs, "labels": labels, "topk": topk}
         names = [name for name, value in given.items() if value is not None]
@@ -51,17 +68,8 @@ def kd_arguments(
     check_choice("scale", scale, SCALES)
     check_choice("reduction", reduction, REDUCTIONS)
     check_floor(floor)
-    check_number("skew", skew)
     check_index(ignore_index)
     mixed = direction != "forward" or skew != 0
-    if not 0 <= skew < 1:
-        raise ValueError(f"skew is {skew}; it must be at least 0 and below 1")
-    if mixed and (labels is not None or (topk is not None and rest == "drop")):
-        what = "labels" if labels is not None else "topk with rest='drop'"
-        raise ValueError(
-            f"direction is {direction!r} and skew {skew:g} with {what}, whose probabilities of 0 make the divergence "
-            "infinite or say nothing: use direction='forward' and skew=0, or another target, or another rest"
-        )
     if tau_teacher is not None:
         if logits is None and probs is None:
             raise ValueError("tau_teacher is given without logits or probs, which alone it softens: leave it out")
@@ -93,11 +101,13 @@ def kd_arguments(
         check_device("topk values", values, student)
         slack = slack_of(values, floor)
         if mixed:
-            check_best(values, indices, mask, slack, rest, student.shape[-1])
-            check_named_classes(indices, student.shape[-1], mask)
+            check_best(values, indices, weights, mask, slack, rest, student.shape[-1])
+            check_named_classes(indices, student.shape[-1], weights, mask)
             mask = rows_with_answer(indices, mask, rest)
+            kept = rows_that_weigh(weights, mask)  # of the others, nothing may reach a gradient
+            indices = reference.hide(indices, kept, -1)
             if rest == "tail":
-                log_p, log_q = reference.buckets(student, values, indices, tau)
+                log_p, log_q = reference.buckets(reference.hide(student, kept, 0.0), values, indices, tau)
                 return _through_mixture(log_q, log_p, direction, skew, tau, weights, mask, True, scale)
             filled = reference.fill_topk(values, indices, student.shape[-1])
             return _through_mixture(student, filled.log(), direction, skew, tau, weights, mask, False, scale)
@@ -108,7 +118,7 @@ def kd_arguments(
     check_teacher("probs" if logits is None else "logits", target, student)
     slack = slack_of(target, floor)
     if logits is None and (mixed or tau_teacher is not None):
-        check_probabilities(target, mask, slack)
+        check_probabilities(target, weights, mask, slack)
         target = target.to(accumulation_dtype(target)).clamp_min(0).log()
     if tau_teacher is not None:
         target = target.to(accumulation_dtype(target)) * (tau / tau_tensor(tau_teacher, target.device))
@@ -123,6 +133,7 @@ def _through_mixture(
     mask: Tensor | None, log_probs: bool, scale: str,
 ) -> Arguments:  # fmt: skip
     """KL of one side against a mixture of both, as the op jsd has it."""
+    skew = float(skew)  # of a tensor too
     beta, left, right = (skew, 1.0, 0.0) if direction == "forward" else (1.0 - skew, 0.0, 1.0)
     return "jsd", (student, teacher, tau, weights, mask, beta, left, right, log_probs, scale)
 
@@ -167,6 +178,8 @@ def jsd_arguments(
 
 def classes_last(name: str, x: Tensor, dim: int) -> Tensor:
     check_tensor(name, x)
+    if not isinstance(dim, int) and hasattr(dim, "__index__"):  # NumPy's
+        dim = operator.index(dim)
     if not isinstance(dim, int) or (dim != -1 and not -x.dim() <= dim < x.dim()):
         raise ValueError(
             f"dim is {dim!r}; it must be one of the {x.dim()} dimensions of {name}, the one of the classes"

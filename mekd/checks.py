@@ -54,7 +54,7 @@ def check_positive(name: str, value: float | Tensor) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a float or a 0-d tensor")
-        if value.requires_grad:
+        if value.requires_grad and not torch._C._are_functorch_transforms_active():  # where the formula gives it
             raise ValueError(f"{name} requires grad, which the losses do not give; pass {name}.detach()")
         if not checks_values(value):
             return
@@ -203,20 +203,26 @@ SAY_FLOOR = "for rounded ones say floor, half their step"
 SAY_CONFIDENCE = "of rounded ones give the largest as confidence"
 
 
-def check_probabilities(probs: Tensor, mask: Tensor | None, slack: float, advice: str = SAY_FLOOR) -> None:
-    """Raise ValueError unless the rows of probs (..., C) that count (...) hold no negative number and sum to 1."""
+def check_probabilities(
+    probs: Tensor, weights: Tensor | None, mask: Tensor | None, slack: float, advice: str = SAY_FLOOR
+) -> None:
+    """Raise ValueError unless the rows of probs (..., C) that weigh hold no negative number and sum to 1."""
     if checks_values(probs):
+        mask = rows_that_weigh(weights, mask)
         sums = _sums("probs", probs, mask)
         allowed = f"a row of probabilities sums to 1, give or take {slack:g}; {advice}"
         _refuse((sums - 1).abs() > slack, mask, sums, "probs", allowed, "sum to")
 
 
-def check_best(values: Tensor, indices: Tensor, mask: Tensor | None, slack: float, rest: str, classes: int) -> None:
-    """Raise ValueError unless top-k values (..., K) are parts of a distribution in the rows (...) that count.
+def check_best(
+    values: Tensor, indices: Tensor, weights: Tensor | None, mask: Tensor | None, slack: float, rest: str, classes: int
+) -> None:
+    """Raise ValueError unless top-k values (..., K) are parts of a distribution in the rows (...) that weigh.
 
     A value whose index is -1 is absent, and may be anything; a row of such is no fault.
     """
     if checks_values(values):
+        mask = rows_that_weigh(weights, mask)
         named = indices != -1
         sums = _sums("topk values", values.masked_fill(~named, 0.0), mask)
         _refuse(
@@ -243,18 +249,28 @@ def _sums(name: str, probs: Tensor, mask: Tensor | None) -> Tensor:
     return probs.sum(-1, dtype=torch.float64 if probs.dtype == torch.float64 else torch.float32)
 
 
-def check_named_classes(indices: Tensor, classes: int, mask: Tensor | None = None) -> None:
-    """Raise ValueError unless indices (..., K) name classes, and none twice, in the rows (...) that count.
+def check_named_classes(
+    indices: Tensor, classes: int, weights: Tensor | None = None, mask: Tensor | None = None
+) -> None:
+    """Raise ValueError unless indices (..., K) name classes, and none twice, in the rows (...) that weigh.
 
     -1 names none: the entry is absent, as often as it is said.
     """
     if checks_values(indices):
+        mask = rows_that_weigh(weights, mask)
         rows = None if mask is None else mask.unsqueeze(-1)
         allowed = f"classes are 0 to {classes - 1}, and -1 is an absent entry"
         _refuse((indices < -1) | (indices >= classes), rows, indices, "topk indices", allowed)
         ordered = indices.sort(-1).values
         again = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != -1)
         _refuse(again, rows, ordered[..., 1:], "topk indices", "a row names a class once")
+
+
+def rows_that_weigh(weights: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """The rows that add to the loss: those that count, and of them those whose weight is not 0; None for all."""
+    if weights is None:
+        return mask
+    return weights != 0 if mask is None else mask & (weights != 0)
 
 
 def rows_with_answer(indices: Tensor, mask: Tensor | None, rest: str) -> Tensor | None:
@@ -265,14 +281,25 @@ def rows_with_answer(indices: Tensor, mask: Tensor | None, rest: str) -> Tensor 
     return answered if mask is None else mask & answered
 
 
-def rows_with_label(labels: Tensor, mask: Tensor | None, ignore_index: int, classes: int) -> Tensor:
-    """Which rows count; ValueError for a label that is out of range and not ignored."""
+def rows_with_label(
+    labels: Tensor, weights: Tensor | None, mask: Tensor | None, ignore_index: int, classes: int
+) -> Tensor:
+    """Which rows count; ValueError for a label that is out of range and not ignored, in a row that weighs."""
     kept = labels != ignore_index
     if mask is not None:
         kept = kept & mask
     if checks_values(labels):
-        _refuse(kept & ((labels < 0) | (labels >= classes)), None, labels, "labels", f"classes are 0 to {classes - 1}")
+        bad = (labels < 0) | (labels >= classes)
+        _refuse(bad, rows_that_weigh(weights, kept), labels, "labels", f"classes are 0 to {classes - 1}")
     return kept
+
+
+def check_drawn(labels: Tensor, classes: int) -> None:
+    """Raise ValueError for a label of no class, ignored by kd_loss or not: no image is drawn from it."""
+    if checks_values(labels):
+        bad = (labels < 0) | (labels >= classes)
+        allowed = f"an image is drawn from each, and classes are 0 to {classes - 1}: leave out the rows without a label"
+        _refuse(bad, None, labels, "labels", f"{allowed}, as in student[labels >= 0] and labels[labels >= 0]")
 
 
 def _refuse(bad: Tensor, mask: Tensor | None, x: Tensor, name: str, allowed: str, what: str = "hold") -> None:

@@ -6,6 +6,7 @@ If the two sides were made differently, the image distance would measure the dif
 import torch
 from torch import Tensor
 
+from mekd.checks import check_drawn
 from mekd.reference import accumulation_dtype, fill_topk, log_probs
 
 CODES = ("auto", "logits", "log_probs", "onehot", "standardized")
@@ -77,6 +78,7 @@ def teacher_code(
         answer, target = fill_topk(values, indices, num_classes), "probs"
     assert isinstance(answer, Tensor)
     if target == "labels":
+        check_drawn(answer, num_classes)
         return standardize(torch.nn.functional.one_hot(answer, num_classes).to(torch.float32))
     if code == "logits":
         return answer.to(accumulation_dtype(answer)) / tau

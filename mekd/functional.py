@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mekd import ops
-from mekd.arguments import classes_last, dkd_arguments, jsd_arguments, kd_arguments
+from mekd.arguments import check_direction, classes_last, dkd_arguments, jsd_arguments, kd_arguments
 from mekd.checks import (
     DIRECTIONS,
     SAMPLE_REDUCTIONS,
@@ -35,9 +35,10 @@ from mekd.checks import (
     check_student,
     check_teacher,
     check_weight,
+    rows_that_weigh,
     slack_of,
 )
-from mekd.reference import accumulation_dtype
+from mekd.reference import accumulation_dtype, hide
 
 
 def kd_loss(
@@ -84,18 +85,31 @@ def kd_loss(
         ignore_index: the label of rows that do not count.
     """
     check_choice("direction", direction, DIRECTIONS)
+    check_direction(direction, skew, labels, topk, rest)
     losses = []
     for way in ("forward", "reverse") if direction == "symmetric" else (direction,):
         name, arguments = kd_arguments(
             student, logits, probs, labels, topk, tau, tau_teacher, scale, way, skew, rest, floor, ignore_index,
             weights, mask, dim, reduction,
         )  # fmt: skip
-        losses.append(ops.run(name, *arguments, reduction=reduction, impl=impl))
+        loss = ops.run(name, *arguments, reduction=reduction, impl=impl)
+        compared, classes = arguments[0].shape[-1], student.shape[dim]
+        if compared != classes and (reduction == "mean" or (reduction == "batchmean" and student.dim() == 1)):
+            loss = loss * (compared / classes)  # of buckets the op has divided by their number
+        losses.append(loss)
     return losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2
 
 
 def logit_standardized_kd_loss(
-    student: Tensor, logits: Tensor, *, tau: float | Tensor = 1.0, scale: str = "tau2", dim: int = -1, **others: object
+    student: Tensor,
+    logits: Tensor,
+    *,
+    tau: float | Tensor = 1.0,
+    scale: str = "tau2",
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    dim: int = -1,
+    **others: object,
 ) -> Tensor:
     """kd_loss of logits that are standardised per row, (x - mean) / (1e-7 + std) (Sun et al., CVPR 2024).
 
@@ -107,8 +121,10 @@ def logit_standardized_kd_loss(
     check_teacher("logits", logits, student)
     if student.shape[-1] < 2:
         raise ValueError(f"student has shape {tuple(student.shape)}; one class has no deviation: at least 2 are needed")
-    ours, theirs = (_standardize(x.to(accumulation_dtype(x))) for x in (student, logits))
-    return kd_loss(ours, theirs, tau=tau, scale=scale, **others)  # type: ignore[arg-type]
+    check_rows(weights, mask, student.shape[:-1], student)
+    kept = rows_that_weigh(weights, mask)  # of the others, nothing may reach a gradient
+    ours, theirs = (_standardize(hide(x.to(accumulation_dtype(x)), kept, 0.0)) for x in (student, logits))
+    return kd_loss(ours, theirs, tau=tau, scale=scale, weights=weights, mask=mask, **others)  # type: ignore[arg-type]
 
 
 def _standardize(x: Tensor) -> Tensor:
@@ -214,6 +230,11 @@ def image_l1_loss(
     if inplace and wanted and student.dtype != torch.float16 and not student.is_neg() and not ops.transformed():
         if student.is_leaf:
             raise ValueError("student is a leaf that requires grad, and inplace=True would overwrite it; use False")
+        base = student._base
+        if base is not None and base.is_leaf and base.requires_grad:
+            raise ValueError(
+                "student is a view of a leaf that requires grad, and inplace=True would overwrite that; use False"
+            )
         return ops.run_in_place(student, teacher, weights, tanh, finished, reduction, impl=impl)
     return ops.run("tanh_l1", student, teacher, weights, tanh, finished, reduction=reduction, impl=impl)
 
@@ -281,13 +302,15 @@ def _generator(
     check_weight("alpha", alpha)
     kind, response = answers[0] if answers else ("confidence", None)
     if response is not None:
+        check_teacher(kind, response, response)
+        check_device(kind, response, d_fake)
         if kind == "confidence":
-            check_teacher(kind, response, d_fake)
-        else:
-            check_teacher(kind, response, response)
-            check_device(kind, response, d_fake)
-            if response.dim() != 2 or response.shape[0] != d_fake.numel() or response.shape[1] == 0:
-                raise ValueError(f"{kind} has shape {tuple(response.shape)}; it must be ({d_fake.numel()}, C)")
+            if response.shape != d_fake.shape:
+                raise ValueError(
+                    f"{kind} has shape {tuple(response.shape)}; it must be {tuple(d_fake.shape)}, as d_fake's"
+                )
+        elif response.dim() != 2 or response.shape[0] != d_fake.numel() or response.shape[1] == 0:
+            raise ValueError(f"{kind} has shape {tuple(response.shape)}; it must be ({d_fake.numel()}, C)")
     slack = SLACK if response is None else slack_of(response, 0.0)
     return ops.run(
         "gan_generator", d_fake, response, kind, slack, base, float(alpha), minimax, reduction=reduction, impl=impl

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mekd import ops
-from mekd.arguments import dkd_arguments, jsd_arguments, kd_arguments
+from mekd.arguments import check_direction, dkd_arguments, jsd_arguments, kd_arguments
 from mekd.checks import check_choice, check_positive, checks_values, rows_with_answer, rows_with_label
-from mekd.reference import accumulation_dtype
+from mekd.reference import accumulation_dtype, autocasts
 
 #: Into how many parts the rows are cut, by the bytes of a number: logits and gradient of one take less than a quarter
 #: of what all do in float32, and the weight's gradient is read and written, once a part, but a few times.
@@ -61,6 +61,7 @@ def linear_kd_loss(
     hidden, weight, bias = _in_one_dtype(hidden, weight, bias)
     student = _stand_in("hidden", hidden, weight, bias)
     check_choice("direction", direction, ("forward", "reverse"))
+    check_direction(direction, skew, labels, topk, rest)
     if topk is not None and rest == "tail" and (direction != "forward" or skew):
         raise ValueError("rest='tail' with another direction than forward, or a skew, takes all logits: use kd_loss")
     if teacher is not None:
@@ -143,17 +144,19 @@ def _either(teacher: Head | Tensor) -> tuple[Head | None, Tensor]:
 
 
 def _in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The layer in one dtype: autocast's where that is on, as F.linear has it, else its own."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return hidden, weight, bias
+    """The layer in one dtype: autocast's where that is on and not for float64, as F.linear has it, else its own."""
+    if not autocasts(hidden):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    hidden, weight = (x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight))
+    return hidden, weight, bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
 
 
 def _stand_in(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A tensor of the logits' shape, dtype and device without their memory: what checks of arguments look at."""
-    if not hidden.is_floating_point() or hidden.dtype == torch.float16:
+    if not hidden.is_floating_point():
+        raise TypeError(f"{name} has dtype {hidden.dtype}; it must be a floating dtype")
+    if hidden.dtype == torch.float16 and name == "hidden":
         raise TypeError(
             f"{name} has dtype {hidden.dtype}; it must be float32, float64 or bfloat16 (in float16 gradients would be "
             "lost before a GradScaler scales them)"
@@ -177,7 +180,7 @@ def _run(
     reduction: str, impl: str | None,
 ) -> Tensor:  # fmt: skip
     """The op over rows; arguments: what it takes behind its student, up to reduction."""
-    at = next(i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.dim() == 0)
+    at = ops.OPS[name].targets
     targets, (tau, weights, mask, *options) = arguments[:at], arguments[at:]
     if teacher is not None and any(x is not None and x.requires_grad for x in teacher):
         raise ValueError("teacher requires grad; a teacher gets no gradient: detach its hidden, weight and bias")
@@ -185,7 +188,7 @@ def _run(
         made = [F.linear(*teacher), *targets[1:]] if teacher is not None else targets
         logits = F.linear(hidden, weight, bias)
         return ops.run(name, logits, *made, tau, weights, mask, *options, reduction=reduction, impl=impl)
-    kept = _rows_that_count(name, targets, mask, options, weight.shape[0])
+    kept = _rows_that_count(name, targets, weights, mask, options, weight.shape[0])
     weights = _shares(hidden, weight.shape[0], weights, kept, reduction)
     rows = [x.reshape(-1, *x.shape[hidden.dim() - 1 :]) for x in targets]
     head: list[Tensor] = []
@@ -203,12 +206,12 @@ def _run(
 
 
 def _rows_that_count(
-    name: str, targets: list[Tensor], mask: Tensor | None, options: list[Any], classes: int
+    name: str, targets: list[Tensor], weights: Tensor | None, mask: Tensor | None, options: list[Any], classes: int
 ) -> Tensor | None:
     if name == "tempered_kl_labels":
-        return rows_with_label(targets[0], mask, options[0], classes)
+        return rows_with_label(targets[0], weights, mask, options[0], classes)
     if name == "dkd":
-        return rows_with_label(targets[1], mask, options[2], classes)
+        return rows_with_label(targets[1], weights, mask, options[2], classes)
     if name == "tempered_kl_topk":
         return rows_with_answer(targets[1], mask, options[0])
     return mask
@@ -225,7 +228,7 @@ def _shares(hidden: Tensor, classes: int, weights: Tensor | None, kept: Tensor |
         first = hidden.shape[0] if hidden.dim() > 1 else classes
         count = torch.full((), rows * classes if reduction == "mean" else first, device=hidden.device)
     share = 1 / count.clamp_min(1).to(torch.float64)
-    return share.expand(rows) if weights is None else weights.reshape(-1) * share
+    return share.expand(rows) if weights is None else weights.reshape(-1).to(torch.float64) * share
 
 
 def _linear_loss(
@@ -270,8 +273,11 @@ def _without_strays(hidden: Tensor, weights: Tensor | None, mask: Tensor | None)
 
 
 def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
-    shapes = [x.shape if others[-1] and x is not None else (0,) for x in (hidden, weight, bias)]
-    return hidden.new_empty((), dtype=accumulation_dtype(hidden)), *(hidden.new_empty(shape) for shape in shapes)
+    # Laid out as zeros_like does it, so that the gradient of a turned weight is a plain one of what was turned.
+    grads = [
+        torch.empty_like(x) if others[-1] and x is not None else hidden.new_empty(0) for x in (hidden, weight, bias)
+    ]
+    return hidden.new_empty((), dtype=accumulation_dtype(hidden)), *grads
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

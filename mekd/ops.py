@@ -26,9 +26,10 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None  # known now: torch
 
 
 class Op(NamedTuple):
-    """What run() needs to know: how many leading arguments are differentiable, what calls each backend, the formula."""
+    """What callers need to know: how many arguments get a gradient, how many are targets, what runs it, the formula."""
 
     differentiable: int
+    targets: int
     dispatch: Any
     reference: Callable[..., tuple[Tensor, ...]]
     formula: Callable[..., Tensor]
@@ -132,6 +133,8 @@ def scaled(ctx: Any, upstream: Tensor, looks: bool) -> list[Tensor]:
         return [_on_device(grad, upstream, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
     elif upstream.item() != 1:
         grads = [grad * upstream for grad in grads]
+    elif _graph_is_kept():  # another backward finds them as they are, whatever becomes of these
+        grads = [g.clone() if g.dtype == dtype else g for g, dtype in zip(grads, ctx.dtypes, strict=True)]
     return [g if g.dtype == dtype else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
 
 
@@ -165,7 +168,8 @@ def _scale_(x: Tensor, by: Tensor) -> None:
 def _define(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], differentiable: int = 1) -> None:
     """Register one op: its last two arguments are reduction and grad."""
     results = ", ".join(["Tensor"] * (1 + differentiable))
-    # The gradient is laid out as its input: a compiler must not choose other strides after the fake kernel has spoken.
+    # An image's gradient is laid out as the image: a compiler must not choose other strides after the fake kernel has
+    # spoken.
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
     LIBRARY.define(f"{name}({schema}, str reduction, bool grad) -> ({results})", tags=tags)
     count = schema.count(",") + 3
@@ -192,7 +196,9 @@ def _define(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], dif
         return plain(*arguments)
 
     LIBRARY.impl(name, composite, "CompositeExplicitAutograd")
-    OPS[name] = Op(differentiable, op, plain, formula)
+    names = [x.name for x in op._schema.arguments]
+    targets = names.index("tau") - 1 if "tau" in names else 0
+    OPS[name] = Op(differentiable, targets, op, plain, formula)
 
 
 def define_alone(
@@ -226,7 +232,7 @@ def _by_autograd(formula: Callable[..., Tensor], differentiable: int, *arguments
     *rest, wanted = arguments
     inputs = [x.detach() for x in rest[:differentiable]]
     if not wanted:
-        return formula(*inputs, *rest[differentiable:]), *(_empty_grad(x, False) for x in inputs)
+        return formula(*inputs, *rest[differentiable:]).contiguous(), *(empty_grad(x, False) for x in inputs)
     # A kernel runs below autograd; the formula needs it back.
     key = torch._C.DispatchKey
     with (
@@ -238,7 +244,9 @@ def _by_autograd(formula: Callable[..., Tensor], differentiable: int, *arguments
         wide = [x.to(reference.accumulation_dtype(x)).requires_grad_() for x in inputs]
         loss = formula(*wide, *rest[differentiable:])
         grads = torch.autograd.grad(loss.sum(), wide)
-    return loss.detach(), *(_empty_grad(x, True).copy_(grad) for x, grad in zip(inputs, grads, strict=True))
+    empty = empty_image_grad if formula is reference.tanh_l1_loss else empty_grad
+    found = (empty(x, True).copy_(grad) for x, grad in zip(inputs, grads, strict=True))
+    return loss.detach().contiguous(), *found  # the kernels' layout, which the fake kernel has promised
 
 
 @functools.cache
@@ -246,15 +254,16 @@ def _warn_once() -> None:
     warnings.warn(f"mekd runs on plain PyTorch: {extension.WHY_NOT}", stacklevel=4)
 
 
-def _empty_grad(x: Tensor, wanted: bool) -> Tensor:
-    # float16 is too narrow for gradients that no GradScaler has scaled yet.
-    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    grad = x.new_empty(x.shape if wanted else (0,), dtype=dtype)
-    return grad.to(memory_format=torch.channels_last) if wanted and _channels_last(x) else grad
+def empty_grad(x: Tensor, wanted: bool) -> Tensor:
+    """Contiguous, however x lies; float32 for float16, which is too narrow before a GradScaler has scaled."""
+    return x.new_empty(x.shape if wanted else (0,), dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)
 
 
-def _channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+def empty_image_grad(x: Tensor, wanted: bool) -> Tensor:
+    """empty_grad, but laid out as x where that is channels_last: pixels are written as they lie."""
+    grad = empty_grad(x, wanted)
+    last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return grad.to(memory_format=torch.channels_last) if wanted and last else grad
 
 
 def _empty_loss(x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -263,21 +272,21 @@ def _empty_loss(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _fake_rows(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *_, reduction, wanted = arguments
-    return _empty_loss(student, student.shape[:-1] if reduction == "none" else ()), _empty_grad(student, wanted)
+    return _empty_loss(student, student.shape[:-1] if reduction == "none" else ()), empty_grad(student, wanted)
 
 
-def _fake_samples(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _fake_images(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *_, reduction, wanted = arguments
-    return _empty_loss(x, x.shape[:1] if reduction == "none" else ()), _empty_grad(x, wanted)
+    return _empty_loss(x, x.shape[:1] if reduction == "none" else ()), empty_image_grad(x, wanted)
 
 
 def _fake_elements(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *_, reduction, wanted = arguments
-    return _empty_loss(x, x.shape if reduction == "none" else ()), _empty_grad(x, wanted)
+    return _empty_loss(x, x.shape if reduction == "none" else ()), empty_grad(x, wanted)
 
 
 def _fake_discriminator(real: Tensor, fake: Tensor, reduction: str, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_loss(real, ()), _empty_grad(real, wanted), _empty_grad(fake, wanted)
+    return _empty_loss(real, ()), empty_grad(real, wanted), empty_grad(fake, wanted)
 
 
 _ROWS = "Tensor tau, Tensor? weights, Tensor? mask"
@@ -298,7 +307,7 @@ _define(
     f"Tensor student, Tensor teacher, {_ROWS}, float beta, float left, float right, bool log_probs, str scale",
     _fake_rows,
 )
-_define("tanh_l1", "Tensor a, Tensor b, Tensor? weights, bool tanh, bool finished", _fake_samples)
+_define("tanh_l1", "Tensor a, Tensor b, Tensor? weights, bool tanh, bool finished", _fake_images)
 _define(
     "gan_generator",
     "Tensor d, Tensor? response, str kind, float slack, float base, float alpha, bool minimax",
@@ -323,7 +332,7 @@ LIBRARY.impl("tanh_l1_", _tanh_l1_reference, "CompositeExplicitAutograd")
 LIBRARY.impl(
     "tanh_l1_", functools.partial(_without_tangents, "tanh_l1_", _tanh_l1_below_autograd), "Autograd", with_keyset=True
 )
-torch.library.register_fake("mekd::tanh_l1_", lambda a, *rest: _fake_samples(a, *rest, True)[0], lib=LIBRARY)
+torch.library.register_fake("mekd::tanh_l1_", lambda a, *rest: _fake_images(a, *rest, True)[0], lib=LIBRARY)
 
 
 class _InPlace(torch.autograd.Function):

@@ -19,6 +19,7 @@ from mekd.checks import (
     check_named_classes,
     check_probabilities,
     check_tau,
+    rows_that_weigh,
     rows_with_answer,
     rows_with_label,
 )
@@ -27,6 +28,11 @@ from mekd.checks import (
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64 inputs, float32 for everything narrower."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x is; the meta device knows none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def log_softmax(logits: Tensor, tau: Tensor | float = 1.0) -> Tensor:
@@ -218,9 +224,9 @@ def tempered_kl_loss(
     """tempered_kl of (..., C), weighted, masked, scaled and reduced; slack: how far a row of probs may be from 1."""
     check_tau(tau)
     if probs:
-        check_probabilities(target, mask, slack)
-    kept = _weighing(weights, mask)
-    student, target = _hide(student, kept, 0.0), _hide(target, kept, 1.0)
+        check_probabilities(target, weights, mask, slack)
+    kept = rows_that_weigh(weights, mask)
+    student, target = hide(student, kept, 0.0), hide(target, kept, 1.0)
     return _rows(tempered_kl(student, target, tau, probs), student, tau, weights, mask, scale, reduction)
 
 
@@ -230,9 +236,10 @@ def tempered_kl_labels_loss(
 ) -> Tensor:  # fmt: skip
     """tempered_kl_labels of (..., C) and labels (...), weighted, masked, scaled and reduced."""
     check_tau(tau)
-    mask = rows_with_label(labels, mask, ignore_index, student.shape[-1])
-    student = _hide(student, _weighing(weights, mask), 0.0)
-    losses = tempered_kl_labels(student, labels.where(mask, 0), tau, -1)
+    mask = rows_with_label(labels, weights, mask, ignore_index, student.shape[-1])
+    kept = rows_that_weigh(weights, mask)
+    assert kept is not None
+    losses = tempered_kl_labels(hide(student, kept, 0.0), labels.where(kept, 0), tau, -1)
     return _rows(losses, student, tau, weights, mask, scale, reduction)
 
 
@@ -245,14 +252,14 @@ def tempered_kl_topk_loss(
     slack: how far above 1 the sum of a row of values may be. A row without any entry counts only when it is spread.
     """
     check_tau(tau)
-    check_best(values, indices, mask, slack, rest, student.shape[-1])
-    check_named_classes(indices, student.shape[-1], mask)
+    check_best(values, indices, weights, mask, slack, rest, student.shape[-1])
+    check_named_classes(indices, student.shape[-1], weights, mask)
     mask = rows_with_answer(indices, mask, rest)
-    kept = _weighing(weights, mask)
+    kept = rows_that_weigh(weights, mask)
     if kept is not None:
-        values = _hide(values, kept, 1.0)
+        values = hide(values, kept, 1.0)
         indices = indices.where(kept.unsqueeze(-1), torch.arange(indices.shape[-1], device=indices.device))
-    student = _hide(student, kept, 0.0)
+    student = hide(student, kept, 0.0)
     losses = tempered_kl_topk(student, values, indices, tau, rest)
     return _rows(losses, student, tau, weights, mask, scale, reduction)
 
@@ -263,11 +270,12 @@ def dkd_loss(
 ) -> Tensor:  # fmt: skip
     """dkd of (..., C) and labels (...), weighted, masked, scaled and reduced."""
     check_tau(tau)
-    mask = rows_with_label(labels, mask, ignore_index, student.shape[-1])
-    kept = _weighing(weights, mask)
-    student, teacher = _hide(student, kept, 0.0), _hide(teacher, kept, 0.0)
+    mask = rows_with_label(labels, weights, mask, ignore_index, student.shape[-1])
+    kept = rows_that_weigh(weights, mask)
+    assert kept is not None
+    student, teacher = hide(student, kept, 0.0), hide(teacher, kept, 0.0)
     ours, theirs = (x.reshape(-1, x.shape[-1]) for x in (student, teacher))
-    losses = dkd(ours, theirs, labels.where(mask, 0).reshape(-1), tau, alpha, beta).reshape(labels.shape)
+    losses = dkd(ours, theirs, labels.where(kept, 0).reshape(-1), tau, alpha, beta).reshape(labels.shape)
     return _rows(losses, student, tau, weights, mask, scale, reduction)
 
 
@@ -277,17 +285,20 @@ def jsd_loss(
 ) -> Tensor:  # fmt: skip
     """jsd of (..., C), weighted, masked, scaled and reduced."""
     check_tau(tau)
-    kept = _weighing(weights, mask)
-    student, teacher = _hide(student, kept, 0.0), _hide(teacher, kept, 0.0)
+    kept = rows_that_weigh(weights, mask)
+    student, teacher = hide(student, kept, 0.0), hide(teacher, kept, 0.0)
     losses = jsd(student, teacher, tau, beta, left, right, log_probs)
     return _rows(losses, student, tau, weights, mask, scale, reduction)
 
 
 def tanh_l1_loss(a: Tensor, b: Tensor, weights: Tensor | None, tanh: bool, finished: bool, reduction: str) -> Tensor:
     """tanh_l1 of (m, ...), weighted and reduced."""
+    if weights is not None:  # of weight 0 an image may hold anything, and 0 times NaN is NaN
+        off = (weights == 0).reshape(-1, *[1] * (a.dim() - 1))
+        a, b = a.masked_fill(off, 0.0), b.masked_fill(off, 0.0)
     losses = tanh_l1(a, b, tanh, finished)
     if weights is not None:
-        losses = losses.masked_fill(weights == 0, 0.0) * weights.to(losses.dtype)
+        losses = losses * weights.to(losses.dtype)
     return _reduce(losses, reduction, a, a.shape[0])
 
 
@@ -310,7 +321,7 @@ def gan_generator_loss(
     if response is not None and kind == "confidence":
         check_confidence(response, slack)
     if response is not None and kind == "probs":
-        check_probabilities(response, None, slack, SAY_CONFIDENCE)
+        check_probabilities(response, None, None, slack, SAY_CONFIDENCE)
     return _reduce(gan_generator(d, y, alpha, minimax, base), reduction, d, d.numel())
 
 
@@ -321,16 +332,9 @@ def gan_discriminator_loss(d_real: Tensor, d_fake: Tensor, reduction: str) -> Te
     return _reduce(real, reduction, real, 1) + _reduce(fake, reduction, fake, 1)
 
 
-def _hide(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
-    """Rows that do not count may hold anything, NaN too: nothing of it may reach a loss or a gradient."""
-    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), value)
-
-
-def _weighing(weights: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """The rows that add to the loss: those that count, and of them those whose weight is not 0."""
-    if weights is None:
-        return mask
-    return weights != 0 if mask is None else mask & (weights != 0)
+def hide(x: Tensor, kept: Tensor | None, value: float) -> Tensor:
+    """x with this value in rows that do not count, which may hold anything: nothing of it may reach a gradient."""
+    return x if kept is None else x.masked_fill(~kept.unsqueeze(-1), value)
 
 
 def _rows(

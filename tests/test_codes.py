@@ -140,3 +140,20 @@ def test_codes_that_do_not_fit_the_answer_are_refused(code: str, target: str) ->
     student, teacher = inputs()
     with pytest.raises(ValueError, match=rf"code is '{code}'.*{target}.*auto"):
         MEKDLoss(Plain(), code=code)(student, **answer_of(target, teacher)[0])
+
+
+@pytest.mark.parametrize("label", [-100, -1, CLASSES])
+def test_no_image_is_drawn_from_a_label_of_no_class(label: int) -> None:
+    student, _ = inputs()
+    labels = torch.zeros(len(student), dtype=torch.int64)
+    labels[1] = label
+    loss = MEKDLoss(Plain())
+    said = rf"labels hold {label}\b.*; .*classes are 0 to {CLASSES - 1}"
+    with pytest.raises(ValueError, match=said):
+        loss(student, labels=labels)
+    with pytest.raises(ValueError, match=f"{said}: leave out the rows without a label"):
+        loss.teacher_image(CLASSES, labels=labels)
+    # What is advised works, and the KL alone ignores it.
+    assert loss(student[labels == 0], labels=labels[labels == 0]).isfinite()
+    if label == -100:
+        assert MEKDLoss(Plain(), image=0).forward(student, labels=labels).isfinite()

@@ -90,6 +90,15 @@ def test_torchtune_leaves_out_classes_of_infinite_student_logits() -> None:
     torch.testing.assert_close(torchtune.ReverseKLLoss()(student, teacher, labels), reverse)
 
 
+def test_torchtune_takes_labels_of_any_shape() -> None:
+    student, teacher = pair((1, 3, 5))
+    for loss in (torchtune.ForwardKLLoss(), torchtune.ReverseKLLoss(), torchtune.SymmetricKLLoss()):
+        labels = torch.tensor([0, -100, 2])
+        assert torch.equal(loss(student, teacher, labels), loss(student, teacher, labels.reshape(1, 3)))
+        with pytest.raises(ValueError, match=r"labels have shape \(2,\); they must be \(1, 3\), one for each row"):
+            loss(student, teacher, labels[:2])
+
+
 def test_torchtune_refuses_a_ratio_that_is_none() -> None:
     with pytest.raises(ValueError, match=r"sym_kd_ratio is 1\.1; it must lie between 0 and 1"):
         torchtune.SymmetricKLLoss(1.1)

@@ -110,11 +110,54 @@ def test_near_equality_digits_are_left(direction: str, dtype: torch.dtype) -> No
     torch.testing.assert_close(found, exact, rtol=2e-5, atol=0)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("direction", ["forward", "reverse", "symmetric"])
+@pytest.mark.parametrize("skew", [0.0, 0.1])
+def test_what_a_reduction_divides_by(target: str, direction: str, skew: float) -> None:
+    # As kd_loss has it, whether the op sees classes or buckets.
+    how: dict[str, Any] = {"tau": TAU, "direction": direction, "skew": skew}
+    given = TARGETS[target][0]
+    total = kd_loss(STUDENT, **given, **how, reduction="sum")
+    for reduction, divisor in (("rowmean", N), ("batchmean", N), ("mean", N * C)):
+        torch.testing.assert_close(divisor * kd_loss(STUDENT, **given, **how, reduction=reduction), total)
+    # Of one row, dimension 0 is that of the classes; and they may be elsewhere.
+    for turned, dim, first in ((lambda x: x[0], -1, C), (lambda x: x.mT, 0, N)):
+        some = {k: tuple(map(turned, v)) if k == "topk" else v if k == "rest" else turned(v) for k, v in given.items()}
+        total = kd_loss(turned(STUDENT), **some, **how, dim=dim, reduction="sum")
+        mean, batch = (kd_loss(turned(STUDENT), **some, **how, dim=dim, reduction=x) for x in ("mean", "batchmean"))
+        torch.testing.assert_close(turned(STUDENT).numel() * mean, total)
+        torch.testing.assert_close(first * batch, total)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("direction", ["forward", "reverse", "symmetric"])
+@pytest.mark.parametrize("left_out", ["mask", "weights"])
+@pytest.mark.parametrize("stray", [math.nan, math.inf])
+def test_a_row_that_does_not_count_may_hold_anything(target: str, direction: str, left_out: str, stray: float) -> None:
+    on = torch.arange(N) % 4 != 1
+    how: dict[str, Any] = {"tau": TAU, "direction": direction, left_out: on if left_out == "mask" else on.double()}
+    given = TARGETS[target][0]
+    clean, dirty = STUDENT.clone().requires_grad_(), STUDENT.clone()
+    expected = kd_loss(clean, **given, **how)
+    expected.backward()
+    dirty[~on] = stray
+    dirty.requires_grad_()
+    spoilt = {
+        k: (v[0].where(on[:, None], stray), v[1].where(on[:, None], 10**9)) if k == "topk"
+        else v if k == "rest" else v.where(on[:, None], stray)
+        for k, v in given.items()
+    }  # fmt: skip
+    found = kd_loss(dirty, **spoilt, **how)
+    found.backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(dirty.grad, clean.grad)
+
+
 @pytest.mark.parametrize("target", ["logits", "probs", "spread"])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_of_a_layer_whose_logits_are_not_there(target: str, direction: str) -> None:
     hidden, weight = logits(7)[:, :5].clone().requires_grad_(), torch.randn(C, 5, dtype=torch.float64)
-    how = {**TARGETS[target][0], "tau": TAU, "direction": direction, "skew": 0.2}
+    how = {**TARGETS[target][0], "tau": TAU, "direction": direction, "skew": torch.tensor(0.2)}
     ours, plain = linear_kd_loss(hidden, weight, **how), kd_loss(F.linear(hidden, weight), **how)
     torch.testing.assert_close(ours, plain)
     torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (ours, plain)))
@@ -149,6 +192,10 @@ def test_a_temperature_of_the_teacher_s_own(tau: float | Tensor, direction: str)
         ({"skew": 1.0}, "skew is 1.0; it must be at least 0 and below 1"),
         ({"skew": -0.1}, "skew is -0.1"),
         ({"logits": None, "labels": torch.zeros(N, dtype=torch.long), "direction": "reverse"}, "'reverse' .* labels"),
+        (
+            {"logits": None, "labels": torch.zeros(N, dtype=torch.long), "direction": "symmetric"},
+            "'symmetric' and skew",
+        ),
         ({"logits": None, "topk": (VALUES, INDICES), "rest": "drop", "skew": 0.1}, "skew 0.1 with topk with rest='dr"),
         ({"logits": None, "probs": 2 * PROBS, "direction": "reverse"}, "probs sum to 2; a row of probabilities sums"),
         ({"logits": None, "topk": (VALUES, INDICES + C), "direction": "reverse"}, "topk indices hold"),

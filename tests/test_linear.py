@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from mekd import functional, linear
 from mekd.functional import dkd_loss, jsd_loss, kd_loss
@@ -166,6 +168,63 @@ def test_rows_that_count_for_nothing_may_hold_anything() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["labels", "dkd"])
+def test_one_row_has_one_label(kind: str) -> None:
+    ours, theirs, target = targets(torch.float64)[kind]
+    hidden, weight, bias = (x.detach() for x in layer(torch.float64))  # type: ignore[union-attr]
+    one = {k: x[1] if isinstance(x, Tensor) else x for k, x in target.items()}
+    torch.testing.assert_close(ours(hidden[1], weight, bias, **one), theirs(F.linear(hidden[1], weight, bias), **one))
+
+
+def test_a_label_of_weight_0_may_be_any() -> None:
+    parts, labels, weights = layer(torch.float32), torch.arange(N), (torch.arange(N) % 4 != 1).float()
+    found, expected = (
+        linear_kd_loss(*parts, labels=x, weights=weights) for x in (labels.where(weights != 0, 10**9), labels)
+    )
+    assert torch.equal(found, expected)
+
+
+def test_gradients_lie_as_the_fake_kernel_says() -> None:
+    # A weight that is turned, and hidden states out of the middle of something.
+    hidden, weight, bias = numbers(N, 2 * H)[:, ::2], numbers(H, C).t(), numbers(2 * C)[::2]
+    arguments = (
+        hidden, weight, bias, [torch.zeros(N, dtype=torch.long)], [], torch.tensor(1.0), None, None,
+        "tempered_kl_labels", ["-100", "tau2"], None, True,
+    )  # fmt: skip
+    found = torch.ops.mekd.linear_loss(*arguments)
+    with FakeTensorMode() as mode:
+        promised = torch.ops.mekd.linear_loss(*tree_map_only(Tensor, mode.from_tensor, arguments))
+    assert [(x.shape, x.stride()) for x in found] == [(x.shape, x.stride()) for x in promised]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["rowmean", "mean"])
+def test_narrow_weights_are_not_divided_in_their_own_dtype(dtype: torch.dtype, reduction: str) -> None:
+    rows = 2**16  # a share of 2^-16 is no normal float16
+    hidden, weight = numbers(rows, 2, dtype=torch.float32), numbers(3, 2, dtype=torch.float32)
+    weights = torch.full((rows,), 0.01, dtype=dtype)
+    how: dict[str, Any] = {"labels": torch.arange(rows) % 3, "weights": weights, "reduction": reduction}
+    torch.testing.assert_close(linear_kd_loss(hidden, weight, **how), kd_loss(F.linear(hidden, weight), **how))
+
+
+def test_a_frozen_teacher_may_be_float16() -> None:
+    parts = layer(torch.float32)
+    head = numbers(N, 4, seed=8).half(), numbers(C, 4, seed=9).half(), numbers(C, seed=7).half()
+    logits = F.linear(*head)
+    for ours, theirs in (
+        (linear_kd_loss(*parts, teacher=head), kd_loss(F.linear(*parts), logits)),  # type: ignore[arg-type]
+        (linear_jsd_loss(*parts, teacher=head), jsd_loss(F.linear(*parts), logits)),  # type: ignore[arg-type]
+    ):
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(gradients(ours, parts), gradients(theirs, parts))
+
+
+def test_without_memory() -> None:
+    hidden, weight = torch.empty(N, H, device="meta", requires_grad=True), torch.empty(C, H, device="meta")
+    loss = linear_kd_loss(hidden, weight, logits=torch.empty(N, C, device="meta"))
+    assert loss.is_meta and loss.shape == ()
+
+
 def test_no_gradient_is_made_where_none_is_wanted() -> None:
     hidden, weight, _ = layer(torch.float32)
     assert hidden is not None and weight is not None
@@ -185,6 +244,9 @@ def test_under_autocast_as_linear_is() -> None:
     for mine, plain in zip(gradients(loss, parts), gradients(other, parts), strict=True):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine, plain, rtol=0.02, atol=1e-3)
+    wide, target = layer(torch.float64), numbers(N, C, seed=4)  # which it leaves alone
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(linear_kd_loss(*wide, logits=target), kd_loss(F.linear(*wide), target))  # type: ignore[arg-type]
 
 
 def test_within_torch_func_the_formula_runs() -> None:

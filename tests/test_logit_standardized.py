@@ -42,6 +42,25 @@ def test_a_masked_class_is_as_if_it_were_not_there(logits: tuple[torch.Tensor, t
     assert (grad[:, [2, 5]] == 0).all()
 
 
+@pytest.mark.parametrize("stray", [math.nan, math.inf])
+@pytest.mark.parametrize("left_out", ["mask", "weights"])
+def test_a_row_that_does_not_count_may_hold_anything(
+    logits: tuple[torch.Tensor, torch.Tensor], left_out: str, stray: float
+) -> None:
+    on = torch.tensor([True, False, True, True, False])
+    how = {left_out: on if left_out == "mask" else on.float(), "reduction": "sum"}
+    clean, teacher = logits[0].clone().requires_grad_(), logits[1]
+    expected = logit_standardized_kd_loss(clean, teacher, **how)  # type: ignore[arg-type]
+    expected.backward()
+    dirty = logits[0].clone()
+    dirty[~on] = stray
+    dirty.requires_grad_()
+    found = logit_standardized_kd_loss(dirty, teacher.where(on[:, None], stray), **how)  # type: ignore[arg-type]
+    found.backward()
+    assert torch.equal(found, expected) and clean.grad is not None and dirty.grad is not None
+    assert torch.equal(dirty.grad, clean.grad)
+
+
 def test_equal_logits_have_a_loss_and_a_slope(logits: tuple[torch.Tensor, torch.Tensor]) -> None:
     student = torch.zeros(2, 7, requires_grad=True)
     logit_standardized_kd_loss(student, logits[1][:2]).backward()

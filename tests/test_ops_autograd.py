@@ -82,6 +82,19 @@ def test_two_backward_passes_agree(kind: str, reduction: str, impl: str) -> None
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kind", GRADIENTS)
+def test_a_gradient_that_was_asked_for_is_the_asker_s_own(kind: str, impl: str) -> None:
+    problem = make(kind, device=DEVICES[impl])
+    students = leaves(problem)
+    loss = problem.loss(*students, reduction="mean", impl=impl)
+    first = torch.autograd.grad(loss, students, retain_graph=True)
+    wanted = [x.clone() for x in first]
+    for x in first:
+        x.mul_(7.0)
+    torch.testing.assert_close(list(torch.autograd.grad(loss, students)), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", GRADIENTS)
 def test_a_hook_that_changes_its_gradient_never_corrupts_the_next_one(kind: str, impl: str) -> None:
     problem = make(kind, device=DEVICES[impl])
     students = [x * 1.0 for x in leaves(problem)]

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from mekd import extension
+from mekd.functional import generator_loss, kd_loss
 from op_grid import DEVICES, FUSED, GAN_KINDS, IMAGE_KINDS, IMPLS, KINDS, ROW_KINDS, TOPK_KINDS, Problem, make
 from op_schemas import direct
 
@@ -327,3 +329,15 @@ def test_the_discriminators_op_has_no_loss_for_each_sample() -> None:
     for fakes in (1, 3):
         with pytest.raises((ValueError, RuntimeError)):
             torch.ops.mekd.gan_discriminator.default(torch.zeros(3), torch.zeros(fakes), "none", False)
+
+
+def test_a_confidence_is_of_the_discriminator_s_shape() -> None:
+    with pytest.raises(ValueError, match=r"confidence has shape \(3,\); it must be \(3, 1\), as d_fake's"):
+        generator_loss(torch.randn(3, 1), torch.tensor([0.5, 0.2, 0.3]))
+
+
+def test_a_dimension_may_be_numpys() -> None:
+    student, teacher = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    assert kd_loss(student, teacher, dim=np.int64(1)) == kd_loss(student, teacher, dim=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"dim is 1\.0; it must be one of the 3 dimensions of student"):
+        kd_loss(student, teacher, dim=1.0)  # type: ignore[arg-type]

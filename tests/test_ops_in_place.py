@@ -1,5 +1,7 @@
 """image_l1_loss(inplace=True): the gradient lies where the student's pre-activation was."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -84,6 +86,20 @@ def test_a_leaf_is_refused(impl: str) -> None:
     with pytest.raises(ValueError, match=r"student is a leaf.*inplace=True"):
         image_l1_loss(leaf, b, inplace=True, impl=impl)
     assert torch.equal(leaf, before)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("view", [lambda x: x.unsqueeze(0)[0], lambda x: x[1:], lambda x: x.flip(0)], ids=range(3))
+def test_a_view_of_a_leaf_is_refused(view: Callable[[Tensor], Tensor], impl: str) -> None:
+    leaf, a, b = images(device=DEVICES[impl])
+    before, teacher = leaf.detach().clone(), view(b).contiguous()
+    if view(leaf)._is_view():
+        with pytest.raises(ValueError, match=r"student is a view of a leaf.*inplace=True"):
+            image_l1_loss(view(leaf), teacher, inplace=True, impl=impl)
+    else:  # a copy is nobody else's
+        image_l1_loss(view(leaf), teacher, inplace=True, impl=impl).backward()
+    assert torch.equal(leaf, before)
+    image_l1_loss(view(a), teacher, inplace=True, impl=impl).backward()  # and so is what was computed
 
 
 @pytest.mark.parametrize("impl", IMPLS)

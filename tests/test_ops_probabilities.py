@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from mekd.checks import SLACK, slack_of
-from mekd.functional import generator_loss, information_maximization_loss, kd_loss
+from mekd.functional import dkd_loss, generator_loss, information_maximization_loss, kd_loss
 from op_grid import DEVICES, DTYPES, IMPLS
 
 NAN = float("nan")
@@ -175,3 +175,40 @@ def test_compiled_they_are_refused_too(dtype: torch.dtype) -> None:
     assert loss(student, probs=good).isfinite() and loss(student, topk=(good[:, :1], indices)).isfinite()
     refused(lambda: loss(student, probs=50 * good), "probs", "sum to 50")
     refused(lambda: loss(student, topk=(99 * good[:, :1], indices)), "topk values", "sum to 33")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("left_out", ["mask", "weights"])
+@pytest.mark.parametrize("classes", CLASSES)
+def test_a_row_that_adds_nothing_is_not_looked_at(classes: int, left_out: str, impl: str) -> None:
+    probs = distribution(classes, impl)
+    on = torch.tensor([True, False, True, True], device=probs.device)
+    kept = {left_out: on if left_out == "mask" else on.float(), "impl": impl}
+    values, indices = (0.9 * probs).topk(3)
+    labels = indices[:, 0]
+    empty, minus = (probs.where(on[:, None], x) for x in (0.0, -1.0))
+    cases = [
+        (kd_loss, {"labels": labels}, [{"labels": labels.where(on, at)} for at in (classes, 10**9, -5)]),
+        (kd_loss, {"probs": probs}, [{"probs": empty}, {"probs": minus}]),
+        (dkd_loss, {"teacher": probs, "labels": labels}, [{"teacher": probs, "labels": labels.where(on, 10**9)}]),
+        *(
+            (
+                kd_loss,
+                {"topk": (values, indices), "rest": rest},
+                [
+                    {"topk": (values.where(on[:, None], 9.0), indices), "rest": rest},
+                    {"topk": (values, indices.where(on[:, None], 10**9)), "rest": rest},
+                    {"topk": (values, indices.where(on[:, None], 1)), "rest": rest},
+                ],
+            )
+            for rest in ("spread", "drop", "tail")
+        ),
+    ]
+    for loss, good, strange in cases:
+        found = []
+        for target in (good, *strange):
+            student = torch.zeros_like(probs).requires_grad_()
+            value = loss(student, **target, **kept)  # type: ignore[operator]
+            found.append((value.detach(), *torch.autograd.grad(value, student)))
+        for value, grad in found[1:]:
+            assert torch.equal(value, found[0][0]) and torch.equal(grad, found[0][1])

@@ -10,6 +10,7 @@ from op_grid import (
     DEVICES,
     GAN_KINDS,
     IGNORED,
+    IMAGE_KINDS,
     IMPLS,
     KERNELS,
     ROW_KINDS,
@@ -316,3 +317,19 @@ def test_nan_spoils_its_sample_alone(kind: str, bits: int, impl: str) -> None:
             assert grad[1].isnan(), where
         for i in (0, 2):
             assert torch.equal(loss[i], clean[0][i]) and torch.equal(grad[i], clean[1][i])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("stray", [NAN, INF])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", IMAGE_KINDS)
+def test_an_image_of_weight_0_may_hold_anything(kind: str, dtype: torch.dtype, stray: float, impl: str) -> None:
+    weights = torch.tensor([1.0, 0.0, 2.0, 0.0], device=DEVICES[impl])
+    problem = make(kind, dtype=dtype, device=DEVICES[impl], weights=weights)
+    for reduction in ("mean", "none"):
+        clean = result(problem, impl, reduction)
+        spoilt = make(kind, dtype=dtype, device=DEVICES[impl], weights=weights)
+        for x in (spoilt.students[0], spoilt.target["teacher"]):
+            x[weights == 0] = stray
+        for got, wanted in zip(result(spoilt, impl, reduction), clean, strict=True):
+            assert torch.equal(got, wanted)

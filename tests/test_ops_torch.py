@@ -6,12 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from mekd.functional import image_l1_loss, kd_loss
+from mekd.ops import OPS
 from op_grid import (
     DEVICES,
     GAN_KINDS,
     IMAGE_KINDS,
+    IMPLS,
     KERNELS,
     KINDS,
     OF_EACH_OP,
@@ -101,6 +105,44 @@ def test_fake_kernels_tell_the_truth(kind: str, arrangement: str, dtype: torch.d
         op, arguments = direct(problem, reduction, grad)
         with torch.no_grad():
             torch.library.opcheck(op, tuple(arguments), test_utils=["test_schema", "test_faketensor"])
+
+
+def classes_before(x: Tensor) -> Tensor:
+    return x.movedim(-1, 1).contiguous().movedim(1, -1)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", OF_EACH_OP)
+@pytest.mark.parametrize(
+    ("shape", "arrange"),
+    [
+        # An image says by its strides how its gradient lies; rows of classes, and a GAN's patches, may look as it does.
+        ((4, 3, 5, 6), channels_last),
+        # Dense predictions (B, C, T, 1), their classes moved behind: channels_last to whom a size of 1 says nothing.
+        ((4, 5, 1, 6), classes_before),
+        # Neither.
+        ((4, 3, 5, 6), classes_before),
+    ],
+)
+def test_fake_kernels_lay_gradients_out_as_real_ones(
+    shape: tuple[int, ...], arrange: Callable[[Tensor], Tensor], kind: str, impl: str
+) -> None:
+    problem = make(kind, (24, 3) if kind in GAN_KINDS else shape, device=DEVICES[impl])
+    if kind in GAN_KINDS:
+        problem.students = [problem.students[0].reshape(4, 3, 1, 2)] * len(problem.students)
+        if kind == "confidence":
+            problem.target["confidence"] = problem.target["confidence"].reshape(4, 3, 1, 2)
+    problem.students = [arrange(x) for x in problem.students]
+    for reduction in ("mean", "sum" if kind == "discriminator" else "none"):
+        op, arguments = direct(problem, reduction, grad=True)
+        found = OPS[op.name().removeprefix("mekd::")].reference(*arguments) if impl == "reference" else op(*arguments)
+        with FakeTensorMode() as mode:
+            promised = op(*tree_map_only(Tensor, mode.from_tensor, arguments))
+        assert [(x.shape, x.stride(), x.dtype) for x in found] == [(x.shape, x.stride(), x.dtype) for x in promised]
 
 
 @pytest.mark.parametrize("arrangement", [torch.contiguous_format, torch.channels_last])

@@ -9,7 +9,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mekd import extension
-from mekd.functional import image_l1_loss, information_maximization_loss, kd_loss, logit_standardized_kd_loss
+from mekd.functional import (
+    dkd_loss,
+    image_l1_loss,
+    information_maximization_loss,
+    jsd_loss,
+    kd_loss,
+    logit_standardized_kd_loss,
+)
+from mekd.linear import linear_kd_loss
 from op_grid import DEVICES, IMAGE_KINDS, KINDS, TRITON_RUNS, Problem, make, truth
 from op_schemas import direct
 
@@ -108,6 +116,28 @@ def test_of_a_teacher_and_a_temperature() -> None:
         assert wanted.abs() > 1e-3
         torch.testing.assert_close(torch.func.jvp(f, (x,), (along,))[1], wanted, rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(dual(f, [x], (along,)), wanted, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda s, t, tau: kd_loss(s, t, tau=tau),
+        lambda s, t, tau: kd_loss(s, t, tau=3.0, tau_teacher=tau, direction="reverse"),
+        lambda s, t, tau: dkd_loss(s, t, torch.tensor([0, 3, 1, 2]), tau=tau),
+        lambda s, t, tau: jsd_loss(s, t, tau=tau),
+        lambda s, t, tau: linear_kd_loss(s, torch.eye(5, dtype=s.dtype), logits=t, tau=tau),
+    ],
+    ids=["kd", "tau_teacher", "dkd", "jsd", "linear"],
+)
+def test_a_temperature_has_a_gradient(loss: Function) -> None:
+    s, t = directions([torch.empty(4, 5, dtype=torch.float64)] * 2)
+    tau = torch.tensor(2.0, dtype=torch.float64)
+    wanted = (loss(s, t, tau + 1e-5) - loss(s, t, tau - 1e-5)) / 2e-5
+    assert wanted.abs() > 1e-4
+    for derive in (torch.func.grad, torch.func.jacrev):
+        torch.testing.assert_close(derive(lambda x: loss(s, t, x))(tau), wanted, rtol=1e-6, atol=1e-8)
+    with pytest.raises(ValueError, match="requires grad, which the losses do not give"):
+        loss(s, t, tau.requires_grad_())
 
 
 def test_second_derivatives() -> None:

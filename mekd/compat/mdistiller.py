@@ -17,13 +17,13 @@ def kd_loss(
     """
     if not logit_stand:
         loss = functional.kd_loss(logits_student, logits_teacher, tau=temperature, dim=1)
-        return as_given(loss, logits_student)
+        return as_given(loss, logits_student, logits_teacher)
     if logits_student.dim() != 2:
         raise ValueError(
             f"logits_student has shape {tuple(logits_student.shape)}; with logit_stand=True it must be (B, C)"
         )
     loss = functional.logit_standardized_kd_loss(logits_student, logits_teacher, tau=temperature)
-    return as_given(loss, logits_student)
+    return as_given(loss, logits_student, logits_teacher)
 
 
 def dkd_loss(
@@ -43,4 +43,4 @@ def dkd_loss(
     loss = functional.dkd_loss(
         logits_student, logits_teacher, target.reshape(-1), alpha=alpha, beta=beta, tau=temperature
     )
-    return as_given(loss, logits_student)
+    return as_given(loss, logits_student, logits_teacher)

@@ -1,4 +1,7 @@
-"""LogitsDistillationLoss as in NVIDIA ModelOpt (modelopt.torch.distill)."""
+"""LogitsDistillationLoss as in NVIDIA ModelOpt 0.47 (modelopt.torch.distill).
+
+Earlier versions have "batchmean" as their default, and divide it by all rows: they flatten the logits to (N, C) before.
+"""
 
 from torch import Tensor, nn
 
@@ -22,4 +25,4 @@ class LogitsDistillationLoss(nn.Module):
     def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
         """The loss of logits_s (B, ..., C) against logits_t, whose gradient is cut."""
         loss = functional.kd_loss(logits_s, logits_t.detach(), tau=self._temperature, reduction=self._reduction)
-        return as_given(loss, logits_s)
+        return as_given(loss, logits_s, logits_t)

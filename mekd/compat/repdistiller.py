@@ -19,4 +19,4 @@ class DistillKL(nn.Module):
 
     def forward(self, y_s: Tensor, y_t: Tensor) -> Tensor:
         """The loss of y_s (B, C, ...) against y_t."""
-        return as_given(functional.kd_loss(y_s, y_t, tau=self.T, dim=1, reduction="batchmean"), y_s)
+        return as_given(functional.kd_loss(y_s, y_t, tau=self.T, dim=1, reduction="batchmean"), y_s, y_t)

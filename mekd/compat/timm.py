@@ -18,4 +18,4 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
     that is given task_loss_weight alone, distill_loss_weight is 1 - task_loss_weight.
     """
     loss = functional.kd_loss(student_logits, teacher_logits, tau=temperature, reduction="batchmean")
-    return as_given(loss, student_logits)
+    return as_given(loss, student_logits, teacher_logits)

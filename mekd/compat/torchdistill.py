@@ -51,12 +51,12 @@ class KDLoss(nn.Module):
         student = student_io_dict[self.student_module_path][self.student_module_io]
         teacher = teacher_io_dict[self.teacher_module_path][self.teacher_module_io]
         if not self.alpha or targets is None:
-            return as_given(self._soft(student, teacher, "one"), student)
+            return as_given(self._soft(student, teacher, "one"), student, teacher)
         if self.reduction == "none":
             raise ValueError("reduction is 'none' with alpha and targets; a CE per row cannot be added to each class")
         assert self.beta is not None
         loss = self.alpha * self._hard(student, targets) + self.beta * self._soft(student, teacher, "tau2")
-        return as_given(loss, student)
+        return as_given(loss, student, teacher)
 
     def _hard(self, student: Tensor, targets: Tensor) -> Tensor:
         """The cross-entropy in float32, as the other part is: bfloat16 keeps two digits of it."""

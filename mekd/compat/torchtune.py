@@ -23,7 +23,7 @@ class ForwardKLLoss(nn.Module):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True) -> Tensor:
         """The loss of logits (..., C) and labels (...), over the rows that count where normalize is True."""
-        mask, reduction = labels != self.ignore_index, "rowmean" if normalize else "sum"
+        mask, reduction = _counting(labels, student_logits, self.ignore_index), "rowmean" if normalize else "sum"
         teacher = teacher_logits.detach().to(accumulation_dtype(teacher_logits))
         # p on the classes that are left, their mass, and the entropy of what is left.
         left = teacher.masked_fill(student_logits.detach().isinf(), -torch.inf)
@@ -44,8 +44,9 @@ class ReverseKLLoss(nn.Module):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True) -> Tensor:
         """The loss of logits (..., C) and labels (...), over the rows that count where normalize is True."""
+        mask = _counting(labels, student_logits, self.ignore_index)
         return functional.kd_loss(
-            student_logits, teacher_logits.detach(), direction="reverse", mask=labels != self.ignore_index,
+            student_logits, teacher_logits.detach(), direction="reverse", mask=mask,
             reduction="rowmean" if normalize else "sum",
         )  # fmt: skip
 
@@ -65,3 +66,11 @@ class SymmetricKLLoss(nn.Module):
         forward, reverse = (loss(student_logits, teacher_logits, labels, normalize) for loss in (self.fkl, self.rkl))
         both: Tensor = self.sym_kd_ratio * forward + (1 - self.sym_kd_ratio) * reverse
         return both
+
+
+def _counting(labels: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
+    """Which rows of logits (..., C) count, by labels of any shape, as there."""
+    rows = logits.shape[:-1]
+    if labels.numel() != rows.numel():
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; they must be {tuple(rows)}, one for each row")
+    return (labels != ignore_index).reshape(rows)

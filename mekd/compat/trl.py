@@ -31,7 +31,7 @@ def generalized_jsd_loss(
     mask = None if labels is None else labels != IGNORED
     if num_items_in_batch is None and reduction == "none":
         losses = _elements(student_logits, teacher_logits.detach(), beta, temperature)
-        return as_given(losses if mask is None else losses[mask], student_logits)
+        return as_given(losses if mask is None else losses[mask], student_logits, teacher_logits)
     how = "sum" if num_items_in_batch is not None else reduction
     if mask is not None and how in ("batchmean", "mean"):
         how, divisor = "rowmean", student_logits.shape[-1] if how == "mean" else 1
@@ -42,7 +42,7 @@ def generalized_jsd_loss(
     )
     if isinstance(divisor, Tensor):
         divisor = divisor.to(loss.device)
-    return as_given(loss / divisor, student_logits)
+    return as_given(loss / divisor, student_logits, teacher_logits)
 
 
 def _elements(student: Tensor, teacher: Tensor, beta: float, tau: float) -> Tensor:
