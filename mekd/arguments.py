@@ -3,6 +3,7 @@
 mekd.functional runs the op on logits, mekd.linear on those of a layer, part by part.
 """
 
+import contextlib
 import operator
 from typing import Any
 
@@ -178,8 +179,9 @@ def jsd_arguments(
 
 def classes_last(name: str, x: Tensor, dim: int) -> Tensor:
     check_tensor(name, x)
-    if not isinstance(dim, int) and hasattr(dim, "__index__"):  # NumPy's
-        dim = operator.index(dim)
+    if not isinstance(dim, int):
+        with contextlib.suppress(TypeError):  # NumPy's is a number too
+            dim = operator.index(dim)
     if not isinstance(dim, int) or (dim != -1 and not -x.dim() <= dim < x.dim()):
         raise ValueError(
             f"dim is {dim!r}; it must be one of the {x.dim()} dimensions of {name}, the one of the classes"
