@@ -85,7 +85,7 @@ def test_two_processes_ask_what_one_asks(
     # What two asked of real images, one finds.
     out, paid = Path(shutil.copytree(undisturbed, tmp_path / "two")), accounts(undisturbed)
     (out / "checkpoints" / "baseline.pt").unlink()
-    done = processes.run("evaluate", "--out", str(out))
+    done = processes.run("evaluate", *words[1:], "--out", str(out))
     assert done.returncode == 0 and accounts(out) == paid, done.stderr
     again = json.loads((out / "evaluate.json").read_text())
     assert {key: again[key] for key in two if "baseline" not in key} == {

@@ -241,7 +241,7 @@ def test_a_generator_whose_images_were_asked_about_is_trained_no_further(
     assert cli.main(replay) == 0
     saved, config = (tmp_path / "checkpoints" / "deprivatize.pt"), (tmp_path / "config.yaml").read_bytes()
     generator = saved.read_bytes()
-    alone = ["deprivatize", "--out", str(tmp_path)]
+    alone = ["deprivatize", *replay[1:]]
     assert cli.main([*alone, "--deprivatize.steps", "12"]) == 2
     said = capsys.readouterr().err
     assert "holdout.pt is of the generator at step 9" in said and "Say --deprivatize.steps 9" in said
