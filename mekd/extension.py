@@ -42,10 +42,10 @@ def _load() -> tuple[str | None, str]:
             except OSError as error:
                 return None, f"{path.name} does not load: {error}"
             return build, ""
-    how = "install from source, with a C++ compiler and without MEKD_NO_EXT=1"
+    how = "install from source"
     if (here.parent / "csrc").is_dir():  # a clone, which Python takes before what is installed
-        how = f"pip install -e {here.parent}, as Python takes mekd from this clone, with a C++ compiler"
-    return None, f"its C++ kernels are not built; {how}"
+        how = f"pip install -e {here.parent}, as Python takes mekd from this clone"
+    return None, f"its C++ kernels are not built; {how}, with a C++ compiler and without MEKD_NO_EXT=1"
 
 
 #: The build that runs, or None and why not. Filled by load(), after the schemas exist.
