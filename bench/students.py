@@ -224,7 +224,10 @@ def teacher_of(config: Config, place: Path) -> Run:
     """The data set's teacher, of seed 0, trained once."""
     fraction = replace(config.data, local_fraction=0.1)  # it knows no private images
     run = Run(replace(config, data=fraction, oracle=replace(config.oracle, response="probs")), place / "teacher")
-    kept = TEACHERS / f"{config.data.name}-{digest(run, 'teacher')}.onnx"
+    # Left to the machine, the precision is one like another: the kept ones were trained in bfloat16.
+    auto = config.teacher.precision == "auto"
+    as_kept = replace(run.config.teacher, precision="bfloat16") if auto else run.config.teacher
+    kept = TEACHERS / f"{config.data.name}-{digest(Run(replace(run.config, teacher=as_kept), run.out), 'teacher')}.onnx"
     with locked(run.out):
         if not run.teacher_onnx.exists() and kept.exists():
             files.write(run.teacher_onnx, lambda file: file.write(kept.read_bytes()))

@@ -96,7 +96,7 @@ def test_mistakes_are_named(
 
 
 def test_a_teacher_that_is_kept_is_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is found by what its training depends on; a row's own settings are none of it."""
+    """It is found by what its training depends on, a row's own settings and this machine's precision are none of it."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(students, "TEACHERS", tmp_path)
     trained = []
@@ -108,13 +108,16 @@ def test_a_teacher_that_is_kept_is_not_trained(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(students, "train_teacher", train)
     monkeypatch.setattr(students, "export_teacher", lambda run: None)
     words = ["--config", students.CONFIGS["digits"]]
+    monkeypatch.setattr("mekd.engine.run.faster_in_bfloat16", lambda device: True)
     run = students.teacher_of(students.settings(*words), tmp_path / "first")
     kept = tmp_path / f"digits-{students.digest(run, 'teacher')}.onnx"
     kept.write_bytes(b"kept")
+    monkeypatch.setattr("mekd.engine.run.faster_in_bfloat16", lambda device: False)
     other = [*words, "--oracle.response", "label", "--data.local_fraction", "0.5", "--deprivatize.steps", "3"]
     assert students.teacher_of(students.settings(*other), tmp_path / "second").teacher_onnx.read_bytes() == b"kept"
     students.teacher_of(students.settings(*words, "--teacher.steps", "7"), tmp_path / "third")
-    assert trained == [run.config.teacher.steps, 7]
+    students.teacher_of(students.settings(*words, "--teacher.precision", "float32"), tmp_path / "fourth")
+    assert trained == [run.config.teacher.steps, 7, run.config.teacher.steps]
 
 
 @pytest.mark.parametrize("row", ["mekd", "mekd-before"])
