@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from mekd import system
 from mekd.config import Config
 from mekd.errors import MekdError, UsageError
 from mekd.settings import dump_yaml, flatten, known_keys, nearest, read_yaml
@@ -67,14 +68,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _dispatch(command, rest)
     except MekdError as error:
-        print(f"mekd {command}: {error}", file=sys.stderr)
+        system.say(f"mekd {command}: {error}", sys.stderr)
         return error.status
+    except BrokenPipeError:
+        if command not in ANEW:  # a run's own lines end nothing
+            raise
+        system.nowhere(sys.stdout)
+        return 1
     except KeyboardInterrupt:
-        print(
-            f"\nmekd {command}: interrupted"
-            + ("" if command in ANEW else "; the same command goes on from the last checkpoint"),
-            file=sys.stderr,
-        )
+        goes_on = "" if command in ANEW else "; the same command goes on from the last checkpoint"
+        system.say(f"\nmekd {command}: interrupted{goes_on}", sys.stderr)
         return 130
 
 

@@ -26,7 +26,7 @@ EXTRAS = {
     "dp": ("opacus",),
 }
 #: The extras that a run of one's own photos, or of another's data, ends without.
-OPTIONAL = ("audit", "dali", "vision", "demo", "remote", "serve", "parquet", "hub", "dp")
+OPTIONAL = ("plot", "audit", "dali", "vision", "demo", "remote", "serve", "parquet", "hub", "dp")
 
 
 def doctor() -> int:

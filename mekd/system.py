@@ -2,7 +2,8 @@
 
 import math
 import os
-from typing import BinaryIO
+import sys
+from typing import BinaryIO, TextIO
 
 _BLOCK = 1 << 20  # bytes
 
@@ -35,3 +36,22 @@ def memory() -> float:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return math.inf
+
+
+def say(line: str, stream: TextIO | None = None) -> None:
+    """Print a line, to standard output without a stream; where nobody reads it any more, this and what follows is lost.
+
+    A run goes on then: what it says is in its log.txt too, and a screen is no reason to lose what was paid for.
+    """
+    stream = stream or sys.stdout
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:  # the pipe's reader ended, as a tee does at Ctrl-C; or the terminal is gone
+        nowhere(stream)
+
+
+def nowhere(stream: TextIO) -> None:
+    """Let go what is still to be written to a stream of the process, and all that will be."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)

@@ -1,5 +1,6 @@
 """Bad input at the command line: one line that names what, its value, what is allowed; nothing lost, nothing asked."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,24 @@ def test_what_is_said_of_an_interruption(
     monkeypatch.setattr(cli, "_dispatch", interrupt)
     assert cli.main([command]) == 130
     assert ("the same command goes on" in capsys.readouterr().err) == goes_on
+
+
+def without_readers(words: list[str]) -> int:
+    """The exit status of a command whose screen is a pipe that nobody reads any more, as where tee ended first."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        return subprocess.run([sys.executable, "-m", "mekd", *words], stdout=write, stderr=write).returncode
+    finally:
+        os.close(write)
+
+
+def test_a_run_goes_on_where_nobody_reads_it(tiny: list[str], tmp_path: Path) -> None:
+    words = [*tiny, "--out", str(tmp_path)]
+    assert without_readers(["run", *words]) == 0
+    assert "student.onnx differs" in (tmp_path / "log.txt").read_text("utf-8")
+    assert without_readers(["run", *words, "--distill.lr", "0.3"]) == 2, "a mistake stays one"
+    assert without_readers(["doctor"]) == 1, "what only prints ends"
 
 
 def test_stages_say_what_they_need(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,7 @@ def test_two_runtimes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("extra", "package"),
-    [("run", "jsonargparse"), ("onnx", "onnxscript"), ("plot", "matplotlib")],
+    [("run", "jsonargparse"), ("onnx", "onnxscript")],
 )
 def test_a_missing_package(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, extra: str, package: str
@@ -84,9 +84,10 @@ def test_a_missing_package(
 
 
 def test_what_the_main_job_can_do_without(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    installed(monkeypatch, "torchvision", "nvidia-dali-cuda130", "scikit-learn")
+    installed(monkeypatch, "torchvision", "nvidia-dali-cuda130", "scikit-learn", "matplotlib")
     assert doctor() == 0
     said = lines(capsys)
+    assert "missing matplotlib: pip install" in said["plot"], "a run without it has no pictures"
     assert "missing torchvision: pip install" in said["vision"]
     assert "missing nvidia-dali-cuda130: pip install" in said["dali"]
     assert "missing scikit-learn: pip install" in said["demo"], "which the extra photos does not bring"

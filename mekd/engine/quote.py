@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mekd import files
+from mekd import files, system
 from mekd.config import Config
 from mekd.data.photos import find
 from mekd.engine import parallel, reach
@@ -175,7 +175,7 @@ def dry_run(run: Run, stages: Sequence[str]) -> None:
         preflight(trial, stages)
         for stage in stages:
             STAGES[stage](trial)
-    print("dry run: every stage went through" + ("" if service is None else "; the teacher was asked nothing"))
+    system.say("dry run: every stage went through" + ("" if service is None else "; the teacher was asked nothing"))
 
 
 class MadeUp:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from mekd import files, track, user_code
+from mekd import files, system, track, user_code
 from mekd.config import Config
 from mekd.data import TREES, Source, open_source, read_names
 from mekd.engine import parallel, reach, reuse
@@ -375,7 +375,7 @@ class Run:
         if parallel.rank():
             return
         if screen:
-            print(line, flush=True)
+            system.say(line)
         files.append(self.out / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
 
     def log_skipped(self) -> None:
