@@ -78,7 +78,7 @@ class OracleConfig:
             null: 1, and with oip 64 or what the server takes
         precision: the teacher computes in float32, or in float16 (cuda, tensorrt), which is then held against float32
         cuda_graph: the teacher's work is recorded once and replayed, each piece filled up to batch (cuda, tensorrt)
-        output: what the ONNX file puts out: logits, probs or auto
+        output: what the teacher's scores are: logits, probs (of a service per cent too) or auto, as they look
         output_name: the output of the ONNX file that is read, where it has several; null: the one that can be meant
         num_classes: the teacher's classes, where its file does not say; null: what it says
         classes: a file of class names, one a line, for a teacher that answers names

@@ -100,12 +100,12 @@ def test_scores_are_read_as_they_are_meant() -> None:
         named(scores([0.1, 0.2, 0.6, 0.1]), scores([3.0, -2.0, 1.0, 1.0]), response="probs")
 
 
-@pytest.mark.parametrize("scale", [1, 100])
-def test_pairs_are_shares_or_per_cent_of_any_number(scale: float) -> None:
+@pytest.mark.parametrize(("scale", "output"), [(1, "auto"), (1, "probs"), (100, "probs")])
+def test_pairs_are_shares_or_per_cent_of_any_number(scale: float, output: str) -> None:
     """Best first whatever order they come in; an image may have fewer than k, none, or more."""
     first = [("owl", 0.125 * scale), ("cat", 0.75 * scale)]
     answer = named(
-        pairs(first), k=2,
+        pairs(first), k=2, output=output,
         then=pairs(
             first, [], [("elk", 0.5 * scale)], [("dog", 0.25 * scale), ("owl", 0.5 * scale), ("elk", 0.125 * scale)]
         ),
@@ -114,6 +114,32 @@ def test_pairs_are_shares_or_per_cent_of_any_number(scale: float) -> None:
     assert answer.indices.tolist() == [[0, 2], [-1, -1], [3, -1], [2, 1]]
     assert answer.values.tolist() == [[0.75, 0.125], [0, 0], [0.5, 0], [0.5, 0.25]]
     assert answer.labels.tolist() == [0, -1, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("first", "output", "said"),
+    [
+        # What the best logits of a network look like, and what may as well be per cent.
+        ([("owl", 9.1), ("cat", 4.2)], "auto", "per cent, or logits? Say --oracle.output probs for per cent"),
+        ([("owl", 97.5)], "auto", "per cent, or logits?"),
+        ([("owl", 9.1), ("cat", 4.2)], "logits", "--oracle.response label"),
+        ([("owl", 0.9), ("cat", 0.25)], "logits", "--oracle.response label"),
+        # Labels that may come together.
+        ([("owl", 0.9), ("cat", 0.8)], "auto", "neither shares nor per cent"),
+        ([("owl", 0.9), ("cat", 0.8)], "probs", "neither shares nor per cent"),
+    ],
+)
+def test_a_list_that_may_be_logits_is_asked_about(first: list[Pair], output: str, said: str) -> None:
+    with pytest.raises(AnswerError) as error:
+        establish(pairs(first), C, "topk", output=output)
+    assert said in str(error.value)
+
+
+def test_the_best_of_any_scores_is_the_label() -> None:
+    first = pairs([("owl", 9.1), ("cat", 4.2)], [("dog", -3.0), ("elk", -1.5)], [("cat", 0.9), ("dog", 0.95)])
+    assert named(first, response="label").labels.tolist() == [2, 3, 1]
+    with pytest.raises(AnswerError, match="nan"):
+        named(first, pairs([("cat", float("nan"))]), response="label")
 
 
 def test_equal_shares_come_in_the_order_of_the_classes() -> None:
@@ -126,7 +152,10 @@ def test_equal_shares_come_in_the_order_of_the_classes() -> None:
     [
         (pairs([("cat", 0.25), ("cat", 0.25)]), "named 'cat' twice for one image"),
         (pairs([("cat", 0.75), ("dog", 0.75)]), "sum to 1.5; they must not exceed 1"),
-        (pairs([("cat", 55.0)]), "'cat' with 55; it must lie in 0 to 1"),
+        (
+            pairs([("cat", 55.0)]),
+            "'cat' with 55; it must lie in 0 to 1, since the first answer names 1 classes (cat 0.5)",
+        ),
         (pairs([("cat", -0.25)]), "it must lie in 0 to 1"),
         (pairs([("cat", float("nan"))]), "it must lie in 0 to 1"),
         (pairs([("yak", 0.25)]), "--oracle.classes FILE, or let its mass be missing with --oracle.unknown rest"),

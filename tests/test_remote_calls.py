@@ -88,7 +88,7 @@ def test_empty_answers_mean_nothing_yet() -> None:
 
     service, told = Thresholded(), []
     oracle = connect(
-        service, meaning=None, batch=4, concurrency=3, response="topk", k=2,
+        service, meaning=None, batch=4, concurrency=3, response="topk", k=2, reading={"output": "probs"},
         established=lambda meaning: told.append(meaning.scale),
     )  # fmt: skip
     answer = oracle.query(images(9))

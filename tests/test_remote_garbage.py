@@ -1,5 +1,6 @@
 """Answers and metadata that are none: a message, never a traceback, and what was paid is not paid again."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,31 @@ def test_the_classification_extension(tmp_path: Path) -> None:
         with scripted(reply(200, tensor(wrong, [1, 1], "BYTES"))) as server:
             error = ask("oip", server.url, tmp_path / wrong[0], k=2, meaning=Meaning("pairs", 1.0, "so"))
         assert isinstance(error, AnswerError), (wrong, error)
+
+
+@pytest.mark.parametrize(
+    ("listed", "said"),
+    [
+        (["0.5:0", "0.25:3", "0.125:1", "0.125:2"], None),
+        # Logits: the best two of the first would pass for shares, those of the second for per cent.
+        (["0.5:0", "0.25:3", "0.125:1", "-4:2"], "neither shares nor per cent"),
+        (["0.5:0", "0.25:3", "0.05:1", "0.01:2"], "neither shares nor per cent"),
+        (["9.5:0", "4.25:3", "1:1", "0.5:2"], "neither shares nor per cent"),
+        (["50:0", "25:3", "12.5:1", "12.5:2"], "Say --oracle.output probs for per cent"),
+    ],
+)
+def test_the_first_list_is_of_every_class(listed: list[str], said: str | None, tmp_path: Path) -> None:
+    """Its sum tells whether the scores are shares; the lists after it are as short as was asked."""
+    with scripted(
+        reply(200, tensor(listed, [1, 4], "BYTES")), reply(200, tensor(listed[:2], [1, 2], "BYTES"))
+    ) as server:
+        answer = ask("oip", server.url, tmp_path, m=2, batch=1, k=2, known=False, meaning=None)
+        asked = [json.loads(body)["outputs"][0]["parameters"] for _, _, body in server.requests]
+    if said is None:
+        assert answer.indices.tolist() == [[0, 3]] * 2 and answer.values.tolist() == [[0.5, 0.25]] * 2
+        assert asked == [{"classification": 4}, {"classification": 2}]
+    else:
+        assert isinstance(answer, AnswerError) and said in str(answer) and asked == [{"classification": 4}]
 
 
 def test_the_classification_extension_with_names(tmp_path: Path) -> None:

@@ -185,6 +185,21 @@ def test_best_classes_are_asked_for_by_number_where_names_are_listed(
     assert found["indices"].shape == (170, 3) and found["indices"].min() >= 0
 
 
+def test_best_logits_are_not_taken_for_shares(
+    teacher_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server whose scores are logits lists the best of them, which may look like per cent: one image is paid."""
+    best = {"oracle__response": "topk", "oracle__k": 3}
+    with inside(teacher_onnx) as url:
+        assert cli.main(words(url, tmp_path / "out", "--yes", **best)) == 2
+        assert "--oracle.output logits has the whole output asked for" in capsys.readouterr().err
+        assert metrics(url)["mekd_images_answered_total"] == 1
+        assert cli.main(words(url, tmp_path / "out", "--yes", oracle__output="logits", **best)) == 0
+    found = store(tmp_path / "out")
+    assert found["indices"].shape == (170, 3)
+    assert found["values"][:, 0].min() > 0.1 and found["values"].sum(1).max() <= 1.001, "shares of a softmax"
+
+
 def test_secrets_are_in_no_file_and_no_message(
     teacher_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

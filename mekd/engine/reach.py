@@ -109,6 +109,7 @@ def open_remote(run: "Run", account: Ledger) -> RemoteOracle:
     encoding = Encoding(oracle.encoding, oracle.quality, side(run))
     batch = calls_of(run)
     share = max(1, (oracle.concurrency or 1) // parallel.world())
+    meaning = _kept(run, about)
     rates: list[Pace] = []
     if oracle.rate is not None:
         calls = Rate(run.ledger, "rate", oracle.rate, log=run.log)
@@ -116,7 +117,7 @@ def open_remote(run: "Run", account: Ledger) -> RemoteOracle:
     if oracle.image_rate is not None:
         rates.append(Rate(run.ledger, "image-rate", oracle.image_rate, batch, run.log).wait)
     return RemoteOracle(
-        run.service or _service(run, about),
+        run.service or _service(run, about, known=meaning is not None),
         run.image,
         about.classes,
         oracle.response,
@@ -124,7 +125,7 @@ def open_remote(run: "Run", account: Ledger) -> RemoteOracle:
         batch=batch,
         concurrency=share,
         rates=rates,
-        meaning=_kept(run, about),
+        meaning=meaning,
         established=functools.partial(_establish, run, about),
         reading={"output": oracle.output, "classes": run.class_names or (), "unknown": oracle.unknown},
         stop=run.asked_to_stop,
@@ -157,16 +158,18 @@ def calls_of(run: "Run") -> int:
     return wanted if most is None else min(wanted, most)
 
 
-def _service(run: "Run", about: About) -> Service:
+def _service(run: "Run", about: About, known: bool) -> Service:
     teacher, oracle = run.config.teacher, run.config.oracle
     check(run)
     if teacher.python is not None:
         return Function(load(teacher.python))
     if about.model is None:
         return Pictures(_line(run), oracle.encoding, about.classes, oracle.base64)
-    k = min(oracle.k, about.classes) if oracle.response == "topk" and about.model.classification else None
+    # Of logits a list says too little: the whole output is asked for, and what it is cut to is cut at home.
+    best = oracle.response == "topk" and oracle.output != "logits" and about.model.classification
+    k = min(oracle.k, about.classes) if best else None
     names = run.class_names or ()
-    return Oip(_line(run), about.model, about.classes, mean=oracle.mean, std=oracle.std, k=k, names=names)
+    return Oip(_line(run), about.model, about.classes, mean=oracle.mean, std=oracle.std, k=k, known=known, names=names)
 
 
 def _line(run: "Run") -> Line:

@@ -4,6 +4,7 @@ A service says less of itself than a file: one image is asked for, its answer is
 to say, by a named setting, before a second one is paid.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -15,6 +16,13 @@ from mekd.oracle.response import AnswerError, Response, answer, from_names, sum_
 
 #: A class by its name, or by its number where the service says that it is one, and its score.
 Pair = tuple[str | int, float]
+
+
+#: What is to be done about a list of scores that are not parts of a whole.
+_NO_SHARES = (
+    "Where they are logits, --oracle.output logits has the whole output asked for (a server with the classification "
+    "extension), and --oracle.response label takes the best class of any scores"
+)
 
 
 class Raw(NamedTuple):
@@ -58,7 +66,7 @@ def establish(
             raise AnswerError(f"the teacher answers names ({_first(raw.names)}): list them with --oracle.classes FILE")
         return Meaning(kind, 1.0, f"the first answer is the class {_first(raw.indices, raw.names)}", **more)
     if raw.pairs is not None:
-        return _pairs(raw.pairs[0], num_classes, response, more)
+        return _pairs(raw.pairs[0], num_classes, response, output, more)
     assert raw.scores is not None
     return _scores(raw.scores, num_classes, output, more)
 
@@ -96,17 +104,27 @@ def _scores(scores: np.ndarray, num_classes: int, output: str, more: dict[str, A
     return Meaning("logits", 1.0, f"{said}: logits", **more)
 
 
-def _pairs(pairs: Sequence[Pair], num_classes: int, response: str, more: dict[str, Any]) -> Meaning:
+def _pairs(pairs: Sequence[Pair], num_classes: int, response: str, output: str, more: dict[str, Any]) -> Meaning:
     scores = [score for _, score in pairs]
     shown = ", ".join(f"{name} {score:.4g}" for name, score in pairs[:3]) + (", ..." if len(pairs) > 3 else "")
     said = f"the first answer names {len(pairs)} classes" + (f" ({shown})" if pairs else "")
     if response not in ("topk", "label", "probs"):
         raise AnswerError(f"{said}, with no logits: say --oracle.response topk")
+    if response == "label":
+        return Meaning("pairs", 1.0, f"{said}: the best of them is the label", **more)
     if response == "probs" and len(pairs) != num_classes:
         raise AnswerError(f"{said} of {num_classes}: say --oracle.response topk, which takes answers of any length")
-    if scores and (min(scores) < 0 or max(scores) > 100.0 or sum(scores) > 100 * 1.01):
-        raise AnswerError(f"{said}, which are neither shares nor per cent; mekd takes one of both")
-    scale = 100.0 if scores and (max(scores) > 1.0 + 1e-6 or sum(scores) > 1.01) else 1.0
+    if output == "logits":
+        raise AnswerError(f"{said}; a list of logits does not say what is left out: say --oracle.response label")
+    low, high, total = min(scores, default=0.0), max(scores, default=0.0), sum(scores)
+    scale = 1.0 if high <= 1.0 + 1e-6 else 100.0
+    most = 0.01 if len(pairs) < num_classes else sum_limit(num_classes, 0.01)
+    every = len(pairs) == num_classes and more["unknown"] == "error"
+    short = every and total < scale * (1 - most)  # of all classes nothing is left out
+    if low < 0 or high > 100.0 or total > scale * (1 + most) or short:
+        raise AnswerError(f"{said}, which are neither shares nor per cent; mekd takes one of both. {_NO_SHARES}")
+    if scale > 1 and output != "probs":
+        raise AnswerError(f"{said}: per cent, or logits? Say --oracle.output probs for per cent. {_NO_SHARES}")
     return Meaning("pairs", scale, f"{said}: {'shares' if scale == 1 else 'per cent'}", **more)
 
 
@@ -152,9 +170,10 @@ def _from_pairs(
                 at = index.get(name, number if number < num_classes else -1)
                 name = name[:80]
             share = score / meaning.scale
-            if not 0 <= share <= 1.01:
+            if not (0 <= share <= 1.01 or (response == "label" and not math.isnan(share))):
                 raise AnswerError(
-                    f"the teacher answered {name!r} with {score:g}; it must lie in 0 to {meaning.scale:g}"
+                    f"the teacher answered {name!r} with {score:g}; it must lie in 0 to {meaning.scale:g}, since "
+                    f"{meaning.note}. {_NO_SHARES}, in a run with another --out"
                 )
             if at < 0 and meaning.unknown == "rest":
                 continue  # its mass is missing mass
@@ -166,7 +185,7 @@ def _from_pairs(
             if at in found:
                 raise AnswerError(f"the teacher named {name!r} twice for one image")
             found[at] = share
-        if sum(found.values()) > 1 + sum_limit(num_classes, 0.01):
+        if response != "label" and sum(found.values()) > 1 + sum_limit(num_classes, 0.01):
             raise AnswerError(
                 f"the teacher's shares of one image sum to {sum(found.values()):.4g}; they must not exceed 1"
             )

@@ -130,16 +130,17 @@ def _model(
 class Oip:
     """Calls of one model. k: ask for that many classes by the classification extension; None for the whole output.
 
+    known: whether it is known what the scores are; else the first answer is to list every class, as their sum tells it.
     names: of the classes, which those that the extension tells must agree with; empty where they are not known.
     """
 
     def __init__(
         self, line: Line, model: Model, classes: int, *, mean: Sequence[float], std: Sequence[float], k: int | None,
-        names: Sequence[str] = (),
+        known: bool = True, names: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self._line, self._model, self._classes, self._k, self._names = line, model, classes, k, names
         self._shift, self._spread = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (mean, std))
-        self._ids = itertools.count()
+        self._known, self._ids = known, itertools.count()
 
     def call(self, images: list[bytes] | Tensor) -> tuple[Raw, int]:
         assert isinstance(images, Tensor)
@@ -147,9 +148,11 @@ class Oip:
         limit = (1 << 20) + len(images) * (64 * self._classes + 1024)
         reply = judged(self._line, self._line.exchange("POST", "/infer", body, headers, limit=limit))
         try:
-            return self._answer(reply, len(images)), len(reply.body)
+            raw = self._answer(reply, len(images))
         except AnswerError as error:
             raise AnswerError(self._line.secrets.hide(str(error))) from None
+        self._known = True
+        return raw, len(reply.body)
 
     def close(self) -> None:
         self._line.close()
@@ -167,7 +170,7 @@ class Oip:
         asked: dict[str, Any] = {"id": str(next(self._ids)), "inputs": [tensor]}
         parameters: dict[str, Any] = {"binary_data": True} if model.binary else {}
         if self._k is not None:
-            parameters = {"classification": self._k}
+            parameters = {"classification": self._k if self._known else self._classes}
         if model.output is not None:
             asked["outputs"] = [{"name": model.output, **({"parameters": parameters} if parameters else {})}]
         elif model.binary:
