@@ -1,8 +1,8 @@
 """Losses of logits that never exist as a whole: the student's last linear layer and the loss on it, in one.
 
-A few rows at a time become logits, a loss and its gradient, and the gradients of hidden, weight and bias are taken at
-once, in the forward. What is needed beside them is the logits and the gradient of one part of the rows. Each loss is
-the one of the same name in mekd.functional, on F.linear(hidden, weight, bias).
+A few rows at a time become logits, a loss and its gradient, and the gradients of hidden, weight and bias, of those that
+are not frozen, are taken at once, in the forward. What is needed beside them is the logits and the gradient of one part
+of the rows. Each loss is the one of the same name in mekd.functional, on F.linear(hidden, weight, bias).
 """
 
 import math
@@ -197,7 +197,8 @@ def _run(
             [teacher[0].reshape(-1, teacher[0].shape[-1]), *(x for x in teacher[1:] if x is not None)],
             rows[1:],
         )
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    grads = torch.is_grad_enabled()
+    wanted = [grads and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss: Tensor = torch.ops.mekd.linear_loss(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, rows, head, tau, weights,
         None if kept is None else kept.reshape(-1), name, [str(x) for x in options], impl, wanted,
@@ -233,27 +234,30 @@ def _shares(hidden: Tensor, classes: int, weights: Tensor | None, kept: Tensor |
 
 def _linear_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: list[Tensor], teacher: list[Tensor], tau: Tensor,
-    weights: Tensor | None, mask: Tensor | None, name: str, options: list[str], impl: str | None, wanted: bool,
+    weights: Tensor | None, mask: Tensor | None, name: str, options: list[str], impl: str | None, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The sum of the op's losses over rows (N, H), and the gradients of hidden, weight and bias where wanted."""
+    """The sum of the op's losses over rows (N, H), and the gradients of hidden, weight and bias, each where wanted."""
     call, rows = ops.kernel_of(name, impl, hidden), hidden.shape[0]
     part, others = max(1, -(-rows // PARTS[hidden.element_size()])), _read(name, options)
     loss = hidden.new_zeros((), dtype=accumulation_dtype(hidden))
-    grads = [torch.zeros_like(x) if wanted and x is not None else hidden.new_empty(0) for x in (hidden, weight, bias)]
-    of_hidden, of_weight, of_bias = grads
+    layer = zip((hidden, weight, bias), wanted, strict=True)
+    of_hidden, of_weight, of_bias = (
+        torch.zeros_like(x) if x is not None and w else hidden.new_empty(0) for x, w in layer
+    )
     for begin in range(0, rows, part):
         mine = slice(begin, begin + part)
         logits = F.linear(hidden[mine], weight, bias)
         made = [F.linear(teacher[0][mine], *teacher[1:])] if teacher else []
         some = [None if x is None else x[mine] for x in (weights, mask)]
-        found, grad = call(logits, *made, *(x[mine] for x in targets), tau, *some, *others, "sum", wanted)
+        found, grad = call(logits, *made, *(x[mine] for x in targets), tau, *some, *others, "sum", any(wanted))
         del logits, made
         loss += found
-        if wanted:
+        if wanted[0]:
             torch.mm(grad, weight, out=of_hidden[mine])
+        if wanted[1]:
             of_weight.addmm_(grad.t(), _without_strays(hidden[mine], *some))
-            if bias is not None:
-                of_bias += grad.sum(0)
+        if wanted[2]:
+            of_bias += grad.sum(0)
         del grad  # before the next part's
     return loss, of_hidden, of_weight, of_bias
 
@@ -274,28 +278,32 @@ def _without_strays(hidden: Tensor, weights: Tensor | None, mask: Tensor | None)
 
 def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
     # Laid out as zeros_like does it, so that the gradient of a turned weight is a plain one of what was turned.
-    grads = [
-        torch.empty_like(x) if others[-1] and x is not None else hidden.new_empty(0) for x in (hidden, weight, bias)
-    ]
+    layer = zip((hidden, weight, bias), others[-1], strict=True)
+    grads = [torch.empty_like(x) if x is not None and w else hidden.new_empty(0) for x, w in layer]
     return hidden.new_empty((), dtype=accumulation_dtype(hidden)), *grads
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[1 : 3 + (inputs[2] is not None)])
-    ctx.dtypes = [x.dtype for x in inputs[:3] if x is not None]
+    ctx.wanted = inputs[-1]
+    ctx.save_for_backward(*(x for x, w in zip(output[1:], ctx.wanted, strict=True) if w))
+    ctx.dtypes = [x.dtype for x, w in zip(inputs[:3], ctx.wanted, strict=True) if w]
     ctx.set_materialize_grads(False)  # zeros as large as the gradients
     ctx.targets, ctx.teacher = len(inputs[3]), len(inputs[4])
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    scaled = [] if upstream is None else ops.scaled(ctx, upstream, looks=checks_values(upstream))
-    grads = [*scaled, None, None, None][:3]
-    return (*grads, [None] * ctx.targets, [None] * ctx.teacher, *[None] * 7)
+    scaled = iter([] if upstream is None else ops.scaled(ctx, upstream, looks=checks_values(upstream)))
+    return (
+        *(next(scaled, None) if w else None for w in ctx.wanted),
+        [None] * ctx.targets,
+        [None] * ctx.teacher,
+        *[None] * 7,
+    )
 
 
 ops.define_alone(
     "linear_loss",
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor[] targets, Tensor[] teacher, Tensor tau, Tensor? weights, "
-    "Tensor? mask, str name, str[] options, str? impl, bool wanted",
+    "Tensor? mask, str name, str[] options, str? impl, bool[] wanted",
     4, _linear_loss, _fake, _keep, _backward,
 )  # fmt: skip

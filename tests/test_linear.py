@@ -1,5 +1,6 @@
 """The last linear layer and the loss in one: what the layer, and the loss after it, give."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -189,7 +190,7 @@ def test_gradients_lie_as_the_fake_kernel_says() -> None:
     hidden, weight, bias = numbers(N, 2 * H)[:, ::2], numbers(H, C).t(), numbers(2 * C)[::2]
     arguments = (
         hidden, weight, bias, [torch.zeros(N, dtype=torch.long)], [], torch.tensor(1.0), None, None,
-        "tempered_kl_labels", ["-100", "tau2"], None, True,
+        "tempered_kl_labels", ["-100", "tau2"], None, [True, True, True],
     )  # fmt: skip
     found = torch.ops.mekd.linear_loss(*arguments)
     with FakeTensorMode() as mode:
@@ -230,10 +231,23 @@ def test_no_gradient_is_made_where_none_is_wanted() -> None:
     assert hidden is not None and weight is not None
     with torch.no_grad():
         assert not linear_kd_loss(hidden, weight, labels=torch.zeros(N, dtype=torch.long)).requires_grad
-    # A frozen layer: the gradient of hidden alone comes out.
-    loss = linear_kd_loss(hidden, weight.detach(), labels=torch.zeros(N, dtype=torch.long))
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=3))[1:])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_of_what_is_frozen_no_gradient_is_made(wanted: tuple[bool, ...], compiled: bool) -> None:
+    """As for a frozen head under adapters, whose gradient would be as large as the head."""
+    parts, target = layer(torch.float64), numbers(N, C, seed=4)
+    whole = gradients(linear_kd_loss(*parts, logits=target), parts)  # type: ignore[arg-type]
+    given = [x.detach().requires_grad_(w) for x, w in zip(parts, wanted, strict=True)]  # type: ignore[union-attr]
+    ours = torch.compile(linear_kd_loss, fullgraph=True, backend="aot_eager") if compiled else linear_kd_loss
+    loss = ours(*given, logits=target)
+    assert compiled or len(loss.grad_fn.saved_tensors) == sum(wanted)
     loss.backward()
-    assert hidden.grad is not None and loss.grad_fn is not None
+    for x, w, expected in zip(given, wanted, whole, strict=True):
+        assert (x.grad is not None) == w
+        if w:
+            torch.testing.assert_close(x.grad, expected)
 
 
 def test_under_autocast_as_linear_is() -> None:
@@ -285,7 +299,7 @@ def test_what_it_needs_is_a_part_of_the_logits() -> None:
     with Sizes():
         found = torch.ops.mekd.linear_loss(
             hidden, weight, None, [labels], [], torch.tensor(1.0), None, None, "tempered_kl_labels", ["-100", "tau2"],
-            "reference", True,
+            "reference", [True, True, False],
         )  # fmt: skip
     assert found[2].shape == weight.shape
     parts = torch.nn.functional.linear(hidden[: -(-rows // PARTS[4])], weight).numel()
