@@ -1,10 +1,11 @@
 """The table of bench students in words and pictures: means over seeds with their spread, curves against queries."""
 
-import csv
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from bench import tables
 
 Rows = Sequence[Mapping[str, str]]
 #: Lines that do not depend on a number of queries, and how they are drawn.
@@ -20,20 +21,12 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1:
         raise SystemExit("usage: python -m bench curves bench/results/PROCESSOR/students.csv")
     path = Path(arguments[0])
-    rows = read(path)
+    rows = tables.read(path)
     for data in dict.fromkeys(row["data"] for row in rows):
         print("\n".join(table(rows, data)), end="\n\n")
         for picture in draw(rows, data, path.parent):
             print(f"drawn: {picture}")
     return 0
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of the table, none where there is no file yet."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def table(rows: Rows, data: str) -> list[str]:

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from bench import students
-from bench.curves import read
+from bench import students, tables
 from mekd.engine import evaluate
 from mekd.engine.checkpoint import stopped_by_signals
 from mekd.engine.run import Run
@@ -55,12 +54,12 @@ def main(arguments: Sequence[str]) -> int:
                     if response == "label" and name != "none" and not name.startswith("mislead"):
                         continue  # the best class stays
                     key = (options.data, options.private, response, name, str(options.queries), str(seed))
-                    if key not in {tuple(row[column] for column in COLUMNS[:6]) for row in read(table)}:
+                    if key not in {tuple(row[column] for column in COLUMNS[:6]) for row in tables.read(table)}:
                         found = measure(options, words, response, name, seed)
                         row = dict(zip(COLUMNS[:6], key, strict=True)) | found
-                        students.append(table, row, COLUMNS)
+                        tables.append(table, row, COLUMNS)
                         print(" ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    for row in read(table):
+    for row in tables.read(table):
         print("| " + " | ".join(row[column] for column in COLUMNS) + " |")
     return 0
 

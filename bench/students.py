@@ -7,7 +7,6 @@ the table is not measured again; the same command goes on where it was stopped, 
 
 import argparse
 import contextlib
-import csv
 import fcntl
 import hashlib
 import json
@@ -24,7 +23,7 @@ from typing import Any
 
 from torch import nn
 
-from bench import choices, curves, pools
+from bench import choices, curves, pools, tables
 from bench.timing import processor
 from mekd import cli, files
 from mekd.config import Config
@@ -131,6 +130,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--minutes", type=float, help="stop after so long, saved")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, apart from the real ones")
     options, words = parser.parse_known_args(arguments)
+    said = " ".join(words)
     if options.path:
         words += ["--data.path", options.path]
     if options.quick:
@@ -144,7 +144,14 @@ def main(arguments: Sequence[str]) -> int:
     results = options.results or (options.out if options.quick else Path("bench/results") / slug(processor()))
     table = results / "students.csv"
     place = options.out / options.data
-    done = {tuple(row[name] for name in COLUMNS[:6]) for row in curves.read(table)}
+    kept = tables.settings(results)
+    for of in (f"{options.data} {private}" for private in options.private):
+        if kept.get(of, said) != said:
+            parser.error(
+                f"the rows of {of} in {table} were made with the settings {kept[of] or '(none)'}, and these are "
+                f"{said or '(none)'}: name another folder with --results"
+            )
+    done = {tuple(row[name] for name in COLUMNS[:6]) for row in tables.read(table)}
     left = [job for job in jobs(options) if job.key not in done]
     print(f"{len(left)} rows to measure, into {table}", flush=True)
     if options.minutes:
@@ -154,12 +161,13 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with stopped_by_signals():
             for job in left:
-                append(table, measure(job, place, words, options.pool))
+                tables.append(table, measure(job, place, words, options.pool), COLUMNS)
+                tables.keep_settings(results, f"{job.data} {job.private}", said)
     except MekdError as error:
         print(error)
         return 3 if isinstance(error, Interrupted) else error.status
-    print("\n".join(curves.table(curves.read(table), options.data)))
-    for picture in curves.draw(curves.read(table), options.data, results):
+    print("\n".join(curves.table(tables.read(table), options.data)))
+    for picture in curves.draw(tables.read(table), options.data, results):
         print(f"drawn: {picture}")
     return 0
 
@@ -394,17 +402,3 @@ def locked(folder: Path) -> Iterator[None]:
                 raise Interrupted(f"stopped while another process is in {folder}; the same command goes on")
             time.sleep(1)
         yield
-
-
-def append(table: Path, row: dict[str, Any], columns: Sequence[str] = COLUMNS) -> None:
-    """Add a row to the table, which other processes add to as well; its first six columns say what was measured."""
-    table.parent.mkdir(parents=True, exist_ok=True)
-    with open(table, "a", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        key = [str(row[name]) for name in columns[:6]]
-        if key in [[other[name] for name in columns[:6]] for other in curves.read(table)]:
-            return  # another process was faster
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if not os.fstat(file.fileno()).st_size:
-            writer.writeheader()
-        writer.writerow(row)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import curves, students
+from bench import curves, students, tables
 from mekd.config import Config
 from mekd.engine.run import Run
 
@@ -54,10 +54,10 @@ def test_a_picture_for_each_experiment(tmp_path: Path) -> None:
 
 def test_rows_are_added_and_found_again(tmp_path: Path) -> None:
     table = tmp_path / "new" / "students.csv"
-    assert curves.read(table) == []
+    assert tables.read(table) == []
     for one in ROWS:
-        students.append(table, one)
-    assert curves.read(table) == ROWS
+        tables.append(table, one, students.COLUMNS)
+    assert tables.read(table) == ROWS
     assert table.read_text().splitlines()[0] == ",".join(students.COLUMNS)
 
 
@@ -93,6 +93,30 @@ def test_mistakes_are_named(
     printed = capsys.readouterr()
     assert said in printed.out + printed.err
     assert not (tmp_path / "results").exists()
+
+
+def test_rows_of_other_settings_have_a_table_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row does not say with which settings it was made, and would be taken for the same."""
+    monkeypatch.chdir(ROOT)
+
+    def measure(job: students.Job, *_: object) -> dict[str, str]:
+        return ROWS[0] | dict(zip(students.COLUMNS[:6], job.key, strict=True))
+
+    monkeypatch.setattr(students, "measure", measure)
+    arguments = ["digits", "--rows", "plain", "--out", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    assert students.main([*arguments, "--distill.steps", "7"]) == 0
+    assert students.main([*arguments, "--distill.steps", "7", "--seeds", "1"]) == 0
+    before = (tmp_path / "students.csv").read_text()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        students.main([*arguments, "--seeds", "2"])
+    said = capsys.readouterr().err
+    assert "were made with the settings --distill.steps 7, and these are (none)" in said and "--results" in said
+    assert (tmp_path / "students.csv").read_text() == before
+    assert students.main([*arguments, "--private", "0.5"]) == 0, "another experiment"
+    assert tables.settings(tmp_path) == {"digits 0.1": "--distill.steps 7", "digits 0.5": ""}
 
 
 def test_a_teacher_that_is_kept_is_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
