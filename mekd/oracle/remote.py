@@ -238,7 +238,9 @@ class RemoteOracle(Oracle):
     def _read(self, raw: Raw, count: int) -> Response:
         if len(raw) != count:
             raise AnswerError(f"the teacher answered {len(raw)} of {count} images")
-        meaning = self._meaning or establish(raw, self.num_classes, self.response, **self._reading)
+        meaning = self._meaning or establish(
+            raw, self.num_classes, self.response, decimals=self.decimals, **self._reading
+        )
         answer = respond(raw, meaning, self.num_classes, self.response, self.k, self.decimals)
         if self._meaning is None and (raw.pairs is None or any(raw.pairs)):  # an empty answer tells no scale
             self._meaning = meaning
