@@ -105,14 +105,15 @@ def _model(
         raise ServiceError(f"the model takes images of {shape[0]} channels, the data has {channels}: use data that fit")
     if shape[1] != shape[2]:
         raise ServiceError(f"the model takes images of {shape[1]} x {shape[2]} pixels; mekd draws square ones")
-    width = sink["shape"][-1] if sink and len(sink["shape"]) > 1 and sink["datatype"] in _FLOATS else None
+    scores = sink["shape"][1:] if sink and sink["datatype"] in _FLOATS else []  # of one image, in whatever shape
+    width = math.prod(scores) if scores and all(isinstance(n, int) and n > 0 for n in scores) else None
     most = limits.get("max_batch_size")
     model = Model(
         input=source["name"] if source else input_name or "input",
         datatype=datatype,
         last=last,
         output=sink["name"] if sink else output_name,
-        classes=width if isinstance(width, int) and width > 0 else None,
+        classes=width,
         size=shape[1],
         binary=any("binary" in name for name in extensions) if binary is None else binary,
         classification=any("classification" in name for name in extensions),
@@ -130,7 +131,8 @@ def _model(
 class Oip:
     """Calls of one model. k: ask for that many classes by the classification extension; None for the whole output.
 
-    known: whether it is known what the scores are; else the first answer is to list every class, as their sum tells it.
+    known: whether it is known what the scores are, which RemoteOracle sets; until then an answer is to list every
+    class, as their sum tells it.
     names: of the classes, which those that the extension tells must agree with; empty where they are not known.
     """
 
@@ -140,7 +142,7 @@ class Oip:
     ) -> None:  # fmt: skip
         self._line, self._model, self._classes, self._k, self._names = line, model, classes, k, names
         self._shift, self._spread = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (mean, std))
-        self._known, self._ids = known, itertools.count()
+        self.known, self._ids = known, itertools.count()
 
     def call(self, images: list[bytes] | Tensor) -> tuple[Raw, int]:
         assert isinstance(images, Tensor)
@@ -151,7 +153,6 @@ class Oip:
             raw = self._answer(reply, len(images))
         except AnswerError as error:
             raise AnswerError(self._line.secrets.hide(str(error))) from None
-        self._known = True
         return raw, len(reply.body)
 
     def close(self) -> None:
@@ -170,7 +171,7 @@ class Oip:
         asked: dict[str, Any] = {"id": str(next(self._ids)), "inputs": [tensor]}
         parameters: dict[str, Any] = {"binary_data": True} if model.binary else {}
         if self._k is not None:
-            parameters = {"classification": self._k if self._known else self._classes}
+            parameters = {"classification": self._k if self.known else self._classes}
         if model.output is not None:
             asked["outputs"] = [{"name": model.output, **({"parameters": parameters} if parameters else {})}]
         elif model.binary:
@@ -210,7 +211,15 @@ class Oip:
         if isinstance(values, list):
             if self._k is None:
                 return Raw(names=[str(value) for value in values])
-            return Raw(pairs=_classified(values, count, self._names))
+            pairs = _classified(values, count, self._names)
+            if not self.known and len(pairs[0]) < self._classes:
+                raise AnswerError(
+                    f"the teacher named {len(pairs[0])} of {self._classes} classes, and all of them were asked for, as "
+                    "their sum tells whether scores are shares: is the number of classes (oracle.num_classes, "
+                    "oracle.classes) right? Of a server that names no more at once --oracle.response probs has the "
+                    "whole output asked for"
+                )
+            return Raw(pairs=pairs)
         if values.dtype.kind == "f":
             return Raw(scores=values.reshape(len(values), math.prod(values.shape[1:])))
         return Raw(indices=values.reshape(-1))
