@@ -68,6 +68,8 @@ def establish(
     decimals: what its values are said to be rounded to.
     """
     more: dict[str, Any] = {"classes": tuple(classes), "unknown": unknown}
+    if response == "label" and unknown == "rest" and (raw.pairs is not None or raw.names is not None):
+        raise AnswerError("a class that is not listed is no label: list it, and say --oracle.unknown error")
     if raw.indices is not None or raw.names is not None:
         kind = "index" if raw.indices is not None else "names"
         if response != "label":

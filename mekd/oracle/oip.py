@@ -34,6 +34,7 @@ class Model:
     input, datatype: of the images; last: whether channels come last. output: the tensor that is read, None for the only
     one. classes: how many, None where it is not said. size: the side that it takes, None for any. binary: whether
     tensors travel as bytes. versions: as the server names them. most: images a call at most, None where not said.
+    answers: the datatype of the output, None where it is not said.
     """
 
     input: str
@@ -47,6 +48,7 @@ class Model:
     versions: tuple[str, ...]
     most: int | None
     note: str
+    answers: str | None = None
 
 
 def describe(
@@ -67,6 +69,30 @@ def check_transport(model: Model, transport: str) -> None:
     """Raise UsageError where pixels are taken and unrounded values would be sent."""
     if model.datatype == "UINT8" and transport == "float":
         raise UsageError("oracle.transport is 'float', but the model takes UINT8: say --oracle.transport uint8")
+
+
+def check_output(model: Model, response: str, *, listed: bool, named: bool) -> None:
+    """Raise UsageError where the datatype of the output tells that it cannot be read, or answers no such response.
+
+    listed: whether the classification extension is asked for, which makes text of any scores; named: whether the names
+    of the classes are known.
+    """
+    said = f"the model's output {model.output} is {model.answers}"
+    if model.answers is None or model.answers in _FLOATS:
+        return
+    if model.answers not in (*_READ, "BYTES"):
+        if not listed:
+            raise UsageError(
+                f"{said}, and mekd reads {', '.join(_FLOATS)}, whole numbers and BYTES: name another output with "
+                "--oracle.output_name"
+            )
+    elif response != "label":
+        raise UsageError(
+            f"{said}, which is a class and no {response}: say --oracle.response label, or name another output with "
+            "--oracle.output_name"
+        )
+    elif model.answers == "BYTES" and not named:
+        raise UsageError(f"{said}, which is a class by its name: list the names with --oracle.classes FILE")
 
 
 def _extensions(line: Line) -> list[str]:
@@ -120,6 +146,7 @@ def _model(
         versions=tuple(map(str, said.get("versions") or ())),
         most=most if isinstance(most, int) and most > 0 else None,
         note="",
+        answers=str(sink["datatype"]) if sink and "datatype" in sink else None,
     )
     shown = f"{model.input} {datatype} {source['shape'] if source else 'of a shape that the server does not say'}"
     note = (
