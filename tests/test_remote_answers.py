@@ -176,6 +176,12 @@ def test_an_unknown_name_may_be_the_rest() -> None:
     assert answer.indices.tolist() == [[0, -1, -1]] and answer.values.tolist() == [[0.25, 0, 0]]
 
 
+@pytest.mark.parametrize("raw", [pairs([("yak", 0.75), ("cat", 0.25)]), Raw(names=["yak"])])
+def test_the_best_of_what_is_listed_is_no_label(raw: Raw) -> None:
+    with pytest.raises(AnswerError, match=r"no label: list it, and say --oracle\.unknown error"):
+        named(raw, response="label", unknown="rest")
+
+
 def test_names_may_be_numbers_where_no_classes_are_listed() -> None:
     meaning = establish(pairs([("3", 0.5)]), C, "topk")
     answer = respond(pairs([("3", 0.5), ("0", 0.25)]), meaning, C, "topk", 2, None)

@@ -8,7 +8,7 @@ import pytest
 from fake_service import CLASSES, images
 from mekd.oracle.answers import Meaning
 from mekd.oracle.http import Line, ServiceError
-from mekd.oracle.oip import describe
+from mekd.oracle.oip import Oip, describe
 from mekd.oracle.response import AnswerError
 from raw_server import pairs, reply, scripted, tensor
 from remote_ask import NAMES, SHARES, ask, connect, paid
@@ -107,6 +107,29 @@ def test_the_first_list_is_of_every_class(listed: list[str], said: str | None, t
         assert isinstance(answer, AnswerError) and said in str(answer) and asked == [{"classification": 4}]
 
 
+def test_every_class_is_asked_for_until_an_answer_could_be_read(tmp_path: Path) -> None:
+    """An answer that was refused tells nothing: the best two of these logits would pass for shares."""
+    logits = ["0.5:0", "0.3:1", "-1:2", "-2:3"]
+    body = reply(200, tensor(logits, [1, 4], "BYTES"))
+    with scripted(body, body, reply(200, tensor(logits[:2], [1, 2], "BYTES"))) as server:
+        oracle = connect("oip", server.url, tmp_path, k=2, known=False, meaning=None)
+        for _ in range(2):
+            with pytest.raises(AnswerError, match="neither shares nor per cent"):
+                oracle.query(images(1))
+        oracle.close()
+        asked = [json.loads(body)["outputs"][0]["parameters"] for _, _, body in server.requests]
+    assert asked == [{"classification": 4}] * 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_first_list_that_is_short_tells_nothing(count: int, tmp_path: Path) -> None:
+    listed = ["0.5:0", "0.3:1", "0.1:2"][:count]
+    with scripted(reply(200, tensor(listed, [1, count], "BYTES"))) as server:
+        error = ask("oip", server.url, tmp_path, m=2, batch=1, k=2, known=False, meaning=None)
+    assert isinstance(error, AnswerError) and paid(tmp_path) == (0, 1, 1)
+    assert f"named {count} of 4 classes" in str(error) and "--oracle.response probs" in str(error)
+
+
 def test_the_classification_extension_with_names(tmp_path: Path) -> None:
     """It answers class numbers, whatever names are listed; a name that it gives besides must be that of the list."""
     for n, values in enumerate((["0.9:3:elk", "0.05:1"], ["0.9:3", "0.05:1: dog"])):
@@ -121,6 +144,22 @@ def test_the_classification_extension_with_names(tmp_path: Path) -> None:
         with scripted(reply(200, tensor([value], [1, 1], "BYTES"))) as server:
             error = ask("oip", server.url, tmp_path / str(n), k=2, unknown="rest", names=NAMES)
         assert isinstance(error, AnswerError) and said in str(error), error
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes"),
+    [([-1, 4], 4), ([-1, 4, 1, 1], 4), ([-1, 1, 1, 4], 4), ([4], None), ([-1, -1], None), ([-1, 4, -1, -1], None)],
+)
+def test_classes_are_the_numbers_of_an_image(shape: list[int], classes: int | None) -> None:
+    body = json.dumps({"outputs": [{"name": "probs", "datatype": "FP32", "shape": shape}]})
+    with scripted(*[reply(200, body)] * 3, reply(200, tensor(SHARES, [1, *shape[1:]]))) as server:
+        line = Line(f"{server.url}/v2/models/m", {}, 5)
+        model = describe(line, 1, input_name=None, output_name=None, transport="uint8", binary=None)
+        assert model.classes == classes
+        if classes:
+            raw, _ = Oip(line, model, classes, mean=[0.0], std=[1.0], k=None).call(images(1))
+            assert raw.scores is not None and raw.scores.tolist() == [SHARES]
+        line.close()
 
 
 METADATA = [

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from mekd import cli
+from mekd.engine import reach
 from raw_server import reply, scripted
-from remote_run import words
+from remote_run import total, words
 
 FUNCTION = """
 def ask(images):
@@ -53,6 +54,8 @@ def refused(command: str, url: str, out: Path, capsys: pytest.CaptureFixture[str
         ({"oracle__std": "[0]"}, "oracle.std is [0.0]; it must hold numbers above 0"),
         ({"oracle__mean": "[.nan]"}, "oracle.mean is [nan]; it must hold finite numbers"),
         ({"oracle__mean": "[]"}, "oracle.mean is []"),
+        ({"oracle__output": "logit"}, "oracle.output is 'logit'; it must be 'auto', 'logits' or 'probs'"),
+        ({"oracle__unknown": "rest", "oracle__response": "label"}, "oracle.unknown is 'rest' and oracle.response 'lab"),
     ],
 )
 def test_what_a_teacher_cannot_be_asked_with(
@@ -75,6 +78,48 @@ def test_pictures_need_pillow(
     assert "need Pillow" in refused(command, "http://127.0.0.1:1", tmp_path / "out", capsys, **own)
 
 
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"oracle__response": "logits"}, "oracle.response is 'logits', and with protocol hf"),
+        ({"oracle__response": "topk", "oracle__output": "logits"}, "oracle.output is 'logits', and a list of logits"),
+        ({"oracle__response": "probs", "oracle__output": "logits"}, "oracle.output is 'logits', and a list of logits"),
+    ],
+)
+def test_a_list_of_labels_and_scores_is_no_answer_to_that(
+    command: str, settings: dict[str, object], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"teacher__protocol": "hf", "oracle__num_classes": 10, "oracle__encoding": "png"}
+    with scripted() as server:
+        assert part in refused(command, server.url, tmp_path / "out", capsys, **own, **settings)
+        assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("datatype", "response", "part"),
+    [
+        ("INT64", "probs", "output c is INT64, which is a class and no probs: say --oracle.response label"),
+        ("INT64", "topk", "output c is INT64, which is a class and no topk"),
+        ("BYTES", "logits", "output c is BYTES, which is a class and no logits"),
+        (
+            "BYTES",
+            "label",
+            "output c is BYTES, which is a class by its name: list the names with --oracle.classes",
+        ),
+        ("BF16", "label", "output c is BF16, and mekd reads FP32, FP16, FP64, whole numbers and BYTES"),
+        ("BOOL", "probs", "output c is BOOL, and mekd reads"),
+    ],
+)
+def test_an_output_whose_datatype_tells_that_it_is_no_answer(
+    command: str, datatype: str, response: str, part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = json.loads(FLOATING) | {"outputs": [{"name": "c", "datatype": datatype, "shape": [-1, 1]}]}
+    with scripted(*[reply(200, json.dumps(said))] * 20) as server:
+        own = {"oracle__num_classes": 10, "oracle__response": response}
+        assert part in refused(command, server.url, tmp_path / "out", capsys, **own)
+        assert not [line for line, _, _ in server.requests if "infer" in line]
+
+
 @pytest.mark.parametrize("name", ["mean", "std"])
 def test_a_floating_model_takes_a_number_for_each_channel(
     command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -93,3 +138,20 @@ def test_one_class_is_no_teacher(command: str, tmp_path: Path, capsys: pytest.Ca
         for more in ({}, {"oracle__num_classes": 2}):
             said = refused(command, server.url, tmp_path / "out", capsys, **more)
             assert "holds 1 value an image; a teacher has at least 2 classes" in said
+
+
+def test_what_was_asked_already_goes_on_as_it_began(tmp_path: Path) -> None:
+    """Earlier versions took these settings, and what was paid with them is neither refused nor asked anew."""
+    file = tmp_path / "teacher.py"
+    file.write_text(
+        "import numpy as np\n\ndef ask(images):\n    return images.reshape(len(images), -1).argmax(1) % 10\n"
+    )
+    own = {"teacher__python": f"{file}:ask", "oracle__num_classes": 10, "oracle__response": "label"}
+    out, given = tmp_path / "out", own | {"oracle__output": "logit", "oracle__unknown": "rest"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reach, "_check_response", lambda run: None)
+        for stage in ("deprivatize", "distill"):
+            assert cli.main(words("", out, "--yes", stage=stage, **given)) == 0
+    assert total(out)["queries"] == 190
+    file.write_text(FUNCTION)
+    assert cli.main(words("", out, "--yes", stage="distill", **given)) == 0

@@ -18,7 +18,7 @@ from mekd.oracle.hf import Pictures
 from mekd.oracle.http import Line, ServiceError
 from mekd.oracle.images import Encoding, pillow
 from mekd.oracle.ledger import Ledger
-from mekd.oracle.oip import Model, Oip, check_transport, describe
+from mekd.oracle.oip import Model, Oip, check_output, check_transport, describe
 from mekd.oracle.remote import Pace, Rate, RemoteOracle, Service, pyrate_limiter
 
 if TYPE_CHECKING:
@@ -101,6 +101,45 @@ def check(run: "Run") -> None:
                 )
     side(run)
     calls_of(run)
+    if _kept(run, run.about_teacher) is None:  # what was asked already goes on as it began
+        _check_response(run)
+
+
+def _check_response(run: "Run") -> None:
+    """Raise UsageError where the answers could not be read as the run wants them, so far as nobody need be asked."""
+    oracle, model = run.config.oracle, run.about_teacher.model
+    label = oracle.response == "label"
+    if oracle.output not in ("auto", "logits", "probs"):
+        raise UsageError(f"oracle.output is {oracle.output!r}; it must be 'auto', 'logits' or 'probs'")
+    if label and oracle.unknown == "rest":
+        raise UsageError(
+            "oracle.unknown is 'rest' and oracle.response 'label': an image whose best class is not listed would have "
+            "no label. List every class with --oracle.classes FILE and say --oracle.unknown error, or take shares with "
+            "--oracle.response topk"
+        )
+    if run.config.teacher.url is not None and run.config.teacher.protocol == "hf":
+        if oracle.response == "logits":
+            raise UsageError(
+                "oracle.response is 'logits', and with protocol hf a teacher answers labels and their shares: say "
+                "--oracle.response topk, or probs where it lists every class"
+            )
+        if oracle.output == "logits" and not label:
+            raise UsageError(
+                "oracle.output is 'logits', and a list of logits, as protocol hf has it, does not say what is left "
+                "out: say --oracle.response label, which takes the best class of any scores"
+            )
+    if model is not None:
+        names = run.class_names is not None
+        check_output(model, oracle.response, listed=_listed(run, model), named=names)
+
+
+def _listed(run: "Run", model: Model) -> bool:
+    """Whether the best classes are asked for by the classification extension.
+
+    Of logits a list says too little: the whole output is asked for, and what it is cut to is cut at home.
+    """
+    oracle = run.config.oracle
+    return oracle.response == "topk" and oracle.output != "logits" and model.classification
 
 
 def open_remote(run: "Run", account: Ledger) -> RemoteOracle:
@@ -165,9 +204,7 @@ def _service(run: "Run", about: About, known: bool) -> Service:
         return Function(load(teacher.python))
     if about.model is None:
         return Pictures(_line(run), oracle.encoding, about.classes, oracle.base64)
-    # Of logits a list says too little: the whole output is asked for, and what it is cut to is cut at home.
-    best = oracle.response == "topk" and oracle.output != "logits" and about.model.classification
-    k = min(oracle.k, about.classes) if best else None
+    k = min(oracle.k, about.classes) if _listed(run, about.model) else None
     names = run.class_names or ()
     return Oip(_line(run), about.model, about.classes, mean=oracle.mean, std=oracle.std, k=k, known=known, names=names)
 

@@ -49,8 +49,25 @@ def load(setting: str) -> Callable[[np.ndarray], Any]:
 
 def read(found: Any) -> Raw:
     """What a function gave as an answer; AnswerError says what it may give."""
+    try:
+        raw = _read(found)
+    except Exception:  # of what it gave, whose methods may raise anything
+        raw = None
+    if raw is not None:
+        return raw
+    shown = f"{type(found).__name__}" + (
+        f" of {found.dtype}, shape {tuple(found.shape)}" if isinstance(found, np.ndarray | Tensor) else ""
+    )
+    raise AnswerError(
+        f"teacher.python gave {shown}; it must give scores (m, C) of floats, classes (m,) of whole numbers, m names, "
+        "or for each image a list of (name, score)"
+    )
+
+
+def _read(found: Any) -> Raw | None:
     if isinstance(found, Tensor):
-        found = found.detach().cpu().numpy()
+        found = found.detach().cpu()
+        found = (found.float() if found.is_floating_point() else found).numpy()  # NumPy has no bfloat16
     if isinstance(found, np.ndarray):
         if found.ndim == 2 and found.dtype.kind == "f":
             return Raw(scores=found)
@@ -61,14 +78,5 @@ def read(found: Any) -> Raw:
     elif isinstance(found, list) and found and all(isinstance(name, str) for name in found):
         return Raw(names=found)
     elif isinstance(found, list) and found and all(isinstance(row, list | tuple) for row in found):
-        try:
-            return Raw(pairs=[[(str(name), float(score)) for name, score in row] for row in found])
-        except (TypeError, ValueError):
-            pass
-    shown = f"{type(found).__name__}" + (
-        f" of {found.dtype}, shape {found.shape}" if isinstance(found, np.ndarray) else ""
-    )
-    raise AnswerError(
-        f"teacher.python gave {shown}; it must give scores (m, C) of floats, classes (m,) of whole numbers, m names, "
-        "or for each image a list of (name, score)"
-    )
+        return Raw(pairs=[[(str(name), float(score)) for name, score in row] for row in found])
+    return None

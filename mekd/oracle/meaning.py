@@ -18,14 +18,12 @@ from torch import Tensor
 from mekd.oracle.binding import DTYPES, run_options
 from mekd.oracle.graph import ending, load_graph
 from mekd.oracle.half import random_pixels
-from mekd.oracle.response import AnswerError, from_names, sum_limit
+from mekd.oracle.response import AnswerError, from_names, rounding_step, sum_limit
 from mekd.oracle.session import ModelError, one_line
 
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
 _INTEGERS = ("tensor(int64)", "tensor(int32)")
 _STRING = "tensor(string)"
-#: What probabilities are rounded to in a file: decimals, or the levels of eight bits.
-_STEPS = (0.1, 0.01, 1e-3, 1e-4, 1 / 255, 1 / 256)
 ALMOST = 1e-6
 
 
@@ -158,7 +156,7 @@ def read(
         count,
         chosen.values.shape[1:],
         torch.int64 if chosen.kind == "names" else torch.from_numpy(chosen.values[:0]).dtype,
-        _step(chosen.rows) if chosen.kind == "probs" else 0.0,
+        rounding_step(chosen.rows) if chosen.kind == "probs" else 0.0,
         note,
     )
 
@@ -208,7 +206,7 @@ def _scores(v: np.ndarray, output: str, ends: Callable[[], str]) -> tuple[str | 
     width, sums = v.shape[1], v.sum(-1)
     off = np.abs(sums - 1).max()
     between = v.min() >= -ALMOST and v.max() <= 1 + ALMOST
-    limit = sum_limit(width, _step(v))
+    limit = sum_limit(width, rounding_step(v))
     if output == "auto":
         limit = min(limit, 0.2)  # of very many rounded values any sum would do
     distribution = v.min() >= -ALMOST and v.max() <= 1 + 1e-2 and off <= limit
@@ -252,14 +250,6 @@ def _column(v: np.ndarray, output: str, ends: Callable[[], str]) -> tuple[str | 
         "one column of numbers that need not be a probability (a binary classifier's: say --oracle.output logits"
         + (" or probs)" if between else ")")
     )
-
-
-def _step(v: np.ndarray) -> float:
-    """What values (m, C) are rounded to, 0 where they are not."""
-    for step in _STEPS:
-        if v.max() >= step / 2 and np.abs(v / step - (v / step).round()).max() * step < ALMOST / 10:
-            return step
-    return 0.0
 
 
 # -- which output ------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ class Model:
     input, datatype: of the images; last: whether channels come last. output: the tensor that is read, None for the only
     one. classes: how many, None where it is not said. size: the side that it takes, None for any. binary: whether
     tensors travel as bytes. versions: as the server names them. most: images a call at most, None where not said.
+    answers: the datatype of the output, None where it is not said.
     """
 
     input: str
@@ -47,6 +48,7 @@ class Model:
     versions: tuple[str, ...]
     most: int | None
     note: str
+    answers: str | None = None
 
 
 def describe(
@@ -67,6 +69,30 @@ def check_transport(model: Model, transport: str) -> None:
     """Raise UsageError where pixels are taken and unrounded values would be sent."""
     if model.datatype == "UINT8" and transport == "float":
         raise UsageError("oracle.transport is 'float', but the model takes UINT8: say --oracle.transport uint8")
+
+
+def check_output(model: Model, response: str, *, listed: bool, named: bool) -> None:
+    """Raise UsageError where the datatype of the output tells that it cannot be read, or answers no such response.
+
+    listed: whether the classification extension is asked for, which makes text of any scores; named: whether the names
+    of the classes are known.
+    """
+    said = f"the model's output {model.output} is {model.answers}"
+    if model.answers is None or model.answers in _FLOATS:
+        return
+    if model.answers not in (*_READ, "BYTES"):
+        if not listed:
+            raise UsageError(
+                f"{said}, and mekd reads {', '.join(_FLOATS)}, whole numbers and BYTES: name another output with "
+                "--oracle.output_name"
+            )
+    elif response != "label":
+        raise UsageError(
+            f"{said}, which is a class and no {response}: say --oracle.response label, or name another output with "
+            "--oracle.output_name"
+        )
+    elif model.answers == "BYTES" and not named:
+        raise UsageError(f"{said}, which is a class by its name: list the names with --oracle.classes FILE")
 
 
 def _extensions(line: Line) -> list[str]:
@@ -105,20 +131,22 @@ def _model(
         raise ServiceError(f"the model takes images of {shape[0]} channels, the data has {channels}: use data that fit")
     if shape[1] != shape[2]:
         raise ServiceError(f"the model takes images of {shape[1]} x {shape[2]} pixels; mekd draws square ones")
-    width = sink["shape"][-1] if sink and len(sink["shape"]) > 1 and sink["datatype"] in _FLOATS else None
+    scores = sink["shape"][1:] if sink and sink["datatype"] in _FLOATS else []  # of one image, in whatever shape
+    width = math.prod(scores) if scores and all(isinstance(n, int) and n > 0 for n in scores) else None
     most = limits.get("max_batch_size")
     model = Model(
         input=source["name"] if source else input_name or "input",
         datatype=datatype,
         last=last,
         output=sink["name"] if sink else output_name,
-        classes=width if isinstance(width, int) and width > 0 else None,
+        classes=width,
         size=shape[1],
         binary=any("binary" in name for name in extensions) if binary is None else binary,
         classification=any("classification" in name for name in extensions),
         versions=tuple(map(str, said.get("versions") or ())),
         most=most if isinstance(most, int) and most > 0 else None,
         note="",
+        answers=str(sink["datatype"]) if sink and "datatype" in sink else None,
     )
     shown = f"{model.input} {datatype} {source['shape'] if source else 'of a shape that the server does not say'}"
     note = (
@@ -130,7 +158,8 @@ def _model(
 class Oip:
     """Calls of one model. k: ask for that many classes by the classification extension; None for the whole output.
 
-    known: whether it is known what the scores are; else the first answer is to list every class, as their sum tells it.
+    known: whether it is known what the scores are, which RemoteOracle sets; until then an answer is to list every
+    class, as their sum tells it.
     names: of the classes, which those that the extension tells must agree with; empty where they are not known.
     """
 
@@ -140,7 +169,7 @@ class Oip:
     ) -> None:  # fmt: skip
         self._line, self._model, self._classes, self._k, self._names = line, model, classes, k, names
         self._shift, self._spread = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (mean, std))
-        self._known, self._ids = known, itertools.count()
+        self.known, self._ids = known, itertools.count()
 
     def call(self, images: list[bytes] | Tensor) -> tuple[Raw, int]:
         assert isinstance(images, Tensor)
@@ -151,7 +180,6 @@ class Oip:
             raw = self._answer(reply, len(images))
         except AnswerError as error:
             raise AnswerError(self._line.secrets.hide(str(error))) from None
-        self._known = True
         return raw, len(reply.body)
 
     def close(self) -> None:
@@ -170,7 +198,7 @@ class Oip:
         asked: dict[str, Any] = {"id": str(next(self._ids)), "inputs": [tensor]}
         parameters: dict[str, Any] = {"binary_data": True} if model.binary else {}
         if self._k is not None:
-            parameters = {"classification": self._k if self._known else self._classes}
+            parameters = {"classification": self._k if self.known else self._classes}
         if model.output is not None:
             asked["outputs"] = [{"name": model.output, **({"parameters": parameters} if parameters else {})}]
         elif model.binary:
@@ -210,7 +238,15 @@ class Oip:
         if isinstance(values, list):
             if self._k is None:
                 return Raw(names=[str(value) for value in values])
-            return Raw(pairs=_classified(values, count, self._names))
+            pairs = _classified(values, count, self._names)
+            if not self.known and len(pairs[0]) < self._classes:
+                raise AnswerError(
+                    f"the teacher named {len(pairs[0])} of {self._classes} classes, and all of them were asked for, as "
+                    "their sum tells whether scores are shares: is the number of classes (oracle.num_classes, "
+                    "oracle.classes) right? Of a server that names no more at once --oracle.response probs has the "
+                    "whole output asked for"
+                )
+            return Raw(pairs=pairs)
         if values.dtype.kind == "f":
             return Raw(scores=values.reshape(len(values), math.prod(values.shape[1:])))
         return Raw(indices=values.reshape(-1))

@@ -16,6 +16,7 @@ from mekd.oracle.base import Oracle
 from mekd.oracle.http import Denied, Lost, Refused, ServiceError
 from mekd.oracle.images import Encoding
 from mekd.oracle.ledger import BudgetSpent
+from mekd.oracle.oip import Oip
 from mekd.oracle.response import AnswerError, Response
 
 ATTEMPTS = 3  # of a call, of those whose fate is unknown
@@ -141,6 +142,7 @@ class RemoteOracle(Oracle):
         self._reading, self._stop, self._patience = reading or {}, stop, patience
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="call")
         self._failed = threading.Event()
+        self._tell()
 
     def shown(self, images: Tensor) -> Tensor:
         """The images as the service gets to see them: decoded again where they go up as JPEG."""
@@ -235,12 +237,20 @@ class RemoteOracle(Oracle):
             if self._failed.wait(min(left, LOOK_S)):
                 return
 
+    def _tell(self) -> None:
+        """Tell a service that may ask for more at first whether its answers can be read."""
+        if self._meaning is not None and isinstance(self._service, Oip):
+            self._service.known = True
+
     def _read(self, raw: Raw, count: int) -> Response:
         if len(raw) != count:
             raise AnswerError(f"the teacher answered {len(raw)} of {count} images")
-        meaning = self._meaning or establish(raw, self.num_classes, self.response, **self._reading)
+        meaning = self._meaning or establish(
+            raw, self.num_classes, self.response, decimals=self.decimals, **self._reading
+        )
         answer = respond(raw, meaning, self.num_classes, self.response, self.k, self.decimals)
         if self._meaning is None and (raw.pairs is None or any(raw.pairs)):  # an empty answer tells no scale
             self._meaning = meaning
+            self._tell()
             self._established(meaning)
         return answer

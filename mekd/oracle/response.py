@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mekd.checks import slack_of
 from mekd.codes import FLOAT32_FLOOR
 from mekd.errors import MekdError
 
@@ -66,7 +67,10 @@ class Response:
 
     @property
     def target(self) -> dict[str, Any]:
-        """The answer as the keyword argument of kd_loss and MEKDLoss."""
+        """The answer as the keyword argument of kd_loss and MEKDLoss, which take it with floor_of(decimals).
+
+        A row of probabilities that sums to more than they take, or dense ones to less, is divided by its sum.
+        """
         if self.kind == "label":
             return {"labels": self.labels}
         assert self.values is not None
@@ -77,6 +81,11 @@ class Response:
             named = torch.ones_like(values) if self.indices is None else (self.indices >= 0).to(values.dtype)
             alike = named / named.sum(-1, keepdim=True).clamp_min(1)
             values = torch.where(values.sum(-1, keepdim=True) > 0, values, alike)
+            # The teacher may round where decimals says nothing of it. The losses, which may add up in another order,
+            # are kept clear of the edge; every other row stays as it came down, bit for bit.
+            sums, edge = values.sum(-1, keepdim=True), slack_of(values, floor_of(self.decimals)) - 1e-4
+            off = sums > 1 + edge if self.indices is not None else (sums - 1).abs() > edge
+            values = torch.where(off, values / sums, values)
         return {"topk": (values, self.indices)} if self.indices is not None else {self.kind: values}
 
     def _present(self) -> Tensor:
@@ -107,9 +116,23 @@ def concatenate(responses: list[Response]) -> Response:
     return Response(first.kind, values, indices, first.decimals)
 
 
+#: What probabilities may come rounded to: decimals, or the levels of eight bits.
+_STEPS = (0.1, 0.01, 1e-3, 1e-4, 1 / 255, 1 / 256)
+
+
+@np.errstate(invalid="ignore")  # of infinity
+def rounding_step(values: np.ndarray) -> float:
+    """What probabilities (...) are rounded to, 0 where they are not."""
+    values = values.astype(np.float64)
+    for step in _STEPS:
+        if values.max(initial=0.0) >= step / 2 and np.abs(values / step - (values / step).round()).max() * step < 1e-7:
+            return step
+    return 0.0
+
+
 def sum_limit(classes: int, step: float) -> float:
     """How far from 1 probabilities of so many classes may sum that come rounded to multiples of step."""
-    return 1e-2 + classes * step / 2
+    return 1e-2 + min(classes * step / 2, 1.0)  # a value that does not vanish is at most doubled
 
 
 def answer(
