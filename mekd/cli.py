@@ -55,16 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file's name may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0 if words else 2
-    command, *rest = words
-    if command == "--version":
-        from mekd import __version__
-
-        print(f"mekd {__version__}")
-        return 0
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     try:
         return _dispatch(command, rest)
     except MekdError as error:
@@ -79,9 +70,20 @@ def main(arguments: list[str] | None = None) -> int:
         goes_on = "" if command in ANEW else "; the same command goes on from the last checkpoint"
         system.say(f"\nmekd {command}: interrupted{goes_on}", sys.stderr)
         return 130
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            system.settle(stream)
 
 
 def _dispatch(command: str, words: list[str]) -> int:
+    if command in ("", "-h", "--help"):
+        system.say(USAGE.rstrip())
+        return 0 if command else 2
+    if command == "--version":
+        from mekd import __version__
+
+        system.say(f"mekd {__version__}")
+        return 0
     if command == "doctor":
         from mekd.doctor import doctor
 
@@ -206,7 +208,7 @@ def parse(words: list[str]) -> tuple[Config, Path] | None:
         stray = "unrecognized arguments" in str(error).lower()
         raise UsageError(_plain(str(error)) + (advice if stray else "")) from error
     if "--print_config" in words:
-        print(dump_yaml(config), end="")
+        system.say(dump_yaml(config).rstrip())
         return None
     out = values["out"] or f"runs/{Path(values['config']).stem if values['config'] else 'default'}"
     return config, Path(out)

@@ -1,11 +1,14 @@
 """What a system can be asked for, and what stands in where it cannot: macOS has less than Linux."""
 
+import errno
 import math
 import os
 import sys
 from typing import BinaryIO, TextIO
 
 _BLOCK = 1 << 20  # bytes
+#: Of a stream whose reader ended, as a tee does at Ctrl-C, or whose terminal is gone.
+_GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF)
 
 
 def allocate(file: BinaryIO, size: int) -> None:
@@ -41,12 +44,24 @@ def memory() -> float:
 def say(line: str, stream: TextIO | None = None) -> None:
     """Print a line, to standard output without a stream; where nobody reads it any more, this and what follows is lost.
 
-    A run goes on then: what it says is in its log.txt too, and a screen is no reason to lose what was paid for.
+    Where it cannot be written now, as to a full disk, that line alone may be. A run goes on either way: what it says is
+    in its log.txt too, and a screen is no reason to lose what was paid for.
     """
     stream = stream or sys.stdout
     try:
         print(line, file=stream, flush=True)
-    except OSError:  # the pipe's reader ended, as a tee does at Ctrl-C; or the terminal is gone
+    except OSError as error:
+        if error.errno in _GONE:
+            nowhere(stream)
+
+
+def settle(stream: TextIO | None) -> None:
+    """Write what a stream of the process still holds, or let it go, so that its end is no fault."""
+    if stream is None:
+        return
+    try:
+        stream.flush()
+    except OSError:
         nowhere(stream)
 
 

@@ -8,6 +8,8 @@ from mekd.checks import check_choice
 
 #: What the convolutions of a step are computed in; auto is decided once, by a measurement.
 PRECISIONS = ("auto", "float32", "bfloat16")
+#: Seconds of oracle.timeout at most: systems count its milliseconds in 31 bits.
+LONGEST_S = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,12 @@ class OracleConfig:
             if getattr(self, name) is not None:
                 above_zero("oracle", self, name)
         above_zero("oracle", self, "timeout", "patience")
+        within("oracle.timeout", self.timeout, 0, LONGEST_S)
+        for name in ("rate", "image_rate"):
+            if getattr(self, name) == math.inf:
+                raise ValueError(f"oracle.{name} is inf; it must be finite and above 0 a second, or null for no limit")
+        if self.price is not None and not 0 <= self.price < math.inf:
+            raise ValueError(f"oracle.price is {self.price}; it must be finite and at least 0, or null")
         within("oracle.reserve", self.reserve, 0, 1)
         within("oracle.quality", self.quality, 1, 100)
         if self.budget is not None and self.budget < 1:

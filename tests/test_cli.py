@@ -139,6 +139,20 @@ def test_a_run_goes_on_where_nobody_reads_it(tiny: list[str], tmp_path: Path) ->
     assert without_readers(["doctor"]) == 1, "what only prints ends"
 
 
+@pytest.mark.parametrize("words", ["--help", "--version", "run --help", "run --print_config", "quote --help"])
+def test_what_only_prints_ends_quietly(words: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    places = {"nobody reads": write}
+    if os.path.exists("/dev/full"):
+        places["full"] = os.open("/dev/full", os.O_WRONLY)
+    for name, place in places.items():
+        command = [sys.executable, "-m", "mekd", *words.split()]
+        done = subprocess.run(command, stdout=place, stderr=subprocess.PIPE, text=True)
+        os.close(place)
+        assert done.stderr == "" and done.returncode == 0, (name, done)
+
+
 def test_stages_say_what_they_need(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*tiny, "--out", str(tmp_path)]
     assert "run `mekd deprivatize` first" in fails(["distill", *words], capsys)

@@ -4,13 +4,15 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from mekd import cli
-from mekd.engine import quote
+from mekd.config import Config, DeprivatizeConfig
+from mekd.engine import coverage, quote
 from mekd.engine.coverage import describe, measure, plausible, suspicious
 from mekd.oracle.response import Response
 from remote_run import contents, total, words
@@ -93,6 +95,41 @@ def test_it_stops_before_much_is_spent_and_says_what_to_do(
     assert "distill.coverage 1" in said and "--distill.coverage 0" in said and "--deprivatize.steps 6" in said
     found = json.loads((out / "coverage.json").read_text())
     assert found["stopped"] and found["answers"] == 36 and found["classes_met"] < found["least"]
+
+
+def test_another_runs_generator_is_not_made_longer(
+    url: str, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its recipe is what it was trained with, so another one is named, which works; and coverage 0 does."""
+    other, new = tmp_path / "other", tmp_path / "new"
+    taken = {"deprivatize__generator": out, "distill__coverage": 1.0, "oracle__budget": 400}
+    assert cli.main(words(url, other, "--yes", stage="distill", **taken)) == 3
+    said = capsys.readouterr().err
+    assert "another --deprivatize.generator and another --out" in said and "--distill.coverage 0" in said
+    assert "--deprivatize.steps" not in said and "--data.size" not in said
+    assert cli.main(words(url, tmp_path / "longer", "--yes", stage="deprivatize", deprivatize__steps=5)) == 0
+    assert cli.main(words(url, new, "--yes", stage="distill", **taken | {
+        "deprivatize__generator": tmp_path / "longer", "distill__coverage": 0.1,
+    })) == 0  # fmt: skip
+    assert total(new)["queries"] == 380 and total(other)["queries"] == 36
+    assert cli.main(words(url, other, "--yes", stage="distill", **taken | {"distill__coverage": 0})) == 0
+    assert total(other)["queries"] == 380
+
+
+@pytest.mark.parametrize(
+    ("settings", "named", "not_named"),
+    [
+        ({"after": "first"}, ["--deprivatize.steps 18", "--deprivatize.lr"], ["width", "--data.size"]),
+        ({"dp": 8.0}, ["--deprivatize.width", "--data.size", "spends deprivatize.dp anew"], ["--deprivatize.steps"]),
+        ({}, ["--deprivatize.steps 18", "--deprivatize.width", "--data.size"], ["deprivatize.dp"]),
+    ],
+)
+def test_what_another_setting_decides_is_not_advised(
+    settings: dict[str, Any], named: list[str], not_named: list[str]
+) -> None:
+    config = Config(deprivatize=DeprivatizeConfig(steps=9, **settings))
+    said = coverage._advice(SimpleNamespace(config=config))  # type: ignore[arg-type]
+    assert [part for part in named if part not in said] == [] == [part for part in not_named if part in said]
 
 
 def test_told_to_go_on_it_goes_on(url: str, out: Path) -> None:

@@ -306,6 +306,7 @@ def test_a_key_file_may_have_a_byte_order_mark(protocol: str, tmp_path: Path) ->
         ("", {"X Key": "sk-1"}, "", "oracle.headers has the name 'X Key'"),
         ("", {"X-Key": "{env:MEKD_TEST_TOKEN}"}, "\ufeffhush-1", "X-Key is '{env:MEKD_TEST_TOKEN}', and its secret"),
         ("/?key={env:MEKD_TEST_TOKEN}", {}, "hush 1", "teacher.url is 'http://127.0.0.1:"),
+        ("/?key={env:MEKD_TEST_TOKEN}", {}, "hush#1/../x?y", "they must be ASCII without blanks and without #"),
         ("/?key={env:MEKD_TEST_TOKEN}", {}, "hush-\u00e9", "which is no address with what its secrets hold"),
     ],
 )
@@ -327,6 +328,7 @@ def test_an_address_that_no_request_can_hold() -> None:
         ("http://127.0.0.1/v2/models/my model", "no address can hold ' ': leave it out, or write %20 for it"),
         ("http://127.0.0.1/v2/models/mod\u00e8le", "or write %C3%A8 for it"),
         ("http://127.0.0.1/infer?name=a b", "or write %20 for it"),
+        ("http://127.0.0.1/v2/models/m#part", "no address can hold '#': leave it out, or write %23 for it"),
         ("http://my host/v2/models/m", "no address can hold ' '"),
     ]:
         with pytest.raises(UsageError, match=r"^teacher\.url is ") as error:

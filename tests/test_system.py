@@ -96,6 +96,34 @@ def test_a_run_of_all_stages(poor: None, tiny: list[str], tmp_path: Path) -> Non
     assert (tmp_path / "run" / "report.md").exists()
 
 
+def test_a_slow_reader_gets_what_comes_later() -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    os.set_blocking(read, False)  # where nothing came the test fails at once
+    with open(read, "rb", buffering=0) as reader, open(write, "w") as stream:
+        for _ in range(2000):
+            system.say("x" * 99, stream)
+        reader.read(1 << 20)
+        system.say("and this", stream)
+        assert reader.read(1 << 20).endswith(b"and this\n")
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stream:
+        for _ in range(2):
+            system.say("nobody reads this", stream)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
+def test_a_screen_that_is_full_takes_the_next_line(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as stream:
+        system.say("lost", stream)
+        assert os.path.samestat(os.fstat(stream.fileno()), os.stat("/dev/full")), "it was let go"
+        with open(tmp_path / "room", "wb") as room:
+            os.dup2(room.fileno(), stream.fileno())
+        system.say("and this", stream)
+    assert (tmp_path / "room").read_text().endswith("and this\n")
+
+
 def test_nothing_that_only_some_systems_have_is_imported() -> None:
     # What has a guard lives in mekd.system; filelock locks files everywhere.
     for path in HERE.rglob("*.py"):

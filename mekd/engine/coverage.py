@@ -14,6 +14,8 @@ from mekd.oracle.response import Response
 #: Answers that are looked at, at most, and as a share of a store.
 MOST, SHARE = 1000, 0.1
 
+_RECIPE = "--deprivatize.d_width, --deprivatize.width, --deprivatize.lr"
+
 
 class Uncovered(MekdError, RuntimeError):
     """The generator shows the teacher too few of its classes; what was asked is saved."""
@@ -42,13 +44,34 @@ def require(run: Run, *stores: Replay, rows: int) -> None:
             f"{found['classes_met']} of {found['classes']} classes occur in {found['answers']:,} answers, and "
             f"{math.ceil(least)} are asked for: distill.coverage {run.config.distill.coverage:g} of the "
             f"{plausible(found['answers'], found['classes']):.0f} that so many answers would show of classes that are "
-            "all alike. A student would learn no more than these. Nothing more was asked; all is saved. What helps: a "
-            f"longer step 1 (--deprivatize.steps {2 * run.config.deprivatize.steps}), with more photos in the folder "
-            "if you have them; larger images (another --data.size); another recipe (--deprivatize.d_width, "
-            "--deprivatize.width, --deprivatize.lr). The same command with one of them goes on in this folder: the "
-            "answers so far stay booked, and a new store begins. If your photos show no more classes than these, "
-            "--distill.coverage 0 goes on as it is"
+            "all alike. A student would learn no more than these. Nothing more was asked; all is saved. "
+            f"{_advice(run)}. If your photos show no more classes than these, --distill.coverage 0 goes on as it is"
         )
+
+
+def _advice(run: Run) -> str:
+    """What may show more classes, of what is not decided by another run or by an epsilon."""
+    step1 = run.config.deprivatize
+    if step1.generator is not None:  # its recipe is what it was trained with
+        return (
+            "What helps: another generator than that of deprivatize.generator, of a longer step 1 or of larger images: "
+            "the same command with another --deprivatize.generator and another --out. The answers so far stay booked "
+            "in this folder"
+        )
+    if step1.after is not None:  # sizes are those of the first round
+        ways = [_longer(step1.steps), "another recipe (--deprivatize.lr)"]
+    elif step1.dp is not None:  # the noise lasts for no more steps
+        ways = ["larger images (another --data.size)", f"another recipe ({_RECIPE}); each spends deprivatize.dp anew"]
+    else:
+        ways = [_longer(step1.steps), "larger images (another --data.size)", f"another recipe ({_RECIPE})"]
+    return (
+        f"What helps: {'; '.join(ways)}. The same command with one of them goes on in this folder: the answers so far "
+        "stay booked, and a new store begins"
+    )
+
+
+def _longer(steps: int) -> str:
+    return f"a longer step 1 (--deprivatize.steps {2 * steps}), with more photos in the folder if you have them"
 
 
 def measure(answers: list[Response], classes: int) -> dict[str, Any]:

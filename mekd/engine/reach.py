@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mekd import files
 from mekd.engine import parallel
 from mekd.errors import MekdError, UsageError
-from mekd.fingerprint import images_a_call
+from mekd.fingerprint import default_name, images_a_call
 from mekd.oracle.answers import Meaning
 from mekd.oracle.base import about_scale
 from mekd.oracle.function import Function, load
 from mekd.oracle.hf import Pictures
-from mekd.oracle.http import Line, ServiceError
+from mekd.oracle.http import Denied, Line, Unreachable
 from mekd.oracle.images import Encoding, pillow
 from mekd.oracle.ledger import Ledger
 from mekd.oracle.oip import Model, Oip, check_output, check_transport, describe
 from mekd.oracle.remote import Pace, Rate, RemoteOracle, Service, pyrate_limiter
+from mekd.settings import flatten, read_saved
+from mekd.teacher_config import TeacherConfig
 
 if TYPE_CHECKING:
     from mekd.engine.run import Run
@@ -44,9 +46,9 @@ def look(run: "Run") -> About:
     if teacher.python is not None:
         load(teacher.python)
     elif teacher.protocol == "oip":
-        model = _model(run)
+        model, note = _model(run)
         check_transport(model, oracle.transport)
-        notes = [model.note, *about_scale(model.datatype.startswith("FP"), oracle.mean, oracle.std)]
+        notes = [note, *about_scale(model.datatype.startswith("FP"), oracle.mean, oracle.std)]
     else:
         _line(run).check()
     by_hand = oracle.num_classes if run.class_names is None else len(run.class_names)
@@ -215,26 +217,55 @@ def _line(run: "Run") -> Line:
     return Line(url, oracle.headers, oracle.timeout)
 
 
-def _model(run: "Run") -> Model:
-    """The server's metadata; those of the run's last look where it does not answer now."""
-    oracle, path = run.config.oracle, run.out / "teacher.json"
-    line = _line(run)
+def keep(run: "Run") -> None:
+    """Write teacher.json: what the server said of its model, if it was looked at, and of which address."""
+    about: About | None = vars(run).get("about_teacher")
+    if about is not None and about.model is not None:
+        run.write_json("teacher.json", {"of": _of(_flat(run)), **dataclasses.asdict(about.model)})
+
+
+def _model(run: "Run") -> tuple[Model, str]:
+    """The server's metadata, and a note on them; those that the run keeps where it does not answer now."""
+    oracle, line = run.config.oracle, _line(run)
     try:
         model = describe(
             line, run.image[0], input_name=oracle.input_name, output_name=oracle.output_name,
             transport=oracle.transport, binary=oracle.binary,
         )  # fmt: skip
-    except ServiceError as error:
-        if not path.exists():
+        return model, model.note
+    except (Unreachable, Denied) as error:
+        # A key that ran out leaves what was paid of use; before that, nothing is to be trained for a wrong address.
+        if isinstance(error, Denied) and not run.asked("deprivatize", "distill", "evaluate", "audit")["queries"]:
             raise
-        kept = json.loads(path.read_text("utf-8"))
-        note = f"{kept['note']}; so it was when it was last looked at, for now {error}"
-        return Model(**{**kept, "versions": tuple(kept["versions"]), "note": note})
+        try:
+            kept = _kept_model(run)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise Unreachable(f"{error} And {run.out / 'teacher.json'}, what it last said, is damaged") from None
+        if kept is None:
+            raise
+        return kept, f"{kept.note}; so it was when it was last looked at, for now {error}"
     finally:
         line.close()
-    if parallel.rank() == 0:
-        files.write_text(path, json.dumps(dataclasses.asdict(model), indent=1) + "\n")
-    return model
+
+
+def _kept_model(run: "Run") -> Model | None:
+    """What teacher.json has of the same address, read by the same settings; None where it has nothing of these."""
+    path: Path = run.out / "teacher.json"
+    if not path.exists():
+        return None
+    kept = json.loads(path.read_text("utf-8"))
+    of = kept.pop("of", None) or _of(read_saved(run.out / "config.yaml"))  # earlier versions did not write it
+    return Model(**kept | {"versions": tuple(kept["versions"])}) if of == _of(_flat(run)) else None
+
+
+def _of(flat: dict[str, Any]) -> dict[str, Any]:
+    """What metadata are a result of: host and path, as a query may hold a key, and the settings they are read by."""
+    names = [f"oracle.{name}" for name in ("input_name", "output_name", "transport", "binary")]
+    return {"address": default_name(TeacherConfig(url=flat.get("teacher.url"))), **{n: flat.get(n) for n in names}}
+
+
+def _flat(run: "Run") -> dict[str, Any]:
+    return dict(flatten(dataclasses.asdict(run.config)))
 
 
 def _kept(run: "Run", about: About) -> Meaning | None:

@@ -386,9 +386,10 @@ class Run:
             self.log(f"data: {len(names)} files could not be read and were left out (data.on_error is skip): {shown}")
 
     def save_config(self) -> None:
-        """Write the resolved configuration into the run's folder."""
+        """Write the resolved configuration into the run's folder, and what a remote teacher was found to be."""
         if parallel.rank() == 0:
             files.write_text(self.out / "config.yaml", dump_yaml(self.config))
+        reach.keep(self)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """A small result, whole or not at all, of the first process."""

@@ -62,6 +62,8 @@ def check_address(url: str) -> None:
         )
     if parts.scheme not in ("http", "https") or not host:
         raise UsageError(f"teacher.url is {url!r}; it must begin with http:// or https:// and a host")
+    if "#" in _SECRET.sub("secret", url):  # what is behind it would not be sent
+        raise UsageError(f"teacher.url is {url!r}, and no address can hold '#': leave it out, or write %23 for it")
     if found := _unsendable(parts):
         raise UsageError(
             f"teacher.url is {url!r}, and no address can hold {found!r}: leave it out, or write {quote(found)} for it"
@@ -71,15 +73,16 @@ def check_address(url: str) -> None:
 def address(secrets: Secrets, url: str) -> SplitResult:
     """teacher.url with its secrets, in parts; UsageError for a secret that is not there or that no address can hold."""
     try:
-        parts = urlsplit(secrets.expand("teacher.url", url))
+        whole = secrets.expand("teacher.url", url)
+        parts = urlsplit(whole)
         _ = parts.port  # ValueError where it is no number
-        fits = bool(parts.hostname) and _unsendable(parts) is None
+        fits = bool(parts.hostname) and _unsendable(parts) is None and "#" not in whole
     except ValueError:
         fits = False
     if not fits:
         raise UsageError(
             f"teacher.url is {url!r}, which is no address with what its secrets hold: they must be ASCII without "
-            "blanks, and anything else in them written as %XX"
+            "blanks and without #, and anything else in them written as %XX"
         )
     return parts
 

@@ -42,6 +42,10 @@ class Denied(ServiceError):
     """The service cannot be asked as it was asked, and the attempt certainly cost nothing."""
 
 
+class Unreachable(ServiceError):
+    """What costs nothing could not be asked of the service now; later it may be."""
+
+
 class Reply(NamedTuple):
     """Status, headers by their names in lower case, and body."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mekd.errors import UsageError
 from mekd.oracle.answers import Raw
-from mekd.oracle.http import Line, Lost, Refused, Reply, ServiceError, judged
+from mekd.oracle.http import Line, Lost, Refused, Reply, ServiceError, Unreachable, judged
 from mekd.oracle.response import AnswerError
 
 _TYPES = {
@@ -54,7 +54,10 @@ class Model:
 def describe(
     line: Line, channels: int, *, input_name: str | None, output_name: str | None, transport: str, binary: bool | None
 ) -> Model:
-    """Ask the server what the model is; nothing of it is paid. ServiceError where it cannot be an image classifier."""
+    """Ask the server what the model is; nothing of it is paid.
+
+    ServiceError where it cannot be an image classifier, Unreachable where the server does not answer all of it now.
+    """
     said, extensions, limits = _json(line, ""), _extensions(line), _json(line, "/config", quiet=True)
     try:
         return _model(said, extensions, limits, channels, input_name, output_name, transport, binary)
@@ -312,18 +315,25 @@ def _named(tensors: list[dict[str, Any]], name: str | None, what: str, setting: 
 
 
 def _json(line: Line, path: str, quiet: bool = False) -> dict[str, Any]:
-    """What a free request answers; quiet: nothing where it is refused."""
+    """What a free request answers; quiet: nothing where there is no such thing. Unreachable where that is not known."""
     try:
         reply = judged(line, line.exchange("GET", path))
         found = json.loads(reply.body)
     except UsageError:
         raise  # a secret that is missing
     except (Refused, Lost, ServiceError, ValueError, RecursionError) as error:
+        away = isinstance(error, (Refused, Lost))
+        if quiet and away:  # a guess would have the teacher asked in another way than before
+            raise Unreachable(
+                f"{line.url.partition('?')[0]}{path} does not say what the server offers ({error}), and how it is "
+                "asked depends on that: try again later. A server that never answers there is asked by a function of "
+                "yours, --teacher.python FILE.py:function"
+            ) from None
         if quiet:
             return {}
         if isinstance(error, ServiceError):
             raise
-        raise ServiceError(
+        raise (Unreachable if away else ServiceError)(
             f"the model's metadata cannot be read ({error}). Is the server running, and teacher.url "
             "http://HOST:PORT/v2/models/NAME?"
         ) from None
