@@ -12,6 +12,7 @@ import torch
 from mekd import files, track
 from mekd.codes import resolve_code
 from mekd.engine import after, again, asked, dp, parallel, reach
+from mekd.engine.account import accounts_of, same_answers
 from mekd.engine.checkpoint import check_depends
 from mekd.engine.run import Run, StageError
 from mekd.engine.teacher import check_exported, load_trained
@@ -113,6 +114,8 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
     for stage in stages:
         if not (anew and stage in ("deprivatize", "distill")):
             begins += _check_checkpoints(run, stage)
+            for name in accounts_of(run, stage):
+                same_answers(run, name)
     agree()
     for begin in begins:
         begin()
