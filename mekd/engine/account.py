@@ -53,7 +53,7 @@ def accounts_of(run: Run, stage: str) -> list[str]:
         "distill": step2.store is None and not step2.replay,
         "evaluate-test": simulation.enabled and bool(simulation.ask_teacher),
         "evaluate-private": simulation.enabled and bool(simulation.baseline),
-        "audit": step2.store is None and config.audit.budget > 0,
+        "audit": step2.store is None and config.audit.budget > 0 and config.audit.enabled is not False,
     }
     return [name for name in ACCOUNTS.get(stage, ()) if on[name]]
 
