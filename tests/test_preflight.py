@@ -166,3 +166,25 @@ def test_what_evaluate_asks_must_fit_into_the_budget_too(
     assert "evaluate asks 360" in said and "0 are left" in said and "--oracle.budget 560" in said
     assert not (tmp_path / "run" / "config.yaml").exists()
     assert cli.main([*words, "--oracle.budget", "560", "--distill.replay", "180"]) == 0, "its advice works"
+
+
+def test_the_audit_and_what_is_spent_count_beside_what_evaluate_asks(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each of them alone would fit into what the store leaves; the audit would be stopped once evaluate is paid."""
+    out = tmp_path / "run"
+    words = [*tiny, "--deprivatize.alpha", "0", "--distill.replay", "100", "--out", str(out)]
+    asking = ["--evaluate.enabled", "true", "--evaluate.baseline", "false", "--audit.budget", "60"]
+    asking += ["--audit.enabled", "true"]
+    assert cli.main(["run", *words, *asking, "--oracle.budget", "481"]) == 2
+    said = capsys.readouterr().err
+    assert "evaluate asks 360" in said and "the audit asks 60" in said and "361 are left" in said
+    assert "--oracle.budget 540 with --distill.replay 100" in said and not out.exists()
+    for stage in ("deprivatize", "distill"):
+        assert cli.main([stage, *words, "--oracle.budget", "481"]) == 0
+    capsys.readouterr()
+    assert cli.main(["evaluate", *words, *asking, "--oracle.budget", "479"]) == 2
+    said = capsys.readouterr().err
+    assert "359 are left beside what is spent (120)" in said and "--oracle.budget 480" in said, said
+    assert cli.main(["evaluate", *words, *asking, "--oracle.budget", "480"]) == 0, "its advice works"
+    assert cli.main(["evaluate", *words, *asking, "--oracle.budget", "480"]) == 0, "it is paid"

@@ -3,7 +3,10 @@
 import random
 import threading
 import time
+from collections.abc import Iterable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -328,3 +331,62 @@ def test_what_it_does_not_take_is_refused_before_anything_is_booked(tmp_path: Pa
     oracle.close()
     assert not service.calls and rows(tmp_path, "SELECT count(*) FROM calls") == [(0,)]
     assert isinstance(oracle, RemoteOracle) and oracle.num_classes == CLASSES
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_query_that_failed_is_not_paid_twice_when_it_is_repeated(kept: bool, tmp_path: Path) -> None:
+    """In one's own loop, by the same process; in memory too."""
+    service = Fake([None, None, None, ServiceError("gone")])
+    oracle = connect(service, tmp_path if kept else None, meaning=None)
+    asked = images(6)
+    with pytest.raises(ServiceError, match="gone"):
+        oracle.query(asked)
+    answer = oracle.query(asked)
+    assert answer.values is not None and answer.values.numpy().tobytes() == scores(asked).tobytes()
+    assert oracle.ledger.counts["queries"] == 6 == service.answered
+    oracle.query(images(2, seed=1))
+    oracle.close()
+    assert service.answered == 8
+
+
+def test_after_a_query_that_failed_another_one_may_be_asked() -> None:
+    service = Fake([None, None, ServiceError("no such picture")])
+    oracle = connect(service)
+    with pytest.raises(ServiceError):
+        oracle.query(images(6))
+    for seed in (1, 2):
+        answer = oracle.query(images(6, seed))
+        assert answer.values is not None and answer.values.numpy().tobytes() == scores(images(6, seed)).tobytes()
+    oracle.close()
+    assert service.answered == 2 + 12
+
+
+def test_a_ledger_that_is_rewound_knows_what_its_process_asked(tmp_path: Path) -> None:
+    service = Fake()
+    oracle = connect(service, tmp_path, batch=2)
+    for _ in range(2):
+        oracle.ledger.rewind(0)
+        for seed in range(3):
+            oracle.query(images(4, seed))
+    oracle.close()
+    assert service.answered == 12 == counts(tmp_path)["queries"]
+
+
+def test_ctrl_c_in_ones_own_loop_ends_the_paying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(calls: Iterable[Future[Any]]) -> None:
+        while service.answered < 8:
+            time.sleep(0.001)
+        monkeypatch.setattr(remote, "wait", waiting)
+        raise KeyboardInterrupt
+
+    waiting = remote.wait
+    monkeypatch.setattr(remote, "wait", interrupted)
+    service = Fake(pause=lambda call: 0.005)
+    oracle = connect(service, tmp_path, concurrency=4)
+    with pytest.raises(KeyboardInterrupt):
+        oracle.query(images(200))
+    sent = service.answered
+    assert 8 <= sent <= 20 and oracle.ledger.counts["queries"] == sent and oracle.ledger.counts["uncertain"] == 0
+    oracle.query(images(200))
+    oracle.close()
+    assert service.answered == 200 == counts(tmp_path)["queries"]

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from mekd import files
 from mekd.engine import parallel
-from mekd.engine.feeds import Feed, same_processes
+from mekd.engine.account import same_elsewhere, same_processes
+from mekd.engine.feeds import Feed
 from mekd.engine.run import ACCOUNTS, Run, StageError
 from mekd.engine.runlog import RunLog, diverged
 from mekd.errors import MekdError
 from mekd.fingerprint import differing
 from mekd.oracle.ledger import BudgetSpent
-from mekd.settings import read_saved
 
 
 class Interrupted(MekdError, RuntimeError):
@@ -118,9 +118,7 @@ def check_depends(run: Run, name: str, saved: Mapping[str, Any], wanted: Mapping
             anew = "" if any(run.asked(*ACCOUNTS).values()) else f"; or delete {files_of_it} anew"
         if name.startswith("evaluate-"):
             anew = "; or delete the file, to ask anew"
-        if "teacher" in differing(saved, wanted) and run.config.teacher.remote:
-            known = read_saved(run.out / "config.yaml").get("teacher.name")
-            anew += f"; or say --teacher.name {known}, if it is the same teacher at another address" if known else ""
+        anew += same_elsewhere(run, differing(saved, wanted))
         raise StageError(
             f"{run.checkpoint(name)} is of another configuration: {'; '.join(differs)}. Set that back, or start anew "
             f"with another --out{anew}"

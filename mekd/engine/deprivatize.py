@@ -292,5 +292,7 @@ def answers(run: Run, draw: Draw) -> Iterator[Fresh | Unasked]:
     if not asks(run.config):
         yield Unasked(draw)
         return
+    if run.config.teacher.remote and not run.asked("deprivatize")["calls"]:
+        run.agree_to_send(run)
     with fresh(run, "deprivatize", "deprivatize", config.steps, draw, lambda step: mine) as feed:
         yield feed

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from mekd import files, functional
 from mekd.data import Source, arrays
 from mekd.engine import asked, parallel
+from mekd.engine.account import open_account
 from mekd.engine.asked import BATCH
 from mekd.engine.checkpoint import Checkpoint, steps
-from mekd.engine.feeds import open_account
 from mekd.engine.pretrain import load_pretrained, pretrain
 from mekd.engine.run import Run, StageError
 from mekd.engine.runlog import RunLog

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mekd import files
 from mekd.data import Batches, arrays
 from mekd.engine import parallel
+from mekd.engine.account import open_account
 from mekd.engine.pictures import Pictures
-from mekd.engine.run import ACCOUNTS, Run, StageError
+from mekd.engine.run import Run
 from mekd.engine.worker import Worker
 from mekd.errors import Diverged
-from mekd.oracle import ledger
 from mekd.oracle.base import Oracle
 from mekd.oracle.ledger import Ledger
 from mekd.oracle.replay import Joined, Replay
@@ -318,53 +317,3 @@ def _opened(run: Run, account: Ledger) -> Oracle:
 def asks_ahead(run: Run) -> bool:
     """Whether the teacher works on another processor than the one that trains, so that asking ahead saves time."""
     return not run.config.teacher.remote and runs_on_cuda(provider_names(run.config.oracle.provider))
-
-
-def open_account(run: Run, stage: str, name: str) -> Ledger:
-    """This process's account NAME, with its share of what all accounts have left, of the stage's budget and the run's.
-
-    The tighter of the two is the account's.
-    """
-    account = Ledger(name, run.ledger, None, rank=parallel.rank())
-    (own,) = map(int, parallel.sum_of(account.spent))  # all are open now, and nobody has asked
-    limits = [
-        (budget, setting, _spent(run, *stages))
-        for budget, setting, stages in (
-            (getattr(getattr(run.config, stage), "budget", None), f"{stage}.budget", (stage,)),
-            (run.config.oracle.budget, "oracle.budget", tuple(ACCOUNTS)),
-        )
-        if budget is not None
-    ]
-    account.elsewhere = _spent(run, stage) - own
-    parallel.barrier()
-    if limits:
-        account.budget, account.setting, everywhere = min(limits, key=lambda limit: limit[0] - limit[2])
-        account.elsewhere = everywhere - own
-        account.reserved = account.budget - account.spent - max(0, account.budget - everywhere) // parallel.world()
-    return account
-
-
-def same_processes(run: Run, name: str) -> None:
-    """Keep how many processes ask with the account NAME before a checkpoint tells; StageError where others began.
-
-    What is in a process's account is its part of each step, in which another number of processes does not find its own.
-    """
-    path = run.ledger / f"{name}.processes"
-    paid = ledger.totals(run.ledger, name)["queries"] - ledger.totals(run.ledger, f"{name}@*")["queries"]
-    kept = path.read_text("utf-8").strip() if path.exists() else ""
-    parallel.barrier()  # all have looked, and nobody has asked
-    if paid and kept.isdecimal() and int(kept) != parallel.world():
-        begun = f"{kept} processes" if int(kept) > 1 else "one process"
-        how = f"under torchrun --nproc-per-node {kept}" if int(kept) > 1 else "without torchrun"
-        raise StageError(
-            f"{name} was begun with {begun}, {paid} queries are paid and no checkpoint holds them yet: with another "
-            f"number, {parallel.world()}, their answers would not be found again. Go on with {begun} ({how}); once it "
-            "has saved (engine.checkpoint_every), any number goes on from there"
-        )
-    if parallel.rank() == 0 and not paid:
-        files.write_text(path, f"{parallel.world()}\n")
-
-
-def _spent(run: Run, *stages: str) -> int:
-    counts = run.asked(*stages)
-    return counts["queries"] + counts["uncertain"]

@@ -12,18 +12,20 @@ import torch
 from mekd import files, track
 from mekd.codes import resolve_code
 from mekd.engine import after, again, asked, dp, parallel, reach
+from mekd.engine.account import accounts_of, same_answers
 from mekd.engine.checkpoint import check_depends
-from mekd.engine.run import Run, StageError
+from mekd.engine.run import ACCOUNTS, Run, StageError
 from mekd.engine.teacher import check_exported, load_trained
 from mekd.engine.train import computed_in
 from mekd.errors import UsageError
-from mekd.fingerprint import asks, differing, fingerprint
+from mekd.fingerprint import asks, differing, fingerprint, reserved_of_audit
 from mekd.nets import build
 from mekd.nets.check import check_network
 from mekd.nets.features import last_linear
 from mekd.nets.registry import is_users
 from mekd.oracle import identity
 from mekd.oracle.export import Classifier, ExportError, export
+from mekd.oracle.ledger_file import pending, totals
 
 
 def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambda: None) -> None:
@@ -110,9 +112,12 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
         begins.append(functools.partial(again.set_aside_generation, run))
     elif "audit" in stages:
         _check_audited(run)
+    _check_sum(run, stages, bool(anew))
     for stage in stages:
         if not (anew and stage in ("deprivatize", "distill")):
             begins += _check_checkpoints(run, stage)
+            for name in accounts_of(run, stage):
+                same_answers(run, name)
     agree()
     for begin in begins:
         begin()
@@ -237,23 +242,61 @@ def _check_budgets(run: Run, stages: Sequence[str]) -> None:
 
 
 def _check_simulation(run: Run) -> None:
-    """Hold what evaluate asked against its teacher, and what it asks against what a store leaves of oracle.budget."""
-    budget, step2, simulation = run.config.oracle.budget, run.config.distill, run.config.evaluate
+    """Hold what evaluate asked against its teacher."""
+    simulation = run.config.evaluate
     if run.given_teacher or run.teacher_onnx.exists():
         for name, asks_it in (("evaluate-test", simulation.ask_teacher), ("evaluate-private", simulation.baseline)):
             if asks_it:
                 asked.check(run, name)
-    if budget is None or not step2.replay or step2.store is not None:
+
+
+def _check_sum(run: Run, stages: Sequence[str], anew: bool) -> None:
+    """Hold what evaluate and the audit will ask against what all the rest leaves of oracle.budget.
+
+    anew: the stores that lie there become an earlier generation.
+    """
+    budget, step2 = run.config.oracle.budget, run.config.distill
+    if budget is None or ("distill" in stages and step2.store is None and not step2.replay):
+        return  # without a store step 2 asks in each step, and ends where the budget does
+    rest = _still_asked(run, stages, anew)
+    simulation = rest.pop("evaluate-test", 0) + rest.pop("evaluate-private", 0)
+    audit = rest.pop("audit", 0)
+    counts = run.asked(*ACCOUNTS)
+    rest["spent"] = counts["queries"] + counts["uncertain"]
+    total = sum(rest.values()) + simulation + audit
+    if not simulation + audit or total <= budget:
         return
-    count = run.data.count("test") if simulation.ask_teacher else 0
-    count += run.data.count("local") if simulation.baseline else 0
-    left = budget - step2.holdout - step2.replay
-    if count > left:
-        raise UsageError(
-            f"oracle.budget is {budget}, of which evaluate asks {count} (evaluate.ask_teacher, evaluate.baseline), and "
-            f"{max(left, 0)} are left beside the holdout and the store: say --oracle.budget {budget + count - left} "
-            f"with --distill.replay {step2.replay}, or ask nothing there"
-        )
+    said = [f"evaluate asks {simulation} (evaluate.ask_teacher, evaluate.baseline)"] if simulation else []
+    said += [f"the audit asks {audit} (audit.budget)"] if audit else []
+    named = {"deprivatize": "step 1", "holdout": "the holdout", "replay": "the store", "spent": "what is spent"}
+    beside = ", ".join(f"{named[name]} ({count})" for name, count in rest.items() if count)
+    size = f" with --distill.replay {step2.replay}" if step2.replay and step2.store is None else ""
+    raise UsageError(
+        f"oracle.budget is {budget}, of which {' and '.join(said)}, and {max(budget - sum(rest.values()), 0)} are left "
+        f"beside {beside}: say --oracle.budget {total}{size}, or ask nothing there"
+    )
+
+
+def _still_asked(run: Run, stages: Sequence[str], anew: bool) -> dict[str, int]:
+    """The queries that each account of some stages will yet pay, by name.
+
+    anew: the stores that lie there become an earlier generation. The audit's reserve counts until anything is asked.
+    """
+    config, left = run.config, dict[str, int]()
+    reserve = reserved_of_audit(config) if any(run.asked(*ACCOUNTS).values()) else 0
+    for name in (name for stage in stages for name in accounts_of(run, stage)):
+        paid = totals(run.ledger, name)["queries"] - totals(run.ledger, f"{name}@*")["queries"]
+        if name in asked.PARTS:
+            if not asked.shares(run, name):  # what was kept is asked about again only where that is said
+                left[name] = run.data.count(asked.PARTS[name][0]) - pending(run.ledger, name)
+        elif name == "deprivatize":
+            planned, most = config.deprivatize.steps * config.deprivatize.batch, config.deprivatize.budget
+            left[name] = (planned if most is None else min(planned, most)) - paid
+        elif name == "audit":
+            left[name] = config.audit.budget - reserve - paid
+        elif name in ("holdout", "replay"):
+            left[name] = (getattr(config.distill, name) or 0) - (0 if anew else paid)
+    return {name: max(0, count) for name, count in left.items()}
 
 
 def _check_checkpoints(run: Run, stage: str) -> list[Callable[[], None]]:

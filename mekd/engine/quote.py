@@ -19,7 +19,7 @@ from mekd.engine import parallel, reach
 from mekd.engine.preflight import preflight
 from mekd.engine.run import ACCOUNTS, Run
 from mekd.errors import UsageError
-from mekd.fingerprint import asks
+from mekd.fingerprint import asks, default_name
 from mekd.oracle.answers import Raw
 from mekd.oracle.ledger import totals
 
@@ -74,7 +74,11 @@ def quote(run: Run) -> list[str]:
     if oracle.price is not None:
         line += f", price {most * oracle.price:,.2f} at most"
     if remote and (sent := real_images(run)):
-        lines.append(f"evaluate sends your {' and your '.join(sent)} to the teacher")
+        lines.append(
+            f"evaluate sends your {' and your '.join(sent)} to the teacher, {default_name(run.config.teacher)}"
+        )
+    if remote and asks(run.config):
+        lines.append("deprivatize sends what the generator draws while it learns from your images (deprivatize.alpha)")
     accounts = [name for stage in ACCOUNTS.values() for name in stage]
     if answered := totals(run.out / "ledger", *accounts)["queries"]:
         line += f"; {answered:,} are answered and not asked again"
@@ -96,7 +100,8 @@ def limit(run: Run) -> int:
 def confirm(run: Run, stages: Sequence[str], agreed: bool) -> None:
     """Before a remote teacher is paid: print the quote, and have it agreed to; UsageError where it is not.
 
-    It is agreed to once, and anew where more may be asked or another kind of images is sent.
+    It is agreed to once, and anew where more may be asked, another teacher is asked, or another kind of images is sent,
+    or real ones to another address.
     """
     pays = {"distill", "evaluate", "audit"} | ({"deprivatize"} if asks(run.config) else set())
     if not run.config.teacher.remote or run.config.distill.store or not pays & set(stages):
@@ -104,14 +109,17 @@ def confirm(run: Run, stages: Sequence[str], agreed: bool) -> None:
     path: Path = run.out / "confirmed.json"
     refused = ""
     if parallel.rank() == 0:
-        most, sent = limit(run), real_images(run)
-        kept: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        asked, known = kept.get("queries", 0), kept.get("real_images", [])
+        most, sent, kept = limit(run), real_images(run), _agreed_to(path)
+        name, address = run.teacher_name, default_name(run.config.teacher)
+        # An earlier version kept neither name nor address; a name may stay where the address changes.
+        asked = kept.get("queries", 0) if kept.get("teacher", name) == name else 0
+        known = kept.get("real_images", []) if kept.get("address") == address else []
         if most > asked or not set(sent) <= set(known):
             for line in quote(run):
                 run.log(line)
             if agreed or _says_yes(most):
                 agreed_to = {"queries": max(most, asked), "real_images": sorted({*known, *sent})}
+                agreed_to |= {"teacher": name, "address": address}
                 files.write_text(path, json.dumps(agreed_to) + "\n")
             else:
                 refused = "nothing was asked: agree to the quote with --yes" + (
@@ -122,17 +130,37 @@ def confirm(run: Run, stages: Sequence[str], agreed: bool) -> None:
         raise UsageError(refused or "nothing was asked: the first process did not agree to the quote")
 
 
+def _agreed_to(path: Path) -> dict[str, Any]:
+    """What was agreed to before; nothing where that cannot be read, so that it is asked about anew."""
+    try:
+        kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except ValueError:
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
 def confirm_images(run: Run, agreed: bool) -> None:
-    """On a terminal, have what will be sent looked at before the first image goes; UsageError where it shall not."""
+    """On a terminal, have what will be sent looked at before the first image goes; UsageError where it shall not.
+
+    Before step 1 is at its end nothing can be looked at, and the question says so.
+    """
     sheet, refused = run.out / "samples" / "sent.png", False
+    instead = (
+        "Where they come too near to yours, start anew with another --out: more photos or a shorter step 1 "
+        "(--deprivatize.steps) help"
+    )
     if parallel.rank() == 0 and not agreed and _somebody():
-        shown = f"such as in {sheet}" if sheet.exists() else "that samples/sent.png would show with matplotlib and data"
+        path = run.checkpoint("deprivatize")
+        if not path.exists() or files.load(path)["step"] < run.config.deprivatize.steps:
+            shown = "that the generator draws while it learns from yours, and that nobody can look at before,"
+            instead = "With --deprivatize.alpha 0 step 1 asks nothing, and what step 2 sends can be looked at"
+        elif sheet.exists():
+            shown = f"such as in {sheet}"
+        else:
+            shown = "that samples/sent.png would show with matplotlib and data"
         refused = not _yes(f"images {shown} will be sent to {run.teacher_name}; send them?")
     if any(parallel.any_of(refused)):
-        raise UsageError(
-            "nothing was asked: the images were not agreed to. The same command asks again. Where they come too near "
-            "to yours, start anew with another --out: more photos or a shorter step 1 (--deprivatize.steps) help"
-        )
+        raise UsageError(f"nothing was asked: the images were not agreed to. The same command asks again. {instead}")
 
 
 def agree(question: str, agreed: bool, refused: str) -> None:
@@ -198,7 +226,7 @@ class MadeUp:
 
 
 def _somebody() -> bool:
-    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
 def _says_yes(most: int) -> bool:

@@ -58,7 +58,7 @@ class Run:
 
     wrap_oracle stands between a stage and its oracle: tests watch through it. service answers in a remote teacher's
     place. asked_to_stop: whether the calls of a query shall end. agree_to_send: is called before a remote teacher gets
-    the first image, and may refuse.
+    the first image of step 1, where that asks, and of step 2, and may refuse.
     """
 
     config: Config

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mekd import files
 from mekd.errors import MekdError, UsageError
-from mekd.oracle.ledger_file import COUNTS, LedgerError, insert, open_file, packed, totals
+from mekd.oracle.ledger_file import COUNTS, LedgerError, contents, insert, open_file, packed, totals
 from mekd.oracle.response import Response
 
 __all__ = ["BudgetSpent", "Ledger", "LedgerError", "describe", "digests", "totals"]
@@ -75,6 +75,7 @@ class Ledger:
         self.settled = 0
         self.next = 0
         self._answers: dict[int, tuple[bytes, Response]] = {}
+        self._unfinished: set[int] = set()
         self._turn = threading.RLock()
         self._writer: ThreadPoolExecutor | None = None
         self._booked: Future[Any] | None = None
@@ -105,6 +106,10 @@ class Ledger:
 
     def rewind(self, image: int) -> None:
         """Stand at a checkpoint's image again, so that the images since then are answered from the ledger."""
+        if image < self.next and self._writer is not None:  # what this process booked since is in the file alone
+            self._book(lambda database: None).result()
+            self._answers = contents(self._database).answers
+            self._unfinished.clear()
         if image < self.settled:
             raise LedgerError(
                 f"the ledger of {self.name} has settled {self.settled} images, but the checkpoint knows of {image}: "
@@ -124,13 +129,16 @@ class Ledger:
     def recall(self, images: Tensor) -> list[tuple[int, Response]]:
         """The booked answers to the next images (m, ...), as far as there are any: row of the first, and answers.
 
-        LedgerError if something else was asked there.
+        LedgerError if something else was asked there, unless by this process, whose query then failed.
         """
         found = []
         for first, low, high in self._known(len(images)):
             booked, answer = self._answers[first]
             row, rows = low - self.next, slice(low - first, high - first)
             if booked[16 * rows.start : 16 * rows.stop] != digests(images[row : row + high - low]):
+                if first in self._unfinished:  # the caller asks something else after an error
+                    del self._answers[first]
+                    continue
                 raise LedgerError(
                     f"call {first} of {self.name} differs from the booked one: the run is not the one that was "
                     "interrupted (other code, device, or number of threads or processes?). Go on as it was begun, or "
@@ -198,6 +206,12 @@ class Ledger:
             self.counts["bytes_up"] += sent.bytes_up
             self.counts["bytes_down"] += down
             self._book(write)
+
+    def remember(self, images: Tensor, answered: list[tuple[int, Response]]) -> None:
+        """Keep what was booked of a query of images (m, ...) that failed, each with its first row, to ask it again."""
+        for row, answer in answered:
+            self._answers[self.next + row] = digests(images[row : row + len(answer)]), answer
+            self._unfinished.add(self.next + row)
 
     def refuse(self, sent: Sent) -> None:
         """Book that a call was certainly refused: it cost nothing, and stays as a row of no queries."""

@@ -135,7 +135,7 @@ def open_file(folder: Path, name: str, rank: int) -> tuple[sqlite3.Connection, B
         database.execute("PRAGMA wal_autocheckpoint = 0")  # the ledger cuts it
         if not database.execute("SELECT 1 FROM sqlite_master").fetchone():
             database.executescript(_SCHEMA)
-        held = _read(database)
+        held = contents(database)
         witness.check(held.marks)
         return database, lock, witness, held
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
@@ -155,26 +155,38 @@ def totals(folder: Path, *names: str) -> dict[str, int]:
     counts = dict.fromkeys(COUNTS, 0)
     patterns = [f"{name}{more}.sqlite" for name in names for more in ("", ".rank*", "@*")]
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        try:
-            try:
-                row = _total(path, "ro")
-            except sqlite3.OperationalError as error:
-                if "readonly" not in str(error):
-                    raise
-                row = _total(path, "rw")  # a killed process left a transaction, which reading has to take back first
-        except sqlite3.DatabaseError as error:
-            raise LedgerError(f"{path} cannot be read ({error})") from error
+        row = _looked_up(path, "SELECT * FROM totals", (0,) * len(COUNTS))
         counts = {key: counts[key] + more for key, more in zip(COUNTS, row, strict=True)}
     return counts
 
 
-def _total(path: Path, mode: str) -> tuple[int, ...]:
-    with contextlib.closing(
-        sqlite3.connect(f"{path.resolve().as_uri()}?mode={mode}", uri=True, timeout=60)
-    ) as database:
-        if not database.execute("SELECT 1 FROM sqlite_master").fetchone():  # killed before it had made its tables
-            return (0,) * len(COUNTS)
-        return tuple(database.execute("SELECT * FROM totals").fetchone())
+def pending(folder: Path, name: str) -> int:
+    """The images whose answers no checkpoint holds yet, of one account over all processes; it may be in use."""
+    query = "SELECT coalesce(sum(length(digest) / 16), 0) FROM answers"
+    paths = [path for pattern in (f"{name}.sqlite", f"{name}.rank*.sqlite") for path in folder.glob(pattern)]
+    return sum(_looked_up(path, query, (0,))[0] for path in paths)
+
+
+def _looked_up(path: Path, query: str, nothing: tuple[int, ...]) -> tuple[int, ...]:
+    """The row that a query finds in an account's file; nothing: where it was killed before it had made its tables."""
+
+    def look(mode: str) -> tuple[int, ...]:
+        address = f"{path.resolve().as_uri()}?mode={mode}"
+        with contextlib.closing(sqlite3.connect(address, uri=True, timeout=60)) as database:
+            made = database.execute("SELECT 1 FROM sqlite_master").fetchone()
+            return tuple(database.execute(query).fetchone()) if made else nothing
+
+    try:
+        try:
+            return look("ro")
+        except sqlite3.OperationalError as error:
+            if "readonly" not in str(error):
+                raise
+            return look("rw")  # a killed process left a transaction, which reading has to take back first
+    except sqlite3.OperationalError as error:
+        raise LedgerError(f"{path} cannot be read ({error})") from error
+    except sqlite3.DatabaseError as error:
+        raise LedgerError(f"{path} is damaged ({error}): put a copy back, or start anew with another --out") from error
 
 
 def insert(database: sqlite3.Connection, table: str, row: tuple[Any, ...]) -> None:
@@ -182,7 +194,8 @@ def insert(database: sqlite3.Connection, table: str, row: tuple[Any, ...]) -> No
     database.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", (*row, _crc(row)))
 
 
-def _read(database: sqlite3.Connection) -> Contents:
+def contents(database: sqlite3.Connection) -> Contents:
+    """What a file holds, each row as it was written; DatabaseError where one is not, LedgerError for another format."""
     query = database.execute
     if query("PRAGMA application_id").fetchone() != (_APPLICATION,):
         raise sqlite3.DatabaseError("it is no ledger of mekd")

@@ -4,7 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -158,20 +158,31 @@ class RemoteOracle(Oracle):
 
     def _ask(self, images: Tensor, rows: slice) -> list[tuple[int, Response]]:
         images = images.cpu()
-        first, answered = rows.start, []
+        first = rows.start
+        answered: list[tuple[int, Response]] = []
+        calls: dict[int, Future[Response]] = {}
         self._failed.clear()
-        while self._meaning is None and first < rows.stop:  # one image tells what answers are, before more is paid
-            answered.append((first, self._call(images, first, first + 1)))
-            first += 1
-        starts = range(rows.start, rows.stop, self._batch)
-        ends = [min(start + self._batch, rows.stop) for start in starts]
-        pieces = [(max(start, first), end) for start, end in zip(starts, ends, strict=True) if end > first]
-        futures = [self._threads.submit(self._call, images, *piece) for piece in pieces]
-        wait(futures)  # what is in flight is paid for, and is booked even where another call failed
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        if errors:
-            raise next((error for error in errors if not isinstance(error, Stopped)), errors[0])
-        return answered + [(start, future.result()) for (start, _), future in zip(pieces, futures, strict=True)]
+        try:
+            while self._meaning is None and first < rows.stop:  # one image tells what answers are, before more is paid
+                answered.append((first, self._call(images, first, first + 1)))
+                first += 1
+            for start in range(rows.start, rows.stop, self._batch):
+                begin, end = max(start, first), min(start + self._batch, rows.stop)
+                if end > begin:
+                    calls[begin] = self._threads.submit(self._call, images, begin, end)
+            wait(calls.values())
+            errors = [error for call in calls.values() if (error := call.exception()) is not None]
+            if errors:
+                raise next((error for error in errors if not isinstance(error, Stopped)), errors[0])
+        except BaseException:  # Ctrl-C in one's own loop too: what has not begun is not sent
+            self._failed.set()
+            for call in calls.values():
+                call.cancel()
+            wait(calls.values())  # what is in flight is paid for, and is booked
+            done = [(row, call) for row, call in calls.items() if not call.cancelled() and call.exception() is None]
+            self.ledger.remember(images, answered + [(row, call.result()) for row, call in done])
+            raise
+        return answered + [(row, call.result()) for row, call in calls.items()]
 
     def _call(self, images: Tensor, start: int, end: int) -> Response:
         """The answer to rows start to end, by as many attempts as it may take."""
