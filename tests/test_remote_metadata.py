@@ -125,7 +125,7 @@ def test_a_folder_of_an_earlier_version_goes_on(
     of = kept.pop("of")
     (out / "teacher.json").write_text(json.dumps(kept))
     answers(GONE, "/v2/models/teacher", "/v2/models/other")
-    elsewhere = {"teacher__url": f"{url}/v2/models/other"}
+    elsewhere = {"teacher__url": f"{url}/v2/models/other", "teacher__name": "another"}
     assert cli.main(words(url, out, stage="distill", **elsewhere, **BEST)) == 2
     assert cli.main(words(url, out, stage="distill", **BEST)) == 0
     assert json.loads((out / "teacher.json").read_text()) == {"of": of, **kept}

@@ -234,11 +234,12 @@ def _model(run: "Run") -> tuple[Model, str]:
         )  # fmt: skip
         return model, model.note
     except (Unreachable, Denied) as error:
-        # A key that ran out leaves what was paid of use; before that, nothing is to be trained for a wrong address.
-        if isinstance(error, Denied) and not run.asked("deprivatize", "distill", "evaluate", "audit")["queries"]:
+        # What was paid stays of use without a server; before that, nothing is to be trained for a wrong address.
+        paid = bool(run.asked("deprivatize", "distill", "evaluate", "audit")["queries"])
+        if isinstance(error, Denied) and not paid:
             raise
         try:
-            kept = _kept_model(run)
+            kept = _kept_model(run, paid)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise Unreachable(f"{error} And {run.out / 'teacher.json'}, what it last said, is damaged") from None
         if kept is None:
@@ -248,14 +249,18 @@ def _model(run: "Run") -> tuple[Model, str]:
         line.close()
 
 
-def _kept_model(run: "Run") -> Model | None:
-    """What teacher.json has of the same address, read by the same settings; None where it has nothing of these."""
+def _kept_model(run: "Run", paid: bool) -> Model | None:
+    """What teacher.json has of the same address, read by the same settings; None where it has nothing of these.
+
+    paid: another address will do, as there are answers, which say by themselves whose they are.
+    """
     path: Path = run.out / "teacher.json"
     if not path.exists():
         return None
     kept = json.loads(path.read_text("utf-8"))
     of = kept.pop("of", None) or _of(read_saved(run.out / "config.yaml"))  # earlier versions did not write it
-    return Model(**kept | {"versions": tuple(kept["versions"])}) if of == _of(_flat(run)) else None
+    now = _of(_flat(run)) | ({"address": of["address"]} if paid else {})
+    return Model(**kept | {"versions": tuple(kept["versions"])}) if of == now else None
 
 
 def _of(flat: dict[str, Any]) -> dict[str, Any]:
