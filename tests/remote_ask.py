@@ -32,11 +32,11 @@ def good(protocol: str) -> bytes:
 def connect(
     protocol: str, url: str, folder: Path | None, *, timeout: float = 10.0, headers: dict[str, str] | None = None,
     budget: int | None = None, model: Model = MODEL, k: int | None = None, unknown: str = "error",
-    names: Sequence[str] = (), known: bool = True, **options: Any,
+    names: Sequence[str] = (), **options: Any,
 ) -> RemoteOracle:  # fmt: skip
     line = Line(url, headers or {}, timeout)
     hf = protocol == "hf"
-    oip = functools.partial(Oip, mean=[0.0], std=[1.0], k=k, known=known, names=names)
+    oip = functools.partial(Oip, mean=[0.0], std=[1.0], k=k, names=names)
     service = Pictures(line, "png", CLASSES) if hf else oip(line, model, CLASSES)
     kind = "pairs" if hf or k else "probs"
     ledger = Ledger("s", folder, budget)

@@ -98,7 +98,7 @@ def test_the_first_list_is_of_every_class(listed: list[str], said: str | None, t
     with scripted(
         reply(200, tensor(listed, [1, 4], "BYTES")), reply(200, tensor(listed[:2], [1, 2], "BYTES"))
     ) as server:
-        answer = ask("oip", server.url, tmp_path, m=2, batch=1, k=2, known=False, meaning=None)
+        answer = ask("oip", server.url, tmp_path, m=2, batch=1, k=2, meaning=None)
         asked = [json.loads(body)["outputs"][0]["parameters"] for _, _, body in server.requests]
     if said is None:
         assert answer.indices.tolist() == [[0, 3]] * 2 and answer.values.tolist() == [[0.5, 0.25]] * 2
@@ -112,7 +112,7 @@ def test_every_class_is_asked_for_until_an_answer_could_be_read(tmp_path: Path) 
     logits = ["0.5:0", "0.3:1", "-1:2", "-2:3"]
     body = reply(200, tensor(logits, [1, 4], "BYTES"))
     with scripted(body, body, reply(200, tensor(logits[:2], [1, 2], "BYTES"))) as server:
-        oracle = connect("oip", server.url, tmp_path, k=2, known=False, meaning=None)
+        oracle = connect("oip", server.url, tmp_path, k=2, meaning=None)
         for _ in range(2):
             with pytest.raises(AnswerError, match="neither shares nor per cent"):
                 oracle.query(images(1))
@@ -125,7 +125,7 @@ def test_every_class_is_asked_for_until_an_answer_could_be_read(tmp_path: Path) 
 def test_a_first_list_that_is_short_tells_nothing(count: int, tmp_path: Path) -> None:
     listed = ["0.5:0", "0.3:1", "0.1:2"][:count]
     with scripted(reply(200, tensor(listed, [1, count], "BYTES"))) as server:
-        error = ask("oip", server.url, tmp_path, m=2, batch=1, k=2, known=False, meaning=None)
+        error = ask("oip", server.url, tmp_path, m=2, batch=1, k=2, meaning=None)
     assert isinstance(error, AnswerError) and paid(tmp_path) == (0, 1, 1)
     assert f"named {count} of 4 classes" in str(error) and "--oracle.response probs" in str(error)
 

@@ -150,7 +150,6 @@ def open_remote(run: "Run", account: Ledger) -> RemoteOracle:
     encoding = Encoding(oracle.encoding, oracle.quality, side(run))
     batch = calls_of(run)
     share = max(1, (oracle.concurrency or 1) // parallel.world())
-    meaning = _kept(run, about)
     rates: list[Pace] = []
     if oracle.rate is not None:
         calls = Rate(run.ledger, "rate", oracle.rate, log=run.log)
@@ -158,7 +157,7 @@ def open_remote(run: "Run", account: Ledger) -> RemoteOracle:
     if oracle.image_rate is not None:
         rates.append(Rate(run.ledger, "image-rate", oracle.image_rate, batch, run.log).wait)
     return RemoteOracle(
-        run.service or _service(run, about, known=meaning is not None),
+        run.service or _service(run, about),
         run.image,
         about.classes,
         oracle.response,
@@ -166,7 +165,7 @@ def open_remote(run: "Run", account: Ledger) -> RemoteOracle:
         batch=batch,
         concurrency=share,
         rates=rates,
-        meaning=meaning,
+        meaning=_kept(run, about),
         established=functools.partial(_establish, run, about),
         reading={"output": oracle.output, "classes": run.class_names or (), "unknown": oracle.unknown},
         stop=run.asked_to_stop,
@@ -199,7 +198,7 @@ def calls_of(run: "Run") -> int:
     return wanted if most is None else min(wanted, most)
 
 
-def _service(run: "Run", about: About, known: bool) -> Service:
+def _service(run: "Run", about: About) -> Service:
     teacher, oracle = run.config.teacher, run.config.oracle
     check(run)
     if teacher.python is not None:
@@ -208,7 +207,7 @@ def _service(run: "Run", about: About, known: bool) -> Service:
         return Pictures(_line(run), oracle.encoding, about.classes, oracle.base64)
     k = min(oracle.k, about.classes) if _listed(run, about.model) else None
     names = run.class_names or ()
-    return Oip(_line(run), about.model, about.classes, mean=oracle.mean, std=oracle.std, k=k, known=known, names=names)
+    return Oip(_line(run), about.model, about.classes, mean=oracle.mean, std=oracle.std, k=k, names=names)
 
 
 def _line(run: "Run") -> Line:

@@ -161,18 +161,19 @@ def _model(
 class Oip:
     """Calls of one model. k: ask for that many classes by the classification extension; None for the whole output.
 
-    known: whether it is known what the scores are, which RemoteOracle sets; until then an answer is to list every
-    class, as their sum tells it.
     names: of the classes, which those that the extension tells must agree with; empty where they are not known.
     """
 
     def __init__(
         self, line: Line, model: Model, classes: int, *, mean: Sequence[float], std: Sequence[float], k: int | None,
-        known: bool = True, names: Sequence[str] = (),
+        names: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self._line, self._model, self._classes, self._k, self._names = line, model, classes, k, names
         self._shift, self._spread = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (mean, std))
-        self.known, self._ids = known, itertools.count()
+        self._ids = itertools.count()
+        #: Whether what the scores are is known, as RemoteOracle says; until then an answer is to list every class, as
+        #: their sum tells it.
+        self.known = True
 
     def call(self, images: list[bytes] | Tensor) -> tuple[Raw, int]:
         assert isinstance(images, Tensor)

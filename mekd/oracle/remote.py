@@ -250,8 +250,8 @@ class RemoteOracle(Oracle):
 
     def _tell(self) -> None:
         """Tell a service that may ask for more at first whether its answers can be read."""
-        if self._meaning is not None and isinstance(self._service, Oip):
-            self._service.known = True
+        if isinstance(self._service, Oip):
+            self._service.known = self._meaning is not None
 
     def _read(self, raw: Raw, count: int) -> Response:
         if len(raw) != count:
