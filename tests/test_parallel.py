@@ -170,6 +170,30 @@ def test_another_number_before_the_first_checkpoint_is_told_how_to_go_on(
     assert found["queries"] == 72 and found["uncertain"] <= 8
 
 
+@pytest.mark.parametrize(("begun", "now"), [(2, 1), (1, 2)])
+def test_another_number_in_the_middle_of_the_simulation_is_told_how_to_go_on(
+    begun: int, now: int, processes: Server, words: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    """What evaluate has paid for and not yet kept is found by as many processes alone."""
+    out = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    for path in [*(out / "checkpoints").glob("evaluate-*"), *(out / "ledger").glob("evaluate-*")]:
+        path.unlink()
+    asks = ["--evaluate.ask_teacher", "true", "--evaluate.baseline", "true"]
+    stage = ["evaluate", *words[1:], "--oracle.price", "0.001", *asks, "--out", str(out)]
+    killed = processes.together(begun, "mekd.engine.asked:keep", "1", "before", *stage, code=KILL)
+    assert any(is_killed(done) for done in killed), killed
+    paid = accounts(out)["evaluate-test"]["queries"]
+    assert paid == 360
+    for done in processes.together(now, *stage):
+        assert done.returncode == 2 and "evaluate-test was begun with" in done.stderr, done
+        assert "once all of them are answered, any number goes on" in done.stderr
+    assert accounts(out)["evaluate-test"]["queries"] == paid
+    for count in (begun, now):
+        assert [done.returncode for done in processes.together(count, *stage)] == [0] * count
+        found = accounts(out)
+        assert (found["evaluate-test"]["queries"], found["evaluate-private"]["queries"]) == (paid, 144)
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "said"),
     [

@@ -95,8 +95,8 @@ def _answers_of(run: Run) -> dict[str, Any]:
     return dict(json.loads(json.dumps(run.depends("evaluate"))))
 
 
-def same_processes(run: Run, name: str) -> None:
-    """Keep how many processes ask with the account NAME before a checkpoint tells; StageError where others began.
+def same_processes(run: Run, name: str, saved: str = "it has saved (engine.checkpoint_every)") -> None:
+    """Keep how many processes ask with the account NAME before what was saved tells; StageError where others began.
 
     What is in a process's account is its part of each step, in which another number of processes does not find its own.
     """
@@ -108,9 +108,9 @@ def same_processes(run: Run, name: str) -> None:
         begun = f"{kept} processes" if int(kept) > 1 else "one process"
         how = f"under torchrun --nproc-per-node {kept}" if int(kept) > 1 else "without torchrun"
         raise StageError(
-            f"{name} was begun with {begun}, {paid} queries are paid and no checkpoint holds them yet: with another "
-            f"number, {parallel.world()}, their answers would not be found again. Go on with {begun} ({how}); once it "
-            "has saved (engine.checkpoint_every), any number goes on from there"
+            f"{name} was begun with {begun}, {paid} queries are paid and nothing that was saved holds them yet: with "
+            f"another number, {parallel.world()}, their answers would not be found again. Go on with {begun} ({how}); once "
+            f"{saved}, any number goes on from there"
         )
     if parallel.rank() == 0 and not paid:
         files.write_text(path, f"{parallel.world()}\n")

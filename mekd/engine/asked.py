@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mekd import files
 from mekd.engine import parallel
+from mekd.engine.account import same_processes
 from mekd.engine.checkpoint import check_depends
 from mekd.engine.run import Run, StageError
 from mekd.oracle.ledger import digests
@@ -66,11 +67,13 @@ def check(run: Run, name: str) -> None:
 def before(run: Run, name: str) -> Kept | None:
     """What was asked about exactly these images; None where they are to be asked about.
 
-    StageError where they are not those that were paid for.
+    StageError where they are not those that were paid for, or where others were killed while they asked.
     """
     check(run, name)
     paths, (part, setting) = shares(run, name), PARTS[name]
     if not paths:
+        if _costs(run):
+            same_processes(run, name, "all of them are answered")
         return None
     found = [files.load(path) for path in paths]
     if any("digests" not in saved for saved in found):  # an earlier version's, which cost nothing
