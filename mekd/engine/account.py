@@ -109,8 +109,8 @@ def same_processes(run: Run, name: str, saved: str = "it has saved (engine.check
         how = f"under torchrun --nproc-per-node {kept}" if int(kept) > 1 else "without torchrun"
         raise StageError(
             f"{name} was begun with {begun}, {paid} queries are paid and nothing that was saved holds them yet: with "
-            f"another number, {parallel.world()}, their answers would not be found again. Go on with {begun} ({how}); once "
-            f"{saved}, any number goes on from there"
+            f"another number, {parallel.world()}, their answers would not be found again. Go on with {begun} ({how}); "
+            f"once {saved}, any number goes on from there"
         )
     if parallel.rank() == 0 and not paid:
         files.write_text(path, f"{parallel.world()}\n")
