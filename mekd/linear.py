@@ -199,9 +199,10 @@ def _run(
         )
     grads = torch.is_grad_enabled()
     wanted = [grads and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    written = [f"{x}" for x in options]  # torch.compile has no str() of a number that it holds for a variable
     loss: Tensor = torch.ops.mekd.linear_loss(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, rows, head, tau, weights,
-        None if kept is None else kept.reshape(-1), name, [str(x) for x in options], impl, wanted,
+        None if kept is None else kept.reshape(-1), name, written, impl, wanted,
     )[0]  # fmt: skip
     return loss
 

@@ -156,6 +156,26 @@ def test_it_compiles_in_one_graph(kind: str) -> None:
         torch.testing.assert_close(mine, other)
 
 
+def test_a_weight_that_changes_stays_in_one_graph() -> None:
+    # From its second value on torch.compile takes a number for a variable.
+    (hidden, weight, bias), (_, _, target) = layer(torch.float32), targets(torch.float32)["dkd"]
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda alpha: linear_dkd_loss(hidden, weight, bias, **target, alpha=alpha), fullgraph=True, backend="aot_eager"
+    )
+    for alpha in (0.5, 0.25, 1 / 3):
+        torch.testing.assert_close(compiled(alpha), linear_dkd_loss(hidden, weight, bias, **target, alpha=alpha))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_compiles_for_any_shape(kind: str) -> None:
+    ours, _, target = targets(torch.float32)[kind]
+    parts = layer(torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *layer: ours(*layer, **target), fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(*parts), ours(*parts, **target))
+
+
 def test_rows_that_count_for_nothing_may_hold_anything() -> None:
     hidden, weight, bias = (x.detach() for x in layer(torch.float32))  # type: ignore[union-attr]
     mask, weights = torch.arange(N) % 3 != 0, (torch.arange(N) % 4 != 1).float()
