@@ -168,3 +168,12 @@ def test_in_bfloat16_the_picture_is_near_and_comes_in_float32() -> None:
     narrow = copy.deepcopy(frozen).bfloat16()(code, n)
     assert narrow.dtype == torch.float32
     assert (narrow - frozen(code, n)).abs().mean() < 0.01
+
+
+def test_an_empty_batch_costs_nothing() -> None:
+    # As student[labels >= 0] may leave it.
+    for generator in (trained(10, 16), trained(1000, 16, nuisance=4)):
+        student = torch.zeros(0, generator.num_classes, requires_grad=True)
+        loss = MEKDLoss(generator)(student, torch.zeros(0, generator.num_classes))
+        loss.backward()
+        assert loss.item() == 0 and student.grad is not None and student.grad.shape == student.shape
