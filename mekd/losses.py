@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from mekd import checks, functional
 from mekd.codes import CODES, FLOAT32_FLOOR, resolve_code, student_code, teacher_code
@@ -273,9 +274,11 @@ class MEKDLoss(nn.Module):
             self._frozen, self._frozen_of = {}, of
         if tau not in self._frozen:
             whole = next(iter(self._frozen.values()), None)
-            if whole is None:
-                whole = generator if isinstance(generator, FrozenGenerator) else freeze(generator, tau)
-            self._frozen[tau] = whole.divided_by(tau)
+            # It outlives the caller's inference mode or transform, and is differentiated in another one.
+            with torch.inference_mode(False), temporarily_clear_interpreter_stack():
+                if whole is None:
+                    whole = generator if isinstance(generator, FrozenGenerator) else freeze(generator, tau)
+                self._frozen[tau] = whole.divided_by(tau)
         return self._frozen[tau]
 
 

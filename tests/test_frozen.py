@@ -177,3 +177,26 @@ def test_an_empty_batch_costs_nothing() -> None:
         loss = MEKDLoss(generator)(student, torch.zeros(0, generator.num_classes))
         loss.backward()
         assert loss.item() == 0 and student.grad is not None and student.grad.shape == student.shape
+
+
+@pytest.mark.parametrize("tau", [5.0, torch.tensor(5.0)])
+def test_what_was_first_drawn_in_inference_mode_can_be_learnt_from(tau: float | Tensor) -> None:
+    # A validation before the first step, and one against another kind of answer.
+    generator, student, teacher = trained(10, 16), torch.randn(3, 10, requires_grad=True), torch.randn(3, 10)
+    loss = MEKDLoss(generator, tau)
+    for target in ({"logits": teacher}, {"labels": teacher.argmax(-1)}):
+        with torch.inference_mode():
+            looked = loss(student, **target)
+        assert torch.equal(loss(student, **target), looked)
+        loss(student, **target).backward()
+
+
+def test_it_may_be_folded_within_torch_func() -> None:
+    generator, student, teacher = trained(10, 16), torch.randn(3, 10), torch.randn(3, 10)
+    leaf = student.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(MEKDLoss(generator)(leaf, teacher), leaf)
+    loss = MEKDLoss(generator)
+    torch.testing.assert_close(torch.func.grad(lambda s: loss(s, teacher))(student), wanted)
+    loss = MEKDLoss(generator)
+    each = torch.func.vmap(lambda s, t: loss(s[None], t[None]))(student, teacher)
+    torch.testing.assert_close(each.mean(), MEKDLoss(generator)(student, teacher))
