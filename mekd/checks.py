@@ -22,9 +22,15 @@ def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    """Raise TypeError unless value is a number, of Python's or NumPy's, or a tensor of one."""
+    """Raise TypeError unless value is a number, of Python's or NumPy's, or a tensor of one that wants no gradient."""
     if not hasattr(value, "__float__") or (isinstance(value, Tensor) and value.numel() != 1):
         raise TypeError(f"{name} is {_shown(value)}; it must be a number")
+    if isinstance(value, Tensor) and value.requires_grad:
+        _refuse_gradient(name)
+
+
+def _refuse_gradient(name: str) -> None:
+    raise ValueError(f"{name} requires grad, which the losses do not give; pass {name}.detach()")
 
 
 def check_index(ignore_index: object) -> None:
@@ -55,7 +61,7 @@ def check_positive(name: str, value: float | Tensor) -> None:
         if value.dim() != 0:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a float or a 0-d tensor")
         if value.requires_grad and not torch._C._are_functorch_transforms_active():  # where the formula gives it
-            raise ValueError(f"{name} requires grad, which the losses do not give; pass {name}.detach()")
+            _refuse_gradient(name)
         if not checks_values(value):
             return
     check_number(name, value)

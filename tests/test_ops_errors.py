@@ -165,6 +165,17 @@ def test_temperatures(kind: str, impl: str) -> None:
     refused(make(kind, device=DEVICES[impl], tau=given), impl, ValueError, "tau", "requires grad", "detach")
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("dkd", "alpha"), ("dkd", "beta"), ("jsd", "beta"), ("jsd-skew", "skew"), ("gan-probs", "alpha")],
+)
+def test_a_number_that_somebody_would_learn_is_refused(kind: str, name: str) -> None:
+    problem = make(kind, **{name: torch.tensor(0.25, requires_grad=True)})
+    refused(problem, None, ValueError, name, "requires grad", f"{name}.detach()")
+    problem.options[name] = problem.options[name].detach()
+    problem.loss()
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kind", [*ROW_KINDS, *IMAGE_KINDS])
 def test_weights_and_masks(kind: str, impl: str) -> None:
