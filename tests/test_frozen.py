@@ -200,3 +200,25 @@ def test_it_may_be_folded_within_torch_func() -> None:
     loss = MEKDLoss(generator)
     each = torch.func.vmap(lambda s, t: loss(s[None], t[None]))(student, teacher)
     torch.testing.assert_close(each.mean(), MEKDLoss(generator)(student, teacher))
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(TypeError, match=r"generator is a function; it must be a torch\.nn\.Module"):
+        MEKDLoss(lambda code: code)  # type: ignore[arg-type]
+    loss = MEKDLoss(trained(10, 16))
+    with pytest.raises(ValueError, match="there are 7 classes, and the generator draws from codes of 10 entries"):
+        loss(torch.randn(3, 7), torch.randn(3, 7))
+    with pytest.raises(ValueError, match="there are 7 classes"):
+        loss.teacher_image(7, logits=torch.randn(3, 7))
+    for shape in ((10,), (2, 3, 10), (2, 10, 4, 4)):
+        with pytest.raises(ValueError, match=r"student has shape .*; images are drawn of logits \(m, C\)"):
+            loss(torch.randn(shape), torch.randn(shape))
+
+
+def test_a_second_backward_says_what_to_do() -> None:
+    loss, student, teacher = MEKDLoss(trained(10, 16)), torch.randn(3, 10, requires_grad=True), torch.randn(3, 10)
+    value = loss(student, teacher)
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"second backward .*MEKDLoss .*call that again for each backward"):
+        value.backward()
+    loss(student, teacher).backward()
