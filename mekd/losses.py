@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from mekd import checks, functional
@@ -277,6 +278,7 @@ class MEKDLoss(nn.Module):
             offset = frozen.offset(n)  # the same for both pictures
         return (lambda code: frozen.preactivation_at(code, offset)), tau, True
 
+    @_disable_dynamo  # which would compile the look at each weight by itself
     def _folded(self, tau: float) -> FrozenGenerator:
         """The generator as freeze() leaves it, dividing codes by tau; folded anew where its weights have changed."""
         (generator,) = self._generator

@@ -222,3 +222,13 @@ def test_a_second_backward_says_what_to_do() -> None:
     with pytest.raises(RuntimeError, match=r"second backward .*MEKDLoss .*call that again for each backward"):
         value.backward()
     loss(student, teacher).backward()
+
+
+def test_under_compile_its_weights_are_looked_at_in_eager() -> None:
+    loss, student, teacher = MEKDLoss(trained(10, 16)), torch.randn(3, 10, requires_grad=True), torch.randn(3, 10)
+    wanted = loss(student, teacher)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):  # for each weight
+        for _ in range(2):
+            assert torch.equal(torch.compile(loss, backend="aot_eager")(student, teacher), wanted)
+    torch._dynamo.reset()
