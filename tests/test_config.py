@@ -97,6 +97,11 @@ def test_an_empty_file_is_the_default(tmp_path: Path, text: str) -> None:
         ("distill.budget", "1000", 1000),
         # Lists.
         ("oracle.mean", "[0.5, 0.4, 0.3]", [0.5, 0.4, 0.3]),
+        # YAML 1.1 takes these words for switches, and they are where a switch belongs.
+        ("engine.compile", "off", "off"),
+        ("teacher.name", "no", "no"),
+        ("data.flip", "yes", True),
+        ("engine.progress", "off", False),
     ],
 )
 def test_values_are_read_alike_from_the_file_and_from_the_command_line(
@@ -152,11 +157,13 @@ def test_what_is_printed_can_be_read_again(tmp_path: Path, capsys: pytest.Captur
         ("seed", ["settings by name", "str"]),
         # No YAML.
         ("data: {name: digits", ["no YAML"]),
-        # A key that is a number.
-        pytest.param(
-            "data: {1: 2}",
-            ["data.1"],
-        ),
+        # Keys that are no words.
+        ("data: {1: 2}", ["data.1"]),
+        ("1: 2", ["no setting 1"]),
+        ("true: 2", ["no setting True"]),
+        # One that would hide the other, and a whole section of settings.
+        ("data: {size: 16, size: 32}", ["size stands here a second time"]),
+        ("data: {size: 16}\nseed: 1\ndata: {path: photos}", ["data stands here a second time", "line 3"]),
     ],
 )
 def test_files_with_mistakes(tmp_path: Path, text: str, parts: list[str]) -> None:
