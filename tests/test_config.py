@@ -205,9 +205,19 @@ WRONG = [
     ("deprivatize.ema", "2", "between 0 and 1"),
     ("deprivatize.alpha", "-1", "at least 0"),
     ("distill.replay", "-1", "at least 0"),
+    ("distill.budget", "-1", "at least 0"),
+    ("distill.weight_decay", "-1", "at least 0"),
+    ("teacher.weight_decay", "-1", "at least 0"),
+    # More than a generator of random numbers takes.
+    ("seed", str(2**64), "between -"),
     # Steps of nothing, steps of no size.
     ("teacher.batch", "0", "above 0"),
     ("teacher.lr", "0", "above 0"),
+    ("teacher.resize", "0", "above 0"),
+    ("evaluate.baseline_steps", "0", "above 0"),
+    # What nothing can be divided by, and a scale of no channel.
+    ("teacher.std", "[0.0]", "numbers above 0"),
+    ("teacher.mean", "[]", "finite numbers"),
     ("deprivatize.steps", "0", "above 0"),
     ("deprivatize.width", "0", "above 0"),
     ("distill.steps", "-5", "above 0"),
