@@ -51,6 +51,10 @@ def check_tensor(name: str, x: object) -> None:
     """Raise TypeError unless x is a tensor of rows and columns in memory."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {_shown(x)}; it must be a tensor")
+    if x.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor; pass {name}.to_padded_tensor(0.0), and a mask of the rows that count"
+        )
     if x.layout != torch.strided:
         raise TypeError(f"{name} has the layout {x.layout}; it must be dense: pass {name}.to_dense()")
 
