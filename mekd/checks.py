@@ -22,9 +22,15 @@ def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    """Raise TypeError unless value is a number, of Python's or NumPy's, or a tensor of one."""
+    """Raise TypeError unless value is a number, of Python's or NumPy's, or a tensor of one that wants no gradient."""
     if not hasattr(value, "__float__") or (isinstance(value, Tensor) and value.numel() != 1):
         raise TypeError(f"{name} is {_shown(value)}; it must be a number")
+    if isinstance(value, Tensor) and value.requires_grad:
+        _refuse_gradient(name)
+
+
+def _refuse_gradient(name: str) -> None:
+    raise ValueError(f"{name} requires grad, which the losses do not give; pass {name}.detach()")
 
 
 def check_index(ignore_index: object) -> None:
@@ -45,6 +51,10 @@ def check_tensor(name: str, x: object) -> None:
     """Raise TypeError unless x is a tensor of rows and columns in memory."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {_shown(x)}; it must be a tensor")
+    if x.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor; pass {name}.to_padded_tensor(0.0), and a mask of the rows that count"
+        )
     if x.layout != torch.strided:
         raise TypeError(f"{name} has the layout {x.layout}; it must be dense: pass {name}.to_dense()")
 
@@ -55,7 +65,7 @@ def check_positive(name: str, value: float | Tensor) -> None:
         if value.dim() != 0:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a float or a 0-d tensor")
         if value.requires_grad and not torch._C._are_functorch_transforms_active():  # where the formula gives it
-            raise ValueError(f"{name} requires grad, which the losses do not give; pass {name}.detach()")
+            _refuse_gradient(name)
         if not checks_values(value):
             return
     check_number(name, value)

@@ -8,7 +8,7 @@ from typing import Any
 from mekd.checks import SCALES, TOPK_RESTS, check_choice
 from mekd.codes import CODES
 from mekd.pixels import SIDES
-from mekd.teacher_config import PRECISIONS, OracleConfig, TeacherConfig, above_zero, within
+from mekd.teacher_config import PRECISIONS, OracleConfig, TeacherConfig, above_zero, at_least_0, within
 
 #: Hyper-parameters by name: ours, the paper's (Ma et al., 2024) and those of the authors' public code.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -135,6 +135,8 @@ class DeprivatizeConfig:
         above_zero("deprivatize", self, "steps", "batch", "lr", "width", "d_width", "clip")
         if self.dp is not None:
             above_zero("deprivatize", self, "dp")
+        if self.budget is not None:
+            at_least_0("deprivatize", self, "budget")
         if self.nuisance < 0:
             raise ValueError(f"deprivatize.nuisance is {self.nuisance}; it must be at least 0 entries")
         within("deprivatize.dropout", self.dropout, 0, 1)
@@ -230,6 +232,9 @@ class DistillConfig:
         if not any(weights.values()):
             raise ValueError("distill.beta and distill.image are 0; one must be above 0")
         above_zero("distill", self, "steps", "batch", "lr", "holdout", "eval_every")
+        at_least_0("distill", self, "weight_decay")
+        if self.budget is not None:
+            at_least_0("distill", self, "budget")
         if self.replay is not None and self.replay < 0:
             raise ValueError(f"distill.replay is {self.replay}; it must be at least 0")
         if self.pretrain < 0:
@@ -266,6 +271,10 @@ class EvaluateConfig:
     ask_teacher: bool | None = None
     baseline: bool | None = None
     baseline_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.baseline_steps is not None:
+            above_zero("evaluate", self, "baseline_steps")
 
 
 @dataclass(frozen=True)
@@ -352,6 +361,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
+        within("seed", self.seed, -(2**62), 2**62)
         step2 = self.distill
         replays = bool(step2.replay) or (
             step2.replay is None and (self.teacher.remote or self.oracle.budget is not None)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mekd import ops
 from mekd.arguments import check_direction, dkd_arguments, jsd_arguments, kd_arguments
-from mekd.checks import check_choice, check_positive, checks_values, rows_with_answer, rows_with_label
+from mekd.checks import check_choice, check_positive, check_tensor, checks_values, rows_with_answer, rows_with_label
 from mekd.reference import accumulation_dtype, autocasts
 
 #: Into how many parts the rows are cut, by the bytes of a number: logits and gradient of one take less than a quarter
@@ -67,6 +67,7 @@ def linear_kd_loss(
     if teacher is not None:
         if (logits, probs, labels, topk) != (None, None, None, None):
             raise ValueError("teacher and another target are given; give one of teacher, logits, probs, labels, topk")
+        _check_head(teacher, "its logits are logits=")
         if tau_teacher is not None:
             check_positive("tau_teacher", tau_teacher)
             warmer, tau_teacher = tau / tau_teacher, None
@@ -140,11 +141,30 @@ def linear_jsd_loss(
 
 def _either(teacher: Head | Tensor) -> tuple[Head | None, Tensor]:
     """The teacher's layer where it is one, and its logits or what stands for them."""
-    return (None, teacher) if isinstance(teacher, Tensor) else (teacher, _stand_in("teacher's hidden", *teacher))
+    if isinstance(teacher, Tensor):
+        return None, teacher
+    _check_head(teacher, "or its logits")
+    return teacher, _stand_in("teacher's hidden", *teacher)
+
+
+def _check_head(teacher: object, otherwise: str) -> None:
+    if not isinstance(teacher, tuple | list) or len(teacher) not in (2, 3):
+        what = f"a {type(teacher).__name__}" + (f" of {len(teacher)}" if isinstance(teacher, tuple | list) else "")
+        raise TypeError(
+            f"teacher is {what}; it must be its last layer, (hidden, weight) or (hidden, weight, bias), {otherwise}"
+        )
+    _check_tensors("teacher's ", *teacher)
+
+
+def _check_tensors(whose: str, *layer: object) -> None:
+    for name, x in zip(("hidden", "weight", "bias"), layer, strict=False):
+        if x is not None or name != "bias":
+            check_tensor(f"{whose}{name}", x)
 
 
 def _in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The layer in one dtype: autocast's where that is on and not for float64, as F.linear has it, else its own."""
+    _check_tensors("", hidden, weight, bias)
     if not autocasts(hidden):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -199,9 +219,10 @@ def _run(
         )
     grads = torch.is_grad_enabled()
     wanted = [grads and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    written = [f"{x}" for x in options]  # torch.compile has no str() of a number that it holds for a variable
     loss: Tensor = torch.ops.mekd.linear_loss(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, rows, head, tau, weights,
-        None if kept is None else kept.reshape(-1), name, [str(x) for x in options], impl, wanted,
+        None if kept is None else kept.reshape(-1), name, written, impl, wanted,
     )[0]  # fmt: skip
     return loss
 

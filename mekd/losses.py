@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from mekd import checks, functional
 from mekd.codes import CODES, FLOAT32_FLOOR, resolve_code, student_code, teacher_code
@@ -114,7 +116,8 @@ class MEKDLoss(nn.Module):
     nets.frozen.freeze when it first draws, and when its weights have changed since (what is written through .data shows
     to nobody); what freeze() made is taken as it is. Another one that has a method preactivation(code) is asked for
     that, and the tanh is left to the loss. A generator with a nuisance (an attribute of that name: its entries) draws
-    both pictures with the same one, generator(code, n).
+    both pictures with the same one, generator(code, n). Of a mekd.nets.Generator backward runs once: the gradient is
+    written over its picture.
 
     tau divides the code, kl_tau the logits of the KL; beta, scale ("tau2", "tau", "one") and image weigh the terms
     (image=0: KL alone, the generator is not run). code: "auto", or one of mekd.codes.CODES. floor: the smallest
@@ -148,6 +151,8 @@ class MEKDLoss(nn.Module):
             raise ValueError(f"beta is {beta} and image is {image}; both must be at least 0, and one above 0")
         if not 0 < floor < 1:
             raise ValueError(f"floor is {floor}; it must lie between 0 and 1")
+        if not isinstance(generator, nn.Module):
+            raise TypeError(f"generator is a {type(generator).__name__}; it must be a torch.nn.Module")
         if image > 0 and not isinstance(generator, Generator | FrozenGenerator):
             log.warning(
                 "generator is a %s and not a mekd.nets.Generator: it is used as it is, without being folded, which is "
@@ -192,6 +197,8 @@ class MEKDLoss(nn.Module):
         )
         if self.image == 0:
             return kl.new_zeros(()), kl
+        if student.dim() != 2:
+            raise ValueError(f"student has shape {tuple(student.shape)}; images are drawn of logits (m, C)")
         code, target, answer = self._resolve({"logits": logits, **others}, student.shape[-1])
         if kept is not None and n is None and self._entries:
             raise ValueError("kept was drawn with a nuisance, and n is None: pass the n that teacher_image() was given")
@@ -217,6 +224,12 @@ class MEKDLoss(nn.Module):
 
     def _resolve(self, given: dict[str, Any], num_classes: int) -> tuple[str, str, Any]:
         target, answer = next((name, value) for name, value in given.items() if value is not None)
+        (generator,) = self._generator
+        if isinstance(generator, Generator | FrozenGenerator) and num_classes != generator.num_classes:
+            raise ValueError(
+                f"there are {num_classes} classes, and the generator draws from codes of {generator.num_classes} "
+                "entries: it must be one that was trained for as many classes"
+            )
         return resolve_code(self.code, target, num_classes), target, answer
 
     @torch.no_grad()
@@ -265,6 +278,7 @@ class MEKDLoss(nn.Module):
             offset = frozen.offset(n)  # the same for both pictures
         return (lambda code: frozen.preactivation_at(code, offset)), tau, True
 
+    @_disable_dynamo  # which would compile the look at each weight by itself
     def _folded(self, tau: float) -> FrozenGenerator:
         """The generator as freeze() leaves it, dividing codes by tau; folded anew where its weights have changed."""
         (generator,) = self._generator
@@ -273,9 +287,11 @@ class MEKDLoss(nn.Module):
             self._frozen, self._frozen_of = {}, of
         if tau not in self._frozen:
             whole = next(iter(self._frozen.values()), None)
-            if whole is None:
-                whole = generator if isinstance(generator, FrozenGenerator) else freeze(generator, tau)
-            self._frozen[tau] = whole.divided_by(tau)
+            # It outlives the caller's inference mode or transform, and is differentiated in another one.
+            with torch.inference_mode(False), temporarily_clear_interpreter_stack():
+                if whole is None:
+                    whole = generator if isinstance(generator, FrozenGenerator) else freeze(generator, tau)
+                self._frozen[tau] = whole.divided_by(tau)
         return self._frozen[tau]
 
 

@@ -353,7 +353,8 @@ class _InPlace(torch.autograd.Function):
         if grad is None:
             raise RuntimeError(
                 "a second backward through image_l1_loss(inplace=True): the gradient lies where the student's "
-                "pre-activation was, and has been given away; use inplace=False"
+                "pre-activation was, and has been given away; use inplace=False, or where MEKDLoss drew it, call that "
+                "again for each backward"
             )
         if grad._version != ctx.version:
             raise RuntimeError("the student's pre-activation was written to after image_l1_loss(inplace=True) used it")

@@ -41,7 +41,7 @@ def check_keys(tree: Mapping[str, Any], source: str) -> None:
                 "begin a run that had it anew, with another --out"
             )
         if key not in known:
-            raise UsageError(f"{source}: there is no setting {key!r}; {nearest(key)}")
+            raise UsageError(f"{source}: there is no setting {key!r}; {nearest(str(key))}")
         if value is None and not may_be_null(key):
             raise UsageError(f"{source}: {key} is null, which it may not be; leave the line out for its default")
 
@@ -63,14 +63,30 @@ def nearest(key: str) -> str:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file of settings; UsageError for one that is no mapping or has unknown keys."""
+    """A YAML file of settings; UsageError for one that is no mapping, or has unknown keys or one key twice."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """yes, no, on and off stay words, as on the command line: engine.compile may be off."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen: list[Any] = []
+            for key, _ in node.value:
+                if key.value in seen:
+                    said = f"{key.value} stands here a second time, and would hide the first"
+                    raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
+                seen.append(key.value)
+            return super().construct_mapping(node, deep)
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, word) for tag, word in rules if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
     file = Path(path)
     if not file.is_file():
         raise UsageError(f"--config is {str(path)!r}; no such file, and none of mekd's own, such as digits")
     try:
-        tree = yaml.safe_load(file.read_text("utf-8-sig")) or {}
+        tree = yaml.load(file.read_text("utf-8-sig"), Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is no YAML in UTF-8: {error}") from error
     if not isinstance(tree, dict):

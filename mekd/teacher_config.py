@@ -58,6 +58,10 @@ class TeacherConfig:
         if len(given) > 1:
             raise ValueError(f"teacher.{' and teacher.'.join(given)} are given; one teacher is asked: give one of them")
         above_zero("teacher", self, "batch", "lr")
+        at_least_0("teacher", self, "weight_decay")
+        if self.resize is not None:
+            above_zero("teacher", self, "resize")
+        check_scale("teacher", self)
 
     @property
     def remote(self) -> bool:
@@ -161,13 +165,7 @@ class OracleConfig:
             within("oracle.decimals", self.decimals, 0, 7)
         if self.response == "topk" and self.k < 1:
             raise ValueError(f"oracle.k is {self.k}; with oracle.response topk it must be at least 1 class")
-        for name, above in (("mean", -math.inf), ("std", 0)):
-            numbers = getattr(self, name)
-            if not (numbers and all(math.isfinite(x) and x > above for x in numbers)):
-                wanted = "numbers above 0" if name == "std" else "finite numbers"
-                raise ValueError(
-                    f"oracle.{name} is {numbers}; it must hold {wanted}: one for all channels, or one for each"
-                )
+        check_scale("oracle", self)
         if self.num_classes is not None and self.num_classes < 2:
             raise ValueError(f"oracle.num_classes is {self.num_classes}; it must be at least 2, or null")
 
@@ -177,6 +175,24 @@ def above_zero(section: str, config: Any, *names: str) -> None:
     for name in names:
         if not getattr(config, name) > 0:
             raise ValueError(f"{section}.{name} is {getattr(config, name)}; it must be above 0")
+
+
+def at_least_0(section: str, config: Any, *names: str) -> None:
+    """Raise ValueError for a setting of a section that is below 0, or not finite."""
+    for name in names:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{section}.{name} is {getattr(config, name)}; it must be finite and at least 0")
+
+
+def check_scale(section: str, config: Any) -> None:
+    """Raise ValueError unless mean and std of a section hold numbers that can be subtracted and divided by."""
+    for name, above in (("mean", -math.inf), ("std", 0)):
+        numbers = getattr(config, name)
+        if not (numbers and all(math.isfinite(x) and x > above for x in numbers)):
+            wanted = "numbers above 0" if name == "std" else "finite numbers"
+            raise ValueError(
+                f"{section}.{name} is {numbers}; it must hold {wanted}: one for all channels, or one for each"
+            )
 
 
 def within(name: str, value: float, low: float, high: float) -> None:

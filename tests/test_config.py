@@ -97,6 +97,11 @@ def test_an_empty_file_is_the_default(tmp_path: Path, text: str) -> None:
         ("distill.budget", "1000", 1000),
         # Lists.
         ("oracle.mean", "[0.5, 0.4, 0.3]", [0.5, 0.4, 0.3]),
+        # YAML 1.1 takes these words for switches, and they are where a switch belongs.
+        ("engine.compile", "off", "off"),
+        ("teacher.name", "no", "no"),
+        ("data.flip", "yes", True),
+        ("engine.progress", "off", False),
     ],
 )
 def test_values_are_read_alike_from_the_file_and_from_the_command_line(
@@ -152,11 +157,13 @@ def test_what_is_printed_can_be_read_again(tmp_path: Path, capsys: pytest.Captur
         ("seed", ["settings by name", "str"]),
         # No YAML.
         ("data: {name: digits", ["no YAML"]),
-        # A key that is a number.
-        pytest.param(
-            "data: {1: 2}",
-            ["data.1"],
-        ),
+        # Keys that are no words.
+        ("data: {1: 2}", ["data.1"]),
+        ("1: 2", ["no setting 1"]),
+        ("true: 2", ["no setting True"]),
+        # One that would hide the other, and a whole section of settings.
+        ("data: {size: 16, size: 32}", ["size stands here a second time"]),
+        ("data: {size: 16}\nseed: 1\ndata: {path: photos}", ["data stands here a second time", "line 3"]),
     ],
 )
 def test_files_with_mistakes(tmp_path: Path, text: str, parts: list[str]) -> None:
@@ -198,9 +205,19 @@ WRONG = [
     ("deprivatize.ema", "2", "between 0 and 1"),
     ("deprivatize.alpha", "-1", "at least 0"),
     ("distill.replay", "-1", "at least 0"),
+    ("distill.budget", "-1", "at least 0"),
+    ("distill.weight_decay", "-1", "at least 0"),
+    ("teacher.weight_decay", "-1", "at least 0"),
+    # More than a generator of random numbers takes.
+    ("seed", str(2**64), "between -"),
     # Steps of nothing, steps of no size.
     ("teacher.batch", "0", "above 0"),
     ("teacher.lr", "0", "above 0"),
+    ("teacher.resize", "0", "above 0"),
+    ("evaluate.baseline_steps", "0", "above 0"),
+    # What nothing can be divided by, and a scale of no channel.
+    ("teacher.std", "[0.0]", "numbers above 0"),
+    ("teacher.mean", "[]", "finite numbers"),
     ("deprivatize.steps", "0", "above 0"),
     ("deprivatize.width", "0", "above 0"),
     ("distill.steps", "-5", "above 0"),

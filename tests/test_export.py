@@ -102,6 +102,15 @@ def test_classifier_takes_pixels_and_units_alike(resize: int | None) -> None:
         torch.testing.assert_close(prepared, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_classifier_that_is_cast_feeds_its_network_so(dtype: torch.dtype) -> None:
+    classifier = Classifier(nn.Sequential(nn.Conv2d(3, 2, 8), nn.Flatten()), MEAN, STD)
+    wanted = classifier(pixels(2))
+    found = classifier.to(dtype)(pixels(2))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, wanted.to(dtype), rtol=0.02, atol=0.02)
+
+
 def test_the_default_preprocessing_is_ours() -> None:
     # Networks of this package see images in [-1, 1].
     torch.testing.assert_close(Classifier(nn.Identity())(pixels(4)), to_float(pixels(4)), rtol=0, atol=1e-6)

@@ -168,3 +168,67 @@ def test_in_bfloat16_the_picture_is_near_and_comes_in_float32() -> None:
     narrow = copy.deepcopy(frozen).bfloat16()(code, n)
     assert narrow.dtype == torch.float32
     assert (narrow - frozen(code, n)).abs().mean() < 0.01
+
+
+def test_an_empty_batch_costs_nothing() -> None:
+    # As student[labels >= 0] may leave it.
+    for generator in (trained(10, 16), trained(1000, 16, nuisance=4)):
+        student = torch.zeros(0, generator.num_classes, requires_grad=True)
+        loss = MEKDLoss(generator)(student, torch.zeros(0, generator.num_classes))
+        loss.backward()
+        assert loss.item() == 0 and student.grad is not None and student.grad.shape == student.shape
+
+
+@pytest.mark.parametrize("tau", [5.0, torch.tensor(5.0)])
+def test_what_was_first_drawn_in_inference_mode_can_be_learnt_from(tau: float | Tensor) -> None:
+    # A validation before the first step, and one against another kind of answer.
+    generator, student, teacher = trained(10, 16), torch.randn(3, 10, requires_grad=True), torch.randn(3, 10)
+    loss = MEKDLoss(generator, tau)
+    for target in ({"logits": teacher}, {"labels": teacher.argmax(-1)}):
+        with torch.inference_mode():
+            looked = loss(student, **target)
+        assert torch.equal(loss(student, **target), looked)
+        loss(student, **target).backward()
+
+
+def test_it_may_be_folded_within_torch_func() -> None:
+    generator, student, teacher = trained(10, 16), torch.randn(3, 10), torch.randn(3, 10)
+    leaf = student.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(MEKDLoss(generator)(leaf, teacher), leaf)
+    loss = MEKDLoss(generator)
+    torch.testing.assert_close(torch.func.grad(lambda s: loss(s, teacher))(student), wanted)
+    loss = MEKDLoss(generator)
+    each = torch.func.vmap(lambda s, t: loss(s[None], t[None]))(student, teacher)
+    torch.testing.assert_close(each.mean(), MEKDLoss(generator)(student, teacher))
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(TypeError, match=r"generator is a function; it must be a torch\.nn\.Module"):
+        MEKDLoss(lambda code: code)  # type: ignore[arg-type]
+    loss = MEKDLoss(trained(10, 16))
+    with pytest.raises(ValueError, match="there are 7 classes, and the generator draws from codes of 10 entries"):
+        loss(torch.randn(3, 7), torch.randn(3, 7))
+    with pytest.raises(ValueError, match="there are 7 classes"):
+        loss.teacher_image(7, logits=torch.randn(3, 7))
+    for shape in ((10,), (2, 3, 10), (2, 10, 4, 4)):
+        with pytest.raises(ValueError, match=r"student has shape .*; images are drawn of logits \(m, C\)"):
+            loss(torch.randn(shape), torch.randn(shape))
+
+
+def test_a_second_backward_says_what_to_do() -> None:
+    loss, student, teacher = MEKDLoss(trained(10, 16)), torch.randn(3, 10, requires_grad=True), torch.randn(3, 10)
+    value = loss(student, teacher)
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"second backward .*MEKDLoss .*call that again for each backward"):
+        value.backward()
+    loss(student, teacher).backward()
+
+
+def test_under_compile_its_weights_are_looked_at_in_eager() -> None:
+    loss, student, teacher = MEKDLoss(trained(10, 16)), torch.randn(3, 10, requires_grad=True), torch.randn(3, 10)
+    wanted = loss(student, teacher)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):  # for each weight
+        for _ in range(2):
+            assert torch.equal(torch.compile(loss, backend="aot_eager")(student, teacher), wanted)
+    torch._dynamo.reset()

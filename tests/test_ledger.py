@@ -223,6 +223,17 @@ def test_a_run_that_asks_something_else(tmp_path: Path, changed: str) -> None:
     assert teacher.seen == 0 and ledger.counts == total(1, 3)
 
 
+def test_in_ones_own_loop_what_is_booked_may_be_passed_over(tmp_path: Path) -> None:
+    ask(tmp_path, 0, m=3)
+    teacher, ledger = Teacher(), Ledger("s", str(tmp_path))
+    with pytest.raises(LedgerError, match=r"in a loop of your own: .* after pass_over\(\) of the ledger"):
+        connect(ledger, teacher).query(batch(1, 3))
+    ledger.pass_over()  # as it advises
+    connect(ledger, teacher).query(batch(1, 3))
+    assert teacher.seen == 3 and ledger.counts == total(2, 3)
+    ledger.close()
+
+
 def test_images_are_compared_by_value_not_by_layout(tmp_path: Path) -> None:
     image = (2, 3, 4)
     images = torch.randint(0, 256, (3, *image), dtype=torch.uint8)

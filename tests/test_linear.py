@@ -156,6 +156,26 @@ def test_it_compiles_in_one_graph(kind: str) -> None:
         torch.testing.assert_close(mine, other)
 
 
+def test_a_weight_that_changes_stays_in_one_graph() -> None:
+    # From its second value on torch.compile takes a number for a variable.
+    (hidden, weight, bias), (_, _, target) = layer(torch.float32), targets(torch.float32)["dkd"]
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda alpha: linear_dkd_loss(hidden, weight, bias, **target, alpha=alpha), fullgraph=True, backend="aot_eager"
+    )
+    for alpha in (0.5, 0.25, 1 / 3):
+        torch.testing.assert_close(compiled(alpha), linear_dkd_loss(hidden, weight, bias, **target, alpha=alpha))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_compiles_for_any_shape(kind: str) -> None:
+    ours, _, target = targets(torch.float32)[kind]
+    parts = layer(torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *layer: ours(*layer, **target), fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(*parts), ours(*parts, **target))
+
+
 def test_rows_that_count_for_nothing_may_hold_anything() -> None:
     hidden, weight, bias = (x.detach() for x in layer(torch.float32))  # type: ignore[union-attr]
     mask, weights = torch.arange(N) % 3 != 0, (torch.arange(N) % 4 != 1).float()
@@ -329,12 +349,32 @@ def test_what_it_needs_is_a_part_of_the_logits() -> None:
             ValueError,
             r"logits has shape \(13, 39\)",
         ),
+        # Other things where tensors and layers belong.
+        ({"hidden": [[0.0] * H] * N}, TypeError, "hidden is a list; it must be a tensor"),
+        ({"weight": torch.nn.Linear(H, C)}, TypeError, "weight is a Linear; it must be a tensor"),
+        ({"bias": 0.0}, TypeError, "bias is a float; it must be a tensor"),
+        ({"logits": None, "teacher": torch.zeros(N, C)}, TypeError, r"teacher is a Tensor; .*its logits are logits="),
+        ({"logits": None, "teacher": torch.nn.Linear(H, C)}, TypeError, "teacher is a Linear; it must be its last"),
+        (
+            {"logits": None, "teacher": (torch.zeros(N, H),)},
+            TypeError,
+            r"teacher is a tuple of 1; .*\(hidden, weight\)",
+        ),
+        ({"logits": None, "teacher": (torch.zeros(N, H), None)}, TypeError, "teacher's weight is None"),
     ],
 )
 def test_mistakes_are_named(arguments: dict[str, Any], error: type[Exception], said: str) -> None:
     right = {"hidden": torch.zeros(N, H), "weight": torch.zeros(C, H), "logits": torch.zeros(N, C)}
     with pytest.raises(error, match=said):
         linear_kd_loss(**{**right, **arguments})
+
+
+@pytest.mark.parametrize("ours", [linear_dkd_loss, linear_jsd_loss])
+@pytest.mark.parametrize("teacher", [None, torch.nn.Linear(H, C)])
+def test_what_is_neither_a_layer_nor_its_logits_is_named(ours: Any, teacher: Any) -> None:
+    labels = {"labels": torch.zeros(N, dtype=torch.long)} if ours is linear_dkd_loss else {}
+    with pytest.raises(TypeError, match=r"teacher is a (NoneType|Linear); it must be its last layer, .*or its logits"):
+        ours(torch.zeros(N, H), torch.zeros(C, H), teacher=teacher, **labels)
 
 
 def test_it_is_found_where_the_losses_are() -> None:

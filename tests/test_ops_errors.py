@@ -28,6 +28,19 @@ def refused(problem: Problem, impl: str | None, kind: type[Exception], *parts: s
             assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_sequences_of_other_lengths_are_padded_first(layout: torch.layout) -> None:
+    rows = [torch.randn(3, 7), torch.randn(5, 7)]
+    nested = torch.nested.nested_tensor(rows, layout=layout)
+    with pytest.raises(
+        TypeError, match=r"student is a nested tensor; pass student\.to_padded_tensor\(0\.0\), and a mask"
+    ):
+        kd_loss(nested, nested)
+    padded, mask = nested.to_padded_tensor(0.0), torch.arange(5) < torch.tensor([[3], [5]])
+    teacher = torch.randn(2, 5, 7)
+    torch.testing.assert_close(kd_loss(padded, teacher, mask=mask), kd_loss(torch.cat(rows), teacher[mask]))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_students_that_are_no_logits(kind: str, impl: str) -> None:
@@ -163,6 +176,17 @@ def test_temperatures(kind: str, impl: str) -> None:
         refused(make(kind, device=DEVICES[impl], tau=given), impl, ValueError, "tau", "shape", "0-d")
     given = torch.tensor(2.0, device=DEVICES[impl], requires_grad=True)
     refused(make(kind, device=DEVICES[impl], tau=given), impl, ValueError, "tau", "requires grad", "detach")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("dkd", "alpha"), ("dkd", "beta"), ("jsd", "beta"), ("jsd-skew", "skew"), ("gan-probs", "alpha")],
+)
+def test_a_number_that_somebody_would_learn_is_refused(kind: str, name: str) -> None:
+    problem = make(kind, **{name: torch.tensor(0.25, requires_grad=True)})
+    refused(problem, None, ValueError, name, "requires grad", f"{name}.detach()")
+    problem.options[name] = problem.options[name].detach()
+    problem.loss()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -231,6 +231,14 @@ def test_images_it_does_not_take_cost_nothing(
     assert oracle.ledger.counts == before
 
 
+def test_what_is_no_tensor_is_named(connect: Callable[..., Oracle]) -> None:
+    with pytest.raises(TypeError, match="images is a ndarray; it must be a tensor"):
+        connect().query(pixels(2).numpy())  # type: ignore[arg-type]
+    oracle = connect(budget=1)
+    with pytest.raises(BudgetSpent, match=r"^budget is 1 queries"):
+        oracle.query(pixels(2))
+
+
 def test_transport_float_takes_no_pixels() -> None:
     recorder = Recorder()
     oracle = TorchOracle(recorder, IMAGE, CLASSES, transport="float")

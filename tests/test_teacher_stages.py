@@ -103,3 +103,10 @@ def test_a_teacher_that_is_trained_here_has_the_classes_of_the_data(
     found = fails(["export", *words, f"--{name}", said], capsys)
     assert "teacher.pt does not fit teacher.arch 'resnet8' with 12 classes" in found
     assert cli.main(["export", *words]) == 0
+
+
+def test_a_scale_of_other_channels_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--data.name", "digits", "--data.size", "16", "--teacher.arch", "resnet8", "--engine.device", "cpu"]
+    for name in ("mean", "std"):
+        found = fails(["teacher", *words, "--out", str(tmp_path / "run"), f"--teacher.{name}", "[0.5, 0.5]"], capsys)
+        assert f"teacher.{name} is [0.5, 0.5], and the images have 1 channel: it must hold one number" in found

@@ -73,6 +73,7 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
                 f"{name} says {classes} classes, and a teacher that is trained here gets those of the data, {own}: "
                 f"leave {name} out, or name {own}"
             )
+        reach.check_channels(run.image[0], "teacher", config.teacher.mean, config.teacher.std)
         teacher = _built("teacher.arch", config.teacher.arch, classes, run.image[0])
         if config.teacher.checkpoint is not None:
             run.load_weights(teacher, "teacher.checkpoint", config.teacher.checkpoint)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -94,17 +95,21 @@ def check(run: "Run") -> None:
     if oracle.rate is not None or oracle.image_rate is not None:
         pyrate_limiter()
     if model is not None and model.datatype != "UINT8":
-        channels = run.image[0]
-        for name, numbers in (("mean", oracle.mean), ("std", oracle.std)):
-            if len(numbers) not in (1, channels):
-                raise UsageError(
-                    f"oracle.{name} is {numbers}, and the images have {channels} channel{'s' if channels > 1 else ''}: "
-                    f"it must hold one number for all of them{'' if channels == 1 else f', or {channels}'}"
-                )
+        check_channels(run.image[0], "oracle", oracle.mean, oracle.std)
     side(run)
     calls_of(run)
     if _kept(run, run.about_teacher) is None:  # what was asked already goes on as it began
         _check_response(run)
+
+
+def check_channels(channels: int, section: str, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raise UsageError unless mean and std of a section are one number, or one for each channel of the images."""
+    for name, numbers in (("mean", mean), ("std", std)):
+        if len(numbers) not in (1, channels):
+            raise UsageError(
+                f"{section}.{name} is {numbers}, and the images have {channels} channel{'s' if channels > 1 else ''}: "
+                f"it must hold one number for all of them{'' if channels == 1 else f', or {channels}'}"
+            )
 
 
 def _check_response(run: "Run") -> None:

@@ -51,7 +51,8 @@ class FrozenGenerator(nn.Module):
         x = torch.addmm(offset, code.to(offset.dtype), self.first.weight.T)
         if self.merged:
             x = F.leaky_relu(x, SLOPE, inplace=True)  # in place of a view, autograd would copy
-        x = x.view(len(code), self.side, self.side, -1).permute(0, 3, 1, 2)
+        channels = self.first.out_features // self.side**2  # of no image, view() finds none
+        x = x.view(len(code), self.side, self.side, channels).permute(0, 3, 1, 2)
         for up in self.ups:
             x = F.leaky_relu(up(x), SLOPE, inplace=True)  # a convolution does not need its result again
         images: Tensor = self.last(x)

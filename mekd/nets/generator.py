@@ -81,6 +81,8 @@ def nuisance_of(code: Tensor, entries: int, n: Tensor | None) -> Tensor:
 
     ValueError where n has another shape.
     """
+    if n is None and not entries:
+        return code.new_empty(len(code), 0)  # vmap refuses even to draw no number
     if n is None:
         return torch.randn(len(code), entries, dtype=code.dtype, device=code.device)
     if n.shape != (len(code), entries):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mekd.checks import check_choice
+from mekd.checks import check_choice, check_tensor
 from mekd.errors import UsageError
 from mekd.oracle.ledger import Ledger
 from mekd.oracle.response import KINDS, AnswerError, Response, concatenate
@@ -55,7 +55,7 @@ class Oracle(ABC):
         self.image, self.num_classes = image, num_classes
         self.response, self.k, self.decimals, self.transport = response, k, decimals, transport
         self.notes: list[str] = []  # how the teacher is read, for people
-        self.ledger = ledger or Ledger("query", budget=budget)
+        self.ledger = ledger or Ledger("query", budget=budget, setting="budget")
 
     def query(self, images: Tensor) -> Response:
         """Ask for a batch: uint8 (m, ch, H, W), or float in [-1, 1], which transport="uint8" rounds to pixels.
@@ -64,6 +64,7 @@ class Oracle(ABC):
         BudgetSpent where the budget does not reach, both before anything is sent; AnswerError for an answer that
         cannot be used.
         """
+        check_tensor("images", images)
         if images.dim() != 4 or tuple(images.shape[1:]) != self.image:
             raise ValueError(
                 f"images have shape {tuple(images.shape)}; the teacher takes (m, {', '.join(map(str, self.image))})"

@@ -51,7 +51,8 @@ class Classifier(nn.Module):
         x = pixels.to(torch.float32) / 255 if pixels.dtype == torch.uint8 else pixels
         if self.resize is not None:
             x = F.interpolate(x, size=(self.resize, self.resize), mode="bilinear", align_corners=False)
-        logits: Tensor = self.net((x - self.mean) / self.std)
+        x = ((x - self.mean) / self.std).to(self.mean.dtype)  # of a classifier that was cast, the network's own
+        logits: Tensor = self.net(x)
         return logits
 
 

@@ -61,7 +61,7 @@ class Ledger:
     def __init__(
         self,
         name: str,
-        folder: Path | None = None,
+        folder: str | Path | None = None,
         budget: int | None = None,
         *,
         setting: str | None = None,
@@ -81,7 +81,7 @@ class Ledger:
         self._booked: Future[Any] | None = None
         self._written = 0
         if folder is not None:
-            self._database, self._lock, self._witness, held = open_file(folder, name, rank)
+            self._database, self._lock, self._witness, held = open_file(Path(folder), name, rank)
             self.counts, self._marks, self._answers = held
             self.settled = self._marks.settled
             self.next = self.settled
@@ -142,7 +142,8 @@ class Ledger:
                 raise LedgerError(
                     f"call {first} of {self.name} differs from the booked one: the run is not the one that was "
                     "interrupted (other code, device, or number of threads or processes?). Go on as it was begun, or "
-                    "start anew with another --out"
+                    "start anew with another --out (in a loop of your own: in another folder, or after pass_over() of "
+                    "the ledger)"
                 )
             found.append((row, answer[rows]))
         return found
