@@ -1,5 +1,6 @@
 """Everything that can be set, in one tree of frozen dataclasses."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -362,6 +363,11 @@ class Config:
 
     def __post_init__(self) -> None:
         within("seed", self.seed, -(2**62), 2**62)
+        for section, config in vars(self).items():
+            for name, value in vars(config).items() if section != "seed" else ():
+                # A service may be waited for without an end.
+                if isinstance(value, float) and not math.isfinite(value) and name != "patience":
+                    raise ValueError(f"{section}.{name} is {value}; it must be finite")
         step2 = self.distill
         replays = bool(step2.replay) or (
             step2.replay is None and (self.teacher.remote or self.oracle.budget is not None)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,15 @@ def test_mistyped_words_get_the_nearest_setting(word: str, nearest: str) -> None
     with pytest.raises(ValueError) as caught:
         parse([word] if "=" in word else [word, "3"])
     assert word in str(caught.value) and nearest in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan"])
+@pytest.mark.parametrize("name", ["distill.beta", "distill.image", "deprivatize.alpha", "teacher.lr", "deprivatize.dp"])
+def test_what_is_no_finite_number_is_refused(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is {value[1:]}; it must be"):
+        parse([f"--{name}", value])
+    config, _ = parsed("--oracle.patience", ".inf")
+    assert config.oracle.patience == math.inf  # may be waited for without an end
 
 
 WRONG = [
