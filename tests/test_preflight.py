@@ -188,3 +188,16 @@ def test_the_audit_and_what_is_spent_count_beside_what_evaluate_asks(
     assert "359 are left beside what is spent (120)" in said and "--oracle.budget 480" in said, said
     assert cli.main(["evaluate", *words, *asking, "--oracle.budget", "480"]) == 0, "its advice works"
     assert cli.main(["evaluate", *words, *asking, "--oracle.budget", "480"]) == 0, "it is paid"
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "audit", "report"])
+def test_another_student_than_the_one_that_is_there_is_named(
+    stage: str, tiny: list[str], finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = (finished / "config.yaml").read_bytes()
+    words = [*tiny, "--distill.student", "resnet20", "--data.size", "32", "--evaluate.enabled", "true"]
+    assert cli.main([stage, *words, "--out", str(finished)]) == 2
+    said = capsys.readouterr().err
+    assert "distill.student was own_net.py:small and is resnet20; data.size was 16 and is 32" in said
+    assert "Set that back, or train this one with `mekd distill`" in said
+    assert (finished / "config.yaml").read_bytes() == config

@@ -14,6 +14,7 @@ from mekd.codes import resolve_code
 from mekd.engine import after, again, asked, dp, parallel, reach
 from mekd.engine.account import accounts_of, same_answers
 from mekd.engine.checkpoint import check_depends
+from mekd.engine.result import architecture
 from mekd.engine.run import ACCOUNTS, Run, StageError
 from mekd.engine.teacher import check_exported, load_trained
 from mekd.engine.train import computed_in
@@ -26,6 +27,7 @@ from mekd.nets.registry import is_users
 from mekd.oracle import identity
 from mekd.oracle.export import Classifier, ExportError, export
 from mekd.oracle.ledger_file import pending, totals
+from mekd.student import FILE, read
 
 
 def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambda: None) -> None:
@@ -65,6 +67,8 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
         )
     if tuple(stages) != ("report",):
         check_exported(run, stages)
+    if "distill" not in stages and {"evaluate", "audit", "report"} & set(stages):
+        _check_finished(run)
     if not run.given_teacher and {"teacher", "export"} & set(stages) and not run.teacher_onnx.exists():
         classes = run.trained_classes
         if trains and classes != (own := len(run.data.classes)):
@@ -150,6 +154,21 @@ def _check_distill(run: Run, classes: int) -> None:
             resolve_code(config.code, {"label": "labels"}.get(response, response), classes)
         except ValueError as error:
             raise UsageError(f"distill.code: {error}") from error
+
+
+def _check_finished(run: Run) -> None:
+    """StageError where the student that lies there is another one than the settings describe."""
+    if not (run.out / FILE).exists():
+        return
+    about = read(run.out / FILE)[1]
+    now = {"distill.student": ("architecture", architecture(run)), "data.size": ("size", str(run.config.data.size))}
+    differs = {name: (about.get(key, is_), is_) for name, (key, is_) in now.items() if about.get(key, is_) != is_}
+    if differs:
+        said = "; ".join(f"{name} was {was} and is {is_}" for name, (was, is_) in differs.items())
+        raise StageError(
+            f"{run.out / FILE} is a student of other settings: {said}. Set that back, or train this one with `mekd "
+            "distill`"
+        )
 
 
 def _check_reused(run: Run, classes: int) -> None:
