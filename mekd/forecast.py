@@ -239,7 +239,7 @@ def _trial(
             teacher=dataclasses.replace(config.teacher, onnx=teacher, checkpoint=None, **short),
             deprivatize=dataclasses.replace(config.deprivatize, budget=None, generator=None, **first),
             distill=dataclasses.replace(config.distill, **short, **distilled),
-            engine=dataclasses.replace(config.engine, progress=False, profile=False),
+            engine=dataclasses.replace(config.engine, progress=False, profile=False, track=[]),
         ),
         out,
     )
