@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mekd import files
 from mekd.engine.pictures import families
-from mekd.engine.result import class_names, finished_student, held_out
+from mekd.engine.result import audit_of, class_names, finished_student, held_out
 from mekd.engine.run import Run
 from mekd.engine.train import predict
 from mekd.metrics import confusion, explained_by_rows, same_class
@@ -70,6 +70,8 @@ def draw(run: Run, found: Confusion) -> list[tuple[str, str]]:
         ("What was sent, each image beside the private one that is nearest to it.", "samples/sent.png"),
         ("Of all that was sent, the ten images that come nearest to a private one.", "samples/nearest.png"),
     ]
+    if audit_of(run) is None:
+        sent.pop()
     return [(caption, name) for caption, name, _ in drawn] + [one for one in sent if (run.out / one[1]).exists()]
 
 

@@ -54,6 +54,20 @@ def test_a_run_ends_with_an_audit_that_asked_nothing(tiny: list[str], tmp_path: 
     assert (tmp_path / "audit.json").stat().st_mtime_ns == before
 
 
+def test_what_an_audit_found_is_said_of_its_own_student_alone(tiny: list[str], tmp_path: Path) -> None:
+    words = [*tiny, "--distill.replay", "40", "--out", str(tmp_path)]
+    assert cli.main(["run", *words]) == 0
+    for command in (["distill", *words, "--distill.lr", "0.05"], ["report", "--out", str(tmp_path)]):
+        assert cli.main(command) == 0
+    for page in ("report.md", "README.md", "report.html"):
+        text = (tmp_path / page).read_text()
+        assert "W(P_S, P_T)" not in text and "nearest.png)" not in text, page
+    assert "Not measured: <code>mekd audit</code>" in text
+    for command in ("audit", "report"):
+        assert cli.main([command, "--out", str(tmp_path)]) == 0
+    assert all("W(P_S, P_T)" in (tmp_path / page).read_text() for page in ("report.md", "README.md", "report.html"))
+
+
 @pytest.mark.parametrize("response", ["label", "logits", "topk"])
 def test_every_kind_of_answer_is_audited(response: str, tiny: list[str], tmp_path: Path) -> None:
     run_stages([*tiny, "--oracle.response", response, "--evaluate.enabled", "true"], tmp_path)
