@@ -24,17 +24,19 @@ FEW = 100
 def find(root: str | Path) -> tuple[list[str], list[str]]:
     """The photos under a folder, at any depth, in a fixed order; and sentences on what lies there besides.
 
-    Nothing hidden is one, and a link is followed where it leads out of the folder. Raises DataError where there are
-    none.
+    Nothing hidden is one, nor what a run drew into its folder, and a link is followed where it leads out of the folder.
+    Raises DataError where there are none.
     """
     if not Path(root).is_dir():
         wrong = "which is no folder" if Path(root).exists() else "no such folder"
         raise DataError(f"data.path is {str(root)!r}; {wrong}. Give the folder of your photos: --data.path FOLDER")
-    walk, closed = listing.Walk(root), list[str]()
+    walk, closed = listing.Walk(root, runs=False), list[str]()
     found = walk.images(str(root), PHOTOS, closed)
     notes = []
     if closed:
         notes.append(f"{len(closed)} folders cannot be read and were left out, {files.shown(closed[0])} first")
+    if walk.runs:
+        notes.append(f"{len(walk.runs)} folders of runs were left out, {files.shown(walk.runs[0])} first")
     if walk.others:
         there = f"{listing.counted(walk.others)}, {files.shown(walk.others[0])} first"
         notes.append(f"left out as no images by their endings: {there}")
@@ -49,6 +51,16 @@ def find(root: str | Path) -> tuple[list[str], list[str]]:
     return found, notes
 
 
+def _keep_apart(path: str, cache: Path) -> None:
+    """DataError where a run would write among the photos: its pictures are none, and its cache may be deleted."""
+    photos, own = Path(path).resolve(), cache.resolve()
+    if photos == own.parent or photos.is_relative_to(own):
+        raise DataError(
+            f"data.path is {path!r}, where the run of --out {str(cache.parent)!r} keeps files of its own: move the "
+            "photos to a folder of theirs, or say another --out"
+        )
+
+
 class PhotoSource:
     """Photos as mekd.data.sources.Source, all of them private; with evaluate.path, labelled ones for testing beside."""
 
@@ -56,6 +68,8 @@ class PhotoSource:
         settings = config.data
         if settings.path is None:
             raise DataError("data.path is not set: give the folder of your photos with --data.path FOLDER")
+        if cache is not None:
+            _keep_apart(settings.path, cache)
         self._config, self._device, self._rank, self._world = config, device, rank, world
         self._cached = cache
         self.classes: tuple[str, ...] = ()
