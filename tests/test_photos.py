@@ -306,6 +306,10 @@ def test_a_labelled_folder_is_for_testing(album: Path, tmp_path: Path) -> None:
     images, labels = next(found.once("test", 8))
     assert labels.tolist() == [2, 1] and found.classes == ("cat", "dog", "bird") and found.count("test") == 2
     assert np.array_equal(images[0].numpy(), decode(tmp_path / "labelled" / "bird" / "1.png", 16))
+    (tmp_path / "labelled" / "bird" / "2.png").write_bytes(b"\x89PNG")
+    damaged = opened(tmp_path / "labelled")
+    assert damaged.count("test") == 2 and any(key.endswith("bird/2.png") for key in damaged.reasons())
+    assert "labelled': 2 photos; 1 damaged: named in the report" in "\n".join(damaged.notes())
     with pytest.raises(DataError, match=r"evaluate.path .* has the class folder 'cow'.*oracle.classes"):
         opened(labelled(tmp_path, "cow"))
     with pytest.raises(DataError, match=r"evaluate.path is '.*nowhere'; no such folder"):

@@ -165,6 +165,9 @@ class PhotoSource:
         except DataError as error:
             raise DataError(f"evaluate.path is {path!r}: {error}") from error
         cache = self._open("labelled", path, list(listed.files))
+        if cache.left_out:
+            self._left_out = self._left_out | {str(Path(path) / name): why for name, why in cache.left_out.items()}
+            self._notes.append(f"evaluate.path {path!r}: {cache.describe(len(cache.rows))}")
         labels = torch.from_numpy(listed.labels)[cache.kept]
         self.classes = listed.classes
         names = self._config.oracle.classes
