@@ -87,12 +87,14 @@ def architecture(run: Run) -> str:
 
 
 def preprocess_of(run: Run) -> Preprocess:
-    """How a photo becomes what student.onnx takes."""
-    data = run.config.data
-    resize = data.size if data.resize is None else data.resize
-    if data.name in TREES and data.resize is None:
-        resize = round(data.size * 256 / 224)
-    return Preprocess(data.size, resize, run.image[0], 1.0 if run.config.oracle.transport == "uint8" else 1 / 255)
+    """How a photo becomes what student.onnx takes: as the images became that G learnt to draw."""
+    size, name, resize = (getattr(run.config.data, key) for key in ("size", "name", "resize"))
+    if run.config.deprivatize.generator is not None:  # whose data may have been another run's
+        learnt = files.load(run.checkpoint("deprivatize"))["depends"]
+        name, resize = learnt.get("data.name", name), learnt.get("data.resize", resize)
+    if resize is None:
+        resize = round(size * 256 / 224) if name in TREES else size
+    return Preprocess(size, resize, run.image[0], 1.0 if run.config.oracle.transport == "uint8" else 1 / 255)
 
 
 def class_names(run: Run) -> list[str]:
