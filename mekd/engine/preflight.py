@@ -11,6 +11,7 @@ import torch
 
 from mekd import files, track
 from mekd.codes import resolve_code
+from mekd.data import DataError
 from mekd.engine import after, again, asked, dp, parallel, reach
 from mekd.engine.account import accounts_of, same_answers
 from mekd.engine.checkpoint import check_depends
@@ -54,9 +55,9 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
     for stage in ("teacher",) * trains + tuple(name for name in ("deprivatize", "distill") if name in stages):
         parallel.share(f"{stage}.batch", getattr(config, stage).batch)
     notes = []  # written when nothing speaks against the run
-    private = "deprivatize" in stages and config.deprivatize.generator is None
-    private |= "distill" in stages and config.distill.pretrain > 0
-    if trains or simulates or private:
+    private = {"deprivatize": "deprivatize" in stages and config.deprivatize.generator is None}
+    private["distill"] = "distill" in stages and config.distill.pretrain > 0
+    if trains or simulates or any(private.values()):
         with parallel.first_alone():  # photos are decoded by one process, which the others find done
             notes += [f"data: {note}" for note in run.data.notes()]
     if trains:  # it is tested too: a tree needs val for that
@@ -101,6 +102,7 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
             "the teacher has 1 class, as the data has, and a teacher has at least 2: give data of its classes, or say "
             "how many there are with --oracle.num_classes N or --oracle.classes FILE"
         )
+    _check_batches(run, {"teacher": trains, **private})
     if {"deprivatize", "distill"} & set(stages):
         after.check(run)
     if "distill" in stages:
@@ -154,6 +156,16 @@ def _check_distill(run: Run, classes: int) -> None:
             resolve_code(config.code, {"label": "labels"}.get(response, response), classes)
         except ValueError as error:
             raise UsageError(f"distill.code: {error}") from error
+
+
+def _check_batches(run: Run, read: dict[str, bool]) -> None:
+    """DataError where a tree has fewer images than a batch of a stage that reads it; no file is opened."""
+    for stage in (stage for stage, reads in read.items() if reads):
+        batch = getattr(run.config, stage).batch
+        try:
+            run.data.training(batch) if stage == "teacher" else run.data.local(batch)
+        except DataError as error:
+            raise DataError(f"{stage}.batch is {batch}: {error}") from error
 
 
 def _check_finished(run: Run) -> None:
