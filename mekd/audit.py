@@ -105,6 +105,14 @@ def _at_home(run: Run) -> tuple[Tensor, Tensor]:
         source = open_source(run.config, torch.device("cpu"), 0, 1, run.out / "photos")  # all of them, not a rank's
         private = images_of(source, run.config, "local", MOST)
         held = images_of(source, run.config, "held", MOST) if run.config.audit.holdout else nobody
+        kept = run.read_json("held.json")  # an earlier version did not write it
+        if len(held) and kept is not None and kept["held"] != [source.held_out()]:
+            run.log(
+                "audit: nothing is said of membership: files of data.path were added or removed since step 1 began, so "
+                "that audit.holdout takes other images for those that it did not see"
+                + ("; put them back as they were" if len(kept["held"]) == 1 else "")
+            )
+            held = nobody
     except MekdError as error:
         run.log(f"audit: nothing is said of private images: {error}")
         return nobody, nobody

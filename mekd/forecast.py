@@ -68,6 +68,9 @@ class _Noise:
     def count(self, part: str) -> int:
         return SMALL
 
+    def held_out(self) -> str:
+        return ""
+
     def left_out(self) -> set[str]:
         return set()
 

@@ -1,5 +1,7 @@
 """The user's own photos: files of any format, in any folders, without labels."""
 
+import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,12 +80,14 @@ class PhotoSource:
         photos = self._open("photos", settings.path, found)
         self._images, self._rows, self._left_out = photos.images, photos.rows, photos.left_out
         assert settings.local_fraction is not None
+        chosen = torch.arange(len(self._rows))
         if settings.local_fraction < 1:
             count = max(1, round(settings.local_fraction * len(self._rows)))
-            order = torch.randperm(len(self._rows), generator=generator_at(config.seed, "local"))
-            self._rows = self._rows[order[:count]]
+            chosen = torch.randperm(len(self._rows), generator=generator_at(config.seed, "local"))[:count]
+            self._rows = self._rows[chosen]
         kept, held = arrays.kept_apart(len(self._rows), config.audit.holdout, config.seed)
         self._rows, self._held = self._rows[kept], self._rows[held]
+        self._names_held = sorted(os.path.relpath(found[i], settings.path) for i in photos.kept[chosen][held].tolist())
         self._notes = [photos.describe(len(self._rows)), *notes]
         if settings.flip or settings.shift:
             ways = " and ".join(word for word, on in (("mirrored", settings.flip), ("shifted", settings.shift)) if on)
@@ -131,6 +135,10 @@ class PhotoSource:
                 "labelled images, if you have any, with --evaluate.enabled true --evaluate.path FOLDER"
             )
         return self._test
+
+    def held_out(self) -> str:
+        """As Source.held_out: of the photos' names."""
+        return hashlib.sha256(b"\0".join(map(os.fsencode, self._names_held))).hexdigest()[:16]
 
     def left_out(self) -> set[str]:
         """Nothing more than what notes() say: all files were decoded before the first step."""
