@@ -4,7 +4,6 @@ Definitions 1 and 2 of Ma et al. (2024) are distances, W(P_S, P_T) and W(mu', mu
 what it would be of two parts of one set. Everything is computed at home; audit.budget alone asks the teacher.
 """
 
-import hashlib
 import importlib.util
 import math
 import time
@@ -20,7 +19,7 @@ from mekd.data import open_source
 from mekd.engine import after, asked, parallel
 from mekd.engine.collect import BLOCK, collect
 from mekd.engine.private import MOST, images_of
-from mekd.engine.result import class_names, finished_student
+from mekd.engine.result import class_names, digest_of, finished_student
 from mekd.engine.run import Run, StageError
 from mekd.errors import MekdError
 from mekd.fingerprint import reserved_of_audit
@@ -61,7 +60,7 @@ def audit(run: Run) -> None:
         raise StageError(f"{run.out / 'student.pt'} is missing: run `mekd distill` first")
     own = _asked_for_it(run)
     belongs: dict[str, Any] = {
-        "student": hashlib.sha256((run.out / "student.pt").read_bytes()).hexdigest()[:16],
+        "student": digest_of(run.out / "student.pt"),
         "generator": run.generator_digest,
         "settings": [run.config.audit.holdout, run.config.audit.budget],
     }
@@ -106,6 +105,14 @@ def _at_home(run: Run) -> tuple[Tensor, Tensor]:
         source = open_source(run.config, torch.device("cpu"), 0, 1, run.out / "photos")  # all of them, not a rank's
         private = images_of(source, run.config, "local", MOST)
         held = images_of(source, run.config, "held", MOST) if run.config.audit.holdout else nobody
+        kept = run.read_json("held.json")  # an earlier version did not write it
+        if len(held) and kept is not None and kept["held"] != [source.held_out()]:
+            run.log(
+                "audit: nothing is said of membership: files of data.path were added or removed since step 1 began, so "
+                "that audit.holdout takes other images for those that it did not see"
+                + ("; put them back as they were" if len(kept["held"]) == 1 else "")
+            )
+            held = nobody
     except MekdError as error:
         run.log(f"audit: nothing is said of private images: {error}")
         return nobody, nobody

@@ -68,6 +68,9 @@ class _Noise:
     def count(self, part: str) -> int:
         return SMALL
 
+    def held_out(self) -> str:
+        return ""
+
     def left_out(self) -> set[str]:
         return set()
 
@@ -239,7 +242,7 @@ def _trial(
             teacher=dataclasses.replace(config.teacher, onnx=teacher, checkpoint=None, **short),
             deprivatize=dataclasses.replace(config.deprivatize, budget=None, generator=None, **first),
             distill=dataclasses.replace(config.distill, **short, **distilled),
-            engine=dataclasses.replace(config.engine, progress=False, profile=False),
+            engine=dataclasses.replace(config.engine, progress=False, profile=False, track=[]),
         ),
         out,
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mekd import files
 from mekd.engine.pictures import families
-from mekd.engine.result import class_names, finished_student, held_out
+from mekd.engine.result import audit_of, class_names, finished_student, held_out
 from mekd.engine.run import Run
 from mekd.engine.train import predict
 from mekd.metrics import confusion, explained_by_rows, same_class
@@ -70,6 +70,8 @@ def draw(run: Run, found: Confusion) -> list[tuple[str, str]]:
         ("What was sent, each image beside the private one that is nearest to it.", "samples/sent.png"),
         ("Of all that was sent, the ten images that come nearest to a private one.", "samples/nearest.png"),
     ]
+    if audit_of(run) is None:
+        sent.pop()
     return [(caption, name) for caption, name, _ in drawn] + [one for one in sent if (run.out / one[1]).exists()]
 
 
@@ -179,7 +181,7 @@ def _class_grid(images: Tensor, answer: Response, shown: list[int], names: list[
     size = images.shape[-1]
     figure, axis = plt.subplots(figsize=(7, 7 * len(shown) / columns))
     axis.imshow(tiles(grid), cmap="gray", vmin=0, vmax=255)
-    axis.set_yticks([(i + 0.5) * (size + 2) for i in range(len(shown))], [names[i] for i in shown])
+    axis.set_yticks([(i + 0.5) * (size + 2) for i in range(len(shown))], [names[i] for i in shown], parse_math=False)
     axis.set_xticks([])
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
@@ -245,8 +247,9 @@ def _confusion(found: Confusion, shown: list[int], names: list[str]) -> Any:
     drawn = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     labels = [names[i] for i in shown]
     wide = max(map(len, labels), default=0) > 2
-    axis.set_xticks(range(len(shown)), labels, rotation=45 if wide else 0, ha="right" if wide else "center")
-    axis.set_yticks(range(len(shown)), labels)
+    turned: dict[str, Any] = {"rotation": 45 if wide else 0, "ha": "right" if wide else "center"}
+    axis.set_xticks(range(len(shown)), labels, parse_math=False, **turned)  # a name may hold dollars
+    axis.set_yticks(range(len(shown)), labels, parse_math=False)
     for i, j in np.argwhere(counts[np.ix_(shown, shown)] > 0):
         colour = "white" if shares[i, j] > 0.5 else "black"
         axis.text(j, i, counts[shown[i], shown[j]], ha="center", va="center", fontsize=7, color=colour)

@@ -10,7 +10,7 @@ from mekd.card import card
 from mekd.data.photos import PhotoSource
 from mekd.engine import coverage, dp, parallel
 from mekd.engine.private import answers_at_home
-from mekd.engine.result import STUDENT, class_names, finished_student, held_out
+from mekd.engine.result import STUDENT, audit_of, class_names, finished_student, held_out
 from mekd.engine.run import Run, StageError
 from mekd.errors import MekdError
 from mekd.plots import PUBLIC, confused, draw
@@ -35,7 +35,7 @@ def report(run: Run) -> None:
             run.tracks.picture(name)
     files.write_text(run.out / "report.md", markdown(run, summary, pictures))
     noisy = run.config.deprivatize.dp is not None or dp.told(run)  # epsilon counts nothing that the audit says
-    said = [] if noisy else audited(run.read_json("audit.json"))
+    said = [] if noisy else audited(audit_of(run))
     files.write_text(run.out / "README.md", card(run, summary, pictures, said))
     page.write(page.gather(run, class_names(run), summary, found), said)
     run.log("")
@@ -144,7 +144,7 @@ def markdown(run: Run, summary: dict[str, Any], pictures: list[tuple[str, str]])
         "MEKD itself sent generated images only. That no private image was sent is not a promise that no generated "
         "image resembles one.",
         "",
-        *audited(run.read_json("audit.json")),
+        *audited(audit_of(run)),
         *_left_out(run),
     ]
     shown = [line for caption, name in pictures for line in (f"![{caption}]({name})", "", caption, "")]

@@ -54,6 +54,20 @@ def test_a_run_ends_with_an_audit_that_asked_nothing(tiny: list[str], tmp_path: 
     assert (tmp_path / "audit.json").stat().st_mtime_ns == before
 
 
+def test_what_an_audit_found_is_said_of_its_own_student_alone(tiny: list[str], tmp_path: Path) -> None:
+    words = [*tiny, "--distill.replay", "40", "--out", str(tmp_path)]
+    assert cli.main(["run", *words]) == 0
+    for command in (["distill", *words, "--distill.lr", "0.05"], ["report", "--out", str(tmp_path)]):
+        assert cli.main(command) == 0
+    for page in ("report.md", "README.md", "report.html"):
+        text = (tmp_path / page).read_text()
+        assert "W(P_S, P_T)" not in text and "nearest.png)" not in text, page
+    assert "Not measured: <code>mekd audit</code>" in text
+    for command in ("audit", "report"):
+        assert cli.main([command, "--out", str(tmp_path)]) == 0
+    assert all("W(P_S, P_T)" in (tmp_path / page).read_text() for page in ("report.md", "README.md", "report.html"))
+
+
 @pytest.mark.parametrize("response", ["label", "logits", "topk"])
 def test_every_kind_of_answer_is_audited(response: str, tiny: list[str], tmp_path: Path) -> None:
     run_stages([*tiny, "--oracle.response", response, "--evaluate.enabled", "true"], tmp_path)
@@ -125,6 +139,34 @@ def test_a_tree_and_photos_hold_out_too(tmp_path: Path) -> None:
         assert (data.count("local"), data.count("held")) == (14, 6)
         held = torch.cat([x for x, _ in data.once("held", 4)])
         assert held.shape == (6, 3, 16, 16)
+
+
+def test_photos_that_come_or_go_leave_membership_unknown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They change which images are held out: those that step 1 saw would pass for unseen."""
+    from PIL import Image
+
+    (tmp_path / "photos").mkdir()
+    for i in range(20):
+        Image.new("RGB", (20, 20), (12 * i, 50, 90)).save(tmp_path / "photos" / f"{i}.png")
+    words = ["--data.path", str(tmp_path / "photos"), "--data.size", "16", "--audit.holdout", "6", "--seed", "1"]
+    words += ["--deprivatize.batch", "8", "--deprivatize.width", "0.1", "--deprivatize.precision", "float32"]
+    words += ["--oracle.num_classes", "10", "--engine.device", "cpu", "--out", str(tmp_path / "run")]
+
+    def held() -> int:
+        parsed = cli.parse(words)
+        assert parsed is not None
+        return len(audit._at_home(Run(*parsed))[1])
+
+    assert cli.main(["deprivatize", *words, "--deprivatize.steps", "1"]) == 0 and held() == 6
+    moved = (tmp_path / "photos" / "3.png").rename(tmp_path / "3.png")
+    assert held() == 0 and "so that audit.holdout takes other images" in (said := capsys.readouterr().out)
+    assert "put them back" in said
+    moved.rename(tmp_path / "photos" / "3.png")
+    assert held() == 6
+    (tmp_path / "photos" / "4.png").unlink()
+    assert cli.main(["deprivatize", *words, "--deprivatize.steps", "2"]) == 0
+    assert "the audit will say nothing of membership" in capsys.readouterr().out and held() == 0
+    assert "put them back" not in capsys.readouterr().out
 
 
 def test_a_holdout_is_part_of_step_1_and_of_no_earlier_run() -> None:

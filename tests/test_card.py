@@ -130,6 +130,14 @@ def test_the_card_says_what_else_there_is(finished: Path, tmp_path: Path) -> Non
     assert "classes met" not in card(other, summary, [])
 
 
+def test_the_names_of_classes_may_hold_anything(finished: Path, tmp_path: Path) -> None:
+    """As two dollars, between which matplotlib would look for a formula."""
+    folder, names = shutil.copytree(finished, tmp_path / "run"), tmp_path / "names.txt"
+    names.write_text("\n".join(["$5 & under $9", "$^$", "a_b", "x|y", "\\frac", "100 %", "{", "<b>", "#", "é"]))
+    assert cli.main(["report", "--out", str(folder), "--oracle.classes", str(names)]) == 0
+    assert "($5 & under $9, $^$, a_b, x|y, " in (folder / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

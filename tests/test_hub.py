@@ -202,6 +202,7 @@ def test_a_pulled_generator_asks_a_teacher_of_ones_own(
     assert cli.main(["run", *words, "--out", str(tmp_path / "run")]) == 0
     saved = files.load(out / "checkpoints" / "deprivatize.pt")
     assert "discriminator" not in saved["state"] and "seed" not in saved["depends"]
+    assert (saved["depends"]["data.name"], saved["depends"]["data.resize"]) == ("digits", None)
 
 
 @pytest.mark.parametrize(

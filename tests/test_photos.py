@@ -143,6 +143,31 @@ def test_no_teacher_is_trained_of_photos(album: Path, tmp_path: Path) -> None:
         source(album, tmp_path).count("test")
 
 
+def test_what_runs_left_among_the_photos_is_none(album: Path, tmp_path: Path) -> None:
+    for name in ("2019/runs/a", "b"):
+        (album / name / "checkpoints").mkdir(parents=True)
+        (album / name / "config.yaml").write_text("seed: 0\n")
+        photo(album / name / "samples" / "sent.png", 5)
+    (album / "linked").symlink_to(tmp_path / "elsewhere")
+    (album / "b").rename(tmp_path / "elsewhere")
+    found = source(album, tmp_path)
+    assert found.count("local") == 9
+    assert "2 folders of runs were left out" in "\n".join(found.notes())
+
+
+@pytest.mark.parametrize("out", ["photos", "."])
+def test_a_run_writes_nothing_among_the_photos(album: Path, out: str, tmp_path: Path) -> None:
+    """Its folder photos/ may be deleted, and its pictures would be photos when it goes on."""
+    before = sorted(album.rglob("*"))
+    with pytest.raises(DataError, match=r"data.path is .*photos., where .* --out .* keeps files .*another --out"):
+        open_source(Config(data=DataConfig(path=str(album), size=16)), CPU, cache=tmp_path / out / "photos")
+    assert sorted(album.rglob("*")) == before
+    within = Config(data=DataConfig(path=str(album / "2019"), size=16))
+    if out == "photos":
+        assert open_source(within, CPU, cache=tmp_path / out / "photos").count("local") == 4
+        assert open_source(Config(data=DataConfig(path=str(album), size=16)), CPU, cache=album / "run" / "photos")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
 def test_a_closed_folder_is_left_out_and_said(album: Path, tmp_path: Path) -> None:
     closed = photo(album / "closed" / "x.jpg", 1).parent
@@ -281,6 +306,10 @@ def test_a_labelled_folder_is_for_testing(album: Path, tmp_path: Path) -> None:
     images, labels = next(found.once("test", 8))
     assert labels.tolist() == [2, 1] and found.classes == ("cat", "dog", "bird") and found.count("test") == 2
     assert np.array_equal(images[0].numpy(), decode(tmp_path / "labelled" / "bird" / "1.png", 16))
+    (tmp_path / "labelled" / "bird" / "2.png").write_bytes(b"\x89PNG")
+    damaged = opened(tmp_path / "labelled")
+    assert damaged.count("test") == 2 and any(key.endswith("bird/2.png") for key in damaged.reasons())
+    assert "labelled': 2 photos; 1 damaged: named in the report" in "\n".join(damaged.notes())
     with pytest.raises(DataError, match=r"evaluate.path .* has the class folder 'cow'.*oracle.classes"):
         opened(labelled(tmp_path, "cow"))
     with pytest.raises(DataError, match=r"evaluate.path is '.*nowhere'; no such folder"):

@@ -135,6 +135,23 @@ def test_a_tree_needs_val_for_what_is_tested_alone(tmp_path: Path, capsys: pytes
     assert cli.main(["deprivatize", *words, *few, "--data.local_fraction", "1", "--engine.device", "cpu"]) == 0
 
 
+@pytest.mark.parametrize("stage", ["teacher", "deprivatize", "distill"])
+def test_a_tree_of_fewer_images_than_a_batch_is_known_before_the_first_step(
+    stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (20, 20), (9 * i, 90, 9)).save(tmp_path / name / f"{i}.png")
+    words = ["--data.path", str(tmp_path), "--data.size", "16", "--data.loader", "torchvision", "--data.workers", "0"]
+    words += [f"--{name}.batch={9 if name == stage else 4}" for name in ("teacher", "deprivatize", "distill")]
+    words += ["--teacher.arch", "resnet8", "--teacher.steps", "2", "--deprivatize.steps", "2"]
+    words += ["--data.local_fraction", "1", "--distill.pretrain", "4"]
+    assert cli.main(["run", *words, "--out", str(tmp_path / "run")]) == 2
+    assert f"{stage}.batch is 9: {tmp_path / 'train'} has 8 images, fewer than the 9" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_data_of_one_class_make_no_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("train", "val"):
         (tmp_path / "tree" / part / "cat").mkdir(parents=True)
@@ -188,3 +205,16 @@ def test_the_audit_and_what_is_spent_count_beside_what_evaluate_asks(
     assert "359 are left beside what is spent (120)" in said and "--oracle.budget 480" in said, said
     assert cli.main(["evaluate", *words, *asking, "--oracle.budget", "480"]) == 0, "its advice works"
     assert cli.main(["evaluate", *words, *asking, "--oracle.budget", "480"]) == 0, "it is paid"
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "audit", "report"])
+def test_another_student_than_the_one_that_is_there_is_named(
+    stage: str, tiny: list[str], finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = (finished / "config.yaml").read_bytes()
+    words = [*tiny, "--distill.student", "resnet20", "--data.size", "32", "--evaluate.enabled", "true"]
+    assert cli.main([stage, *words, "--out", str(finished)]) == 2
+    said = capsys.readouterr().err
+    assert "distill.student was own_net.py:small and is resnet20; data.size was 16 and is 32" in said
+    assert "Set that back, or train this one with `mekd distill`" in said
+    assert (finished / "config.yaml").read_bytes() == config

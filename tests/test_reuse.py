@@ -15,6 +15,8 @@ import yaml
 from mekd import cli, files
 from mekd.engine import quote
 from mekd.engine.again import another_student
+from mekd.engine.result import preprocess_of
+from mekd.engine.run import Run
 from mekd.fingerprint import LATER
 from mekd.nets import build
 from mekd.oracle.export import Classifier, export
@@ -227,6 +229,16 @@ def with_fingerprints(paid: Path, out: Path, change: Callable[[str, dict[str, An
         saved = files.load(path)
         files.save(path, saved | {"depends": change(path.stem, saved["depends"])})
     return out
+
+
+@pytest.mark.parametrize(("learnt", "resize"), [({"data.resize": 20}, 20), ({"data.name": "folder"}, 18), ({}, 16)])
+def test_a_student_takes_photos_as_they_were_for_the_generator(
+    paid: Path, tmp_path: Path, learnt: dict[str, Any], resize: int
+) -> None:
+    """Of data that is not at hand, or of other settings here, the images that were asked about were made so."""
+    first = with_fingerprints(paid, tmp_path / "first", lambda stage, depends: depends | learnt)
+    parsed = cli.parse(["--distill.store", str(first), "--data.resize", "40", "--out", str(tmp_path / "second")])
+    assert parsed is not None and preprocess_of(Run(*parsed)).resize == resize
 
 
 def test_answers_that_an_earlier_version_paid_for_are_not_paid_again(

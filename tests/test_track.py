@@ -287,3 +287,10 @@ def test_trackio_is_told_as_its_functions_take_it(folder: Path, monkeypatch: pyt
     logged = [call[1:] for call in calls if call[0] == "log"]
     assert logged[:3] == [({"distill/loss": 1.0 / (step + 1)}, step) for step in range(3)]
     assert list(logged[3][0]) == ["curves.png"] and len(logged) == 4
+
+
+def test_the_doctors_trials_are_told_to_nobody(
+    recorder: type[Recorder], tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.forecast([*tiny, "--engine.track", "[wandb, mlflow]", "--out", str(tmp_path / "out")]) == 0
+    assert "it fits" in capsys.readouterr().out and not recorder.ids and not recorder.told

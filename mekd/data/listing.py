@@ -168,13 +168,15 @@ def _more(all_of_them: Iterable[object]) -> str:
 class Walk:
     """Goes through the folders under a root, into none twice, and keeps what it passed over.
 
-    others: files that are no images by their endings; links: to folders that are listed already, or around them.
+    others: files that are no images by their endings; links: to folders that are listed already, or around them; runs:
+    folders of runs, where they are passed over, as their pictures are no photos.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self._top, self._entered = os.path.realpath(root), {os.path.realpath(root)}
+    def __init__(self, root: str | Path, runs: bool = True) -> None:
+        self._top, self._entered, self._into_runs = os.path.realpath(root), {os.path.realpath(root)}, runs
         self.others: list[str] = []
         self.links: list[str] = []
+        self.runs: list[str] = []
 
     def enters(self, entry: "os.DirEntry[str]") -> bool:
         """Whether the walk goes into a folder."""
@@ -182,6 +184,9 @@ class Walk:
         around = entry.is_symlink() and _leads_back(real, self._top, os.path.dirname(entry.path))
         if real in self._entered or around:
             self.links.append(entry.path)
+            return False
+        if not self._into_runs and _is_run(real):
+            self.runs.append(entry.path)
             return False
         self._entered.add(real)
         return True
@@ -249,6 +254,10 @@ def _folder(root: Path, wanted: tuple[str, ...] | None) -> Listing:
     if walk.links:
         notes.append(walk.about_links(root))
     return Listing("folder", str(root), classes, tuple(listed), np.array(labels, np.int64), None, _shown(notes))
+
+
+def _is_run(folder: str) -> bool:
+    return all(os.path.exists(os.path.join(folder, name)) for name in ("config.yaml", "checkpoints"))
 
 
 def _leads_back(real: str, top: str, beside: str) -> bool:

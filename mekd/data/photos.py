@@ -1,5 +1,7 @@
 """The user's own photos: files of any format, in any folders, without labels."""
 
+import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,17 +26,19 @@ FEW = 100
 def find(root: str | Path) -> tuple[list[str], list[str]]:
     """The photos under a folder, at any depth, in a fixed order; and sentences on what lies there besides.
 
-    Nothing hidden is one, and a link is followed where it leads out of the folder. Raises DataError where there are
-    none.
+    Nothing hidden is one, nor what a run drew into its folder, and a link is followed where it leads out of the folder.
+    Raises DataError where there are none.
     """
     if not Path(root).is_dir():
         wrong = "which is no folder" if Path(root).exists() else "no such folder"
         raise DataError(f"data.path is {str(root)!r}; {wrong}. Give the folder of your photos: --data.path FOLDER")
-    walk, closed = listing.Walk(root), list[str]()
+    walk, closed = listing.Walk(root, runs=False), list[str]()
     found = walk.images(str(root), PHOTOS, closed)
     notes = []
     if closed:
         notes.append(f"{len(closed)} folders cannot be read and were left out, {files.shown(closed[0])} first")
+    if walk.runs:
+        notes.append(f"{len(walk.runs)} folders of runs were left out, {files.shown(walk.runs[0])} first")
     if walk.others:
         there = f"{listing.counted(walk.others)}, {files.shown(walk.others[0])} first"
         notes.append(f"left out as no images by their endings: {there}")
@@ -49,6 +53,16 @@ def find(root: str | Path) -> tuple[list[str], list[str]]:
     return found, notes
 
 
+def _keep_apart(path: str, cache: Path) -> None:
+    """DataError where a run would write among the photos: its pictures are none, and its cache may be deleted."""
+    photos, own = Path(path).resolve(), cache.resolve()
+    if photos == own.parent or photos.is_relative_to(own):
+        raise DataError(
+            f"data.path is {path!r}, where the run of --out {str(cache.parent)!r} keeps files of its own: move the "
+            "photos to a folder of theirs, or say another --out"
+        )
+
+
 class PhotoSource:
     """Photos as mekd.data.sources.Source, all of them private; with evaluate.path, labelled ones for testing beside."""
 
@@ -56,6 +70,8 @@ class PhotoSource:
         settings = config.data
         if settings.path is None:
             raise DataError("data.path is not set: give the folder of your photos with --data.path FOLDER")
+        if cache is not None:
+            _keep_apart(settings.path, cache)
         self._config, self._device, self._rank, self._world = config, device, rank, world
         self._cached = cache
         self.classes: tuple[str, ...] = ()
@@ -64,12 +80,14 @@ class PhotoSource:
         photos = self._open("photos", settings.path, found)
         self._images, self._rows, self._left_out = photos.images, photos.rows, photos.left_out
         assert settings.local_fraction is not None
+        chosen = torch.arange(len(self._rows))
         if settings.local_fraction < 1:
             count = max(1, round(settings.local_fraction * len(self._rows)))
-            order = torch.randperm(len(self._rows), generator=generator_at(config.seed, "local"))
-            self._rows = self._rows[order[:count]]
+            chosen = torch.randperm(len(self._rows), generator=generator_at(config.seed, "local"))[:count]
+            self._rows = self._rows[chosen]
         kept, held = arrays.kept_apart(len(self._rows), config.audit.holdout, config.seed)
         self._rows, self._held = self._rows[kept], self._rows[held]
+        self._names_held = sorted(os.path.relpath(found[i], settings.path) for i in photos.kept[chosen][held].tolist())
         self._notes = [photos.describe(len(self._rows)), *notes]
         if settings.flip or settings.shift:
             ways = " and ".join(word for word, on in (("mirrored", settings.flip), ("shifted", settings.shift)) if on)
@@ -118,6 +136,10 @@ class PhotoSource:
             )
         return self._test
 
+    def held_out(self) -> str:
+        """As Source.held_out: of the photos' names."""
+        return hashlib.sha256(b"\0".join(map(os.fsencode, self._names_held))).hexdigest()[:16]
+
     def left_out(self) -> set[str]:
         """Nothing more than what notes() say: all files were decoded before the first step."""
         return set()
@@ -151,6 +173,9 @@ class PhotoSource:
         except DataError as error:
             raise DataError(f"evaluate.path is {path!r}: {error}") from error
         cache = self._open("labelled", path, list(listed.files))
+        if cache.left_out:
+            self._left_out = self._left_out | {str(Path(path) / name): why for name, why in cache.left_out.items()}
+            self._notes.append(f"evaluate.path {path!r}: {cache.describe(len(cache.rows))}")
         labels = torch.from_numpy(listed.labels)[cache.kept]
         self.classes = listed.classes
         names = self._config.oracle.classes

@@ -62,6 +62,10 @@ class Source(Protocol):
         """The images of "training", "local", "held" or "test"."""
         ...
 
+    def held_out(self) -> str:
+        """A fingerprint of which images audit.holdout keeps apart: others, once files were added or removed."""
+        ...
+
     def left_out(self) -> set[str]:
         """Their names; with several processes an image may be in the set of more than one."""
         ...
@@ -125,6 +129,10 @@ class ArraySource:
         """As Source.count."""
         data, own = self.data, {"local": self._local, "held": self._held}
         return len({"training": data.train_images, "test": data.test_images, **own}[part])
+
+    def held_out(self) -> str:
+        """As Source.held_out: of a data set that does not change."""
+        return f"{len(self._held)} of {len(self.data.train_images)}"
 
     def left_out(self) -> set[str]:
         """Nothing is ever left out."""
@@ -227,6 +235,10 @@ class TreeSource:
                 "yours with --teacher.url ADDRESS, --teacher.onnx FILE or --teacher.python FILE.py:function, and leave "
                 "evaluate.enabled false"
             )
+
+    def held_out(self) -> str:
+        """As Source.held_out."""
+        return self._held.digest()
 
     def left_out(self) -> set[str]:
         """As Source.left_out."""

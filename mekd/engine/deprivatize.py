@@ -168,9 +168,11 @@ def deprivatize(run: Run) -> None:
         feeds = {"data": images, "answers": feed}
         log = RunLog(run, "deprivatize", config.steps, config.batch, feeds, lr="deprivatize.lr")
         checkpoint = Checkpoint(run, "deprivatize", state, feeds, run.depends("deprivatize"))
-        checkpoint.restore(log)
+        done = checkpoint.restore(log)
         if noisy is not None:
             noisy.check(run)
+        if run.config.audit.holdout and done < config.steps:
+            _keep_what_is_held(run, done)
         for step in steps(checkpoint, log):
             # A narrow D may stand at chance for half of the steps, and leave it: the digits' does.
             if step == max(2 * config.steps // 3, run.config.engine.log_every):
@@ -218,6 +220,17 @@ def deprivatize(run: Run) -> None:
         _show_what_is_sent(run)
     parallel.barrier()
     run.log_skipped()
+
+
+def _keep_what_is_held(run: Run, done: int) -> None:
+    """Keep in held.json which images stay away from the steps to come, for the audit; others may have been before."""
+    before, now = (run.read_json("held.json") or {"held": []})["held"] if done else [], run.data.held_out()
+    if before and now not in before:
+        run.log(
+            "deprivatize: files of data.path were added or removed, so that audit.holdout keeps other images from step "
+            "1 than it did before: the audit will say nothing of membership"
+        )
+    run.write_json("held.json", {"held": [*before, *([] if now in before else [now])]})
 
 
 def augmented(run: Run, images: Tensor, step: int, kind: str, share: float) -> Tensor:

@@ -11,9 +11,11 @@ import torch
 
 from mekd import files, track
 from mekd.codes import resolve_code
+from mekd.data import DataError
 from mekd.engine import after, again, asked, dp, parallel, reach
 from mekd.engine.account import accounts_of, same_answers
 from mekd.engine.checkpoint import check_depends
+from mekd.engine.result import architecture
 from mekd.engine.run import ACCOUNTS, Run, StageError
 from mekd.engine.teacher import check_exported, load_trained
 from mekd.engine.train import computed_in
@@ -26,6 +28,7 @@ from mekd.nets.registry import is_users
 from mekd.oracle import identity
 from mekd.oracle.export import Classifier, ExportError, export
 from mekd.oracle.ledger_file import pending, totals
+from mekd.student import FILE, read
 
 
 def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambda: None) -> None:
@@ -52,9 +55,9 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
     for stage in ("teacher",) * trains + tuple(name for name in ("deprivatize", "distill") if name in stages):
         parallel.share(f"{stage}.batch", getattr(config, stage).batch)
     notes = []  # written when nothing speaks against the run
-    private = "deprivatize" in stages and config.deprivatize.generator is None
-    private |= "distill" in stages and config.distill.pretrain > 0
-    if trains or simulates or private:
+    private = {"deprivatize": "deprivatize" in stages and config.deprivatize.generator is None}
+    private["distill"] = "distill" in stages and config.distill.pretrain > 0
+    if trains or simulates or any(private.values()):
         with parallel.first_alone():  # photos are decoded by one process, which the others find done
             notes += [f"data: {note}" for note in run.data.notes()]
     if trains:  # it is tested too: a tree needs val for that
@@ -65,6 +68,8 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
         )
     if tuple(stages) != ("report",):
         check_exported(run, stages)
+    if "distill" not in stages and {"evaluate", "audit", "report"} & set(stages):
+        _check_finished(run)
     if not run.given_teacher and {"teacher", "export"} & set(stages) and not run.teacher_onnx.exists():
         classes = run.trained_classes
         if trains and classes != (own := len(run.data.classes)):
@@ -98,6 +103,7 @@ def preflight(run: Run, stages: Sequence[str], agree: Callable[[], None] = lambd
             "the teacher has 1 class, as the data has, and a teacher has at least 2: give data of its classes, or say "
             "how many there are with --oracle.num_classes N or --oracle.classes FILE"
         )
+    _check_batches(run, {"teacher": trains, **private})
     if {"deprivatize", "distill"} & set(stages):
         after.check(run)
     if "distill" in stages:
@@ -151,6 +157,31 @@ def _check_distill(run: Run, classes: int) -> None:
             resolve_code(config.code, {"label": "labels"}.get(response, response), classes)
         except ValueError as error:
             raise UsageError(f"distill.code: {error}") from error
+
+
+def _check_batches(run: Run, read: dict[str, bool]) -> None:
+    """DataError where a tree has fewer images than a batch of a stage that reads it; no file is opened."""
+    for stage in (stage for stage, reads in read.items() if reads):
+        batch = getattr(run.config, stage).batch
+        try:
+            run.data.training(batch) if stage == "teacher" else run.data.local(batch)
+        except DataError as error:
+            raise DataError(f"{stage}.batch is {batch}: {error}") from error
+
+
+def _check_finished(run: Run) -> None:
+    """StageError where the student that lies there is another one than the settings describe."""
+    if not (run.out / FILE).exists():
+        return
+    about = read(run.out / FILE)[1]
+    now = {"distill.student": ("architecture", architecture(run)), "data.size": ("size", str(run.config.data.size))}
+    differs = {name: (about.get(key, is_), is_) for name, (key, is_) in now.items() if about.get(key, is_) != is_}
+    if differs:
+        said = "; ".join(f"{name} was {was} and is {is_}" for name, (was, is_) in differs.items())
+        raise StageError(
+            f"{run.out / FILE} is a student of other settings: {said}. Set that back, or train this one with `mekd "
+            "distill`"
+        )
 
 
 def _check_reused(run: Run, classes: int) -> None:

@@ -1,9 +1,11 @@
 """What a run ends with: the student as files that say what they are."""
 
 import contextlib
+import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -47,6 +49,17 @@ def finished_student(run: Run) -> nn.Module:
     return student.to(run.device).eval()
 
 
+def audit_of(run: Run) -> dict[str, Any] | None:
+    """audit.json, where it is of the student that is there, and not of an earlier one."""
+    found, path = run.read_json("audit.json"), run.out / "student.pt"
+    return found if found is not None and path.exists() and found["of"]["student"] == digest_of(path) else None
+
+
+def digest_of(weights: Path) -> str:
+    """By what an audit knows its student."""
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+
+
 def held_out(run: Run) -> tuple[Tensor, Response]:
     """The images that are held out, and the teacher's answers to them."""
     images, answer, _ = Replay(run.store("holdout"), run.config.distill.holdout).read(slice(None))
@@ -74,12 +87,14 @@ def architecture(run: Run) -> str:
 
 
 def preprocess_of(run: Run) -> Preprocess:
-    """How a photo becomes what student.onnx takes."""
-    data = run.config.data
-    resize = data.size if data.resize is None else data.resize
-    if data.name in TREES and data.resize is None:
-        resize = round(data.size * 256 / 224)
-    return Preprocess(data.size, resize, run.image[0], 1.0 if run.config.oracle.transport == "uint8" else 1 / 255)
+    """How a photo becomes what student.onnx takes: as the images became that G learnt to draw."""
+    size, name, resize = (getattr(run.config.data, key) for key in ("size", "name", "resize"))
+    if run.config.deprivatize.generator is not None:  # whose data may have been another run's
+        learnt = files.load(run.checkpoint("deprivatize"))["depends"]
+        name, resize = learnt.get("data.name", name), learnt.get("data.resize", resize)
+    if resize is None:
+        resize = round(size * 256 / 224) if name in TREES else size
+    return Preprocess(size, resize, run.image[0], 1.0 if run.config.oracle.transport == "uint8" else 1 / 255)
 
 
 def class_names(run: Run) -> list[str]:

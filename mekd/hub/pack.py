@@ -30,7 +30,7 @@ ALLOWED = (
     *(f"{name}.safetensors" for name in STORES),
 )  # fmt: skip
 #: Of what step 1 depends on, what a run that uses its generator is told.
-RECIPE = ("data.size", "data.flip", "data.shift", "classes")
+RECIPE = ("data.name", "data.size", "data.resize", "data.flip", "data.shift", "classes")
 FRONT = """---
 library_name: mekd
 pipeline_tag: image-classification

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mekd import files
-from mekd.config import DeprivatizeConfig
+from mekd.config import DataConfig, DeprivatizeConfig
 from mekd.engine import reuse
 from mekd.errors import MekdError
 from mekd.hub.pack import ALLOWED, STORES
@@ -86,6 +86,7 @@ def _generator(path: Path, out: Path) -> None:
         step, seconds = int(about["step"]), float(about["seconds"])
         settings = {key.partition(".")[2]: value for key, value in depends.items() if key.startswith("deprivatize.")}
         recipe, classes, size = DeprivatizeConfig(**settings), depends["classes"], depends["data.size"]
+        DataConfig(size=size, resize=depends.get("data.resize"))  # says itself what it may not be
         channels = weights["last.weight"].shape[0]
         with torch.device("meta"):  # which a width of any size costs nothing
             draws = Generator(classes, size, channels, recipe.width, recipe.nuisance).state_dict()

@@ -15,6 +15,7 @@ from torch import Tensor
 from mekd import files
 from mekd.config import DeprivatizeConfig
 from mekd.engine import dp
+from mekd.engine.result import audit_of
 from mekd.engine.run import ACCOUNTS, Run
 from mekd.fingerprint import asks
 from mekd.nets import Generator
@@ -103,7 +104,7 @@ def gather(
         accounts={name: ledger.totals(run.ledger, name) for stage in ACCOUNTS.values() for name in stage},
         summary=summary,
         coverage=run.read_json("coverage.json"),
-        audit=run.read_json("audit.json"),
+        audit=audit_of(run),
         noise=dp.told(run),
         shown=shown,
         classes=classes,
