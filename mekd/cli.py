@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from mekd import system
 from mekd.config import Config
 from mekd.errors import MekdError, UsageError
-from mekd.settings import dump_yaml, flatten, known_keys, nearest, read_yaml
+from mekd.settings import check_text, dump_yaml, flatten, known_keys, nearest, read_yaml
 
 USAGE = """usage: mekd STAGE [--config FILE] [--out DIR] [--key.sub value ...] [--profile] [--print_config]
 
@@ -225,10 +226,12 @@ def shipped(name: str) -> Path | None:
 
 def _check_words(words: list[str]) -> None:
     known = {*known_keys(), "config", "out", "print_config", "help"}
-    for word in words:
-        key = word[2:].partition("=")[0]
+    for word, following in itertools.pairwise([*words, ""]):
+        key, given, value = word[2:].partition("=")
         if word.startswith("--") and key not in known:
             raise UsageError(f"there is no setting {word}; {nearest(key)}")
+        if word.startswith("--") and "." in key:  # a setting, and not --out or --config
+            check_text(key, value if given else following)
 
 
 def _value_of(words: list[str], option: str) -> str | None:

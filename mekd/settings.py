@@ -44,6 +44,16 @@ def check_keys(tree: Mapping[str, Any], source: str) -> None:
             raise UsageError(f"{source}: there is no setting {key!r}; {nearest(str(key))}")
         if value is None and not may_be_null(key):
             raise UsageError(f"{source}: {key} is null, which it may not be; leave the line out for its default")
+        check_text(f"{source}: {key}", value)
+
+
+def check_text(name: str, value: object) -> None:
+    """Raise UsageError for text that the parser would take for a comment, or for a name of nothing: for null."""
+    if isinstance(value, str) and value.startswith(("#", "&")):
+        raise UsageError(
+            f"{name} is {value!r}, which reads as null, as # begins a comment and & a name: a path may begin with ./, "
+            "and anything else must begin otherwise"
+        )
 
 
 def may_be_null(key: str) -> bool:

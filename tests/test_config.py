@@ -199,6 +199,17 @@ def test_mistyped_words_get_the_nearest_setting(word: str, nearest: str) -> None
     assert word in str(caught.value) and nearest in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["#album", "&album"])
+def test_a_word_that_yaml_would_pass_over_is_refused(value: str, tmp_path: Path) -> None:
+    for words in (["--data.path", value], [f"--data.path={value}"]):
+        with pytest.raises(ValueError, match=rf"data.path is '{value}', which reads as null.* may begin with \./"):
+            parse(words)
+    with pytest.raises(ValueError, match=rf"data.path is '{value}', which reads as null"):
+        parse(["--config", write(tmp_path, f"data: {{path: '{value}'}}")])
+    config, _ = parsed("--data.path", f"./{value}")
+    assert config.data.path == f"./{value}"
+
+
 @pytest.mark.parametrize("value", [".inf", ".nan"])
 @pytest.mark.parametrize("name", ["distill.beta", "distill.image", "deprivatize.alpha", "teacher.lr", "deprivatize.dp"])
 def test_what_is_no_finite_number_is_refused(name: str, value: str) -> None:
