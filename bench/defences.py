@@ -17,6 +17,7 @@ import torch
 from bench import students, tables
 from mekd.engine import evaluate
 from mekd.engine.checkpoint import stopped_by_signals
+from mekd.engine.result import known_names
 from mekd.engine.run import Run
 from mekd.metrics import accuracy
 from mekd.oracle.replay import Replay
@@ -80,7 +81,7 @@ def measure(options: argparse.Namespace, words: list[str], response: str, name: 
         count = getattr(config.distill, part)
         images, answer, n = Replay(asked.out / part, count, part=True).read(slice(None))
         if not (changed / part / "replay.json").exists():
-            origin = asked.origin_of_answers()
+            origin = asked.origin_of_answers(known_names(asked))
             origin["answers"] |= {"response": response, "decimals": decimals}
             Replay(changed / part, count, origin=origin).write(
                 0, images, given(answer.target["probs"], response, decimals, defence), n

@@ -11,6 +11,7 @@ from bench.tree import write
 from forked import Server, is_killed
 from ledger_teacher import accounts
 from mekd import cli, data, files
+from mekd.engine.run import Run
 from test_parallel import DRIVER, torchrun
 from test_resume import assert_equal_runs, assert_equal_trees
 
@@ -49,6 +50,13 @@ def alone(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone")
     assert cli.main([*words, "--out", str(out)]) == 0
     return out
+
+
+def test_another_student_knows_the_names_of_the_folders(alone: Path, tree: Path, tmp_path: Path) -> None:
+    """It may learn from the paid answers where the tree is not."""
+    parsed = cli.parse(["--distill.store", str(alone), "--out", str(tmp_path / "second")])
+    assert parsed is not None
+    assert Run(*parsed).class_names == sorted(folder.name for folder in (tree / "train").iterdir())
 
 
 @pytest.mark.slow

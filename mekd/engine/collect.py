@@ -9,6 +9,7 @@ from mekd import files
 from mekd.engine import parallel
 from mekd.engine.checkpoint import Checkpoint, check_depends, steps
 from mekd.engine.feeds import fresh
+from mekd.engine.result import known_names
 from mekd.engine.run import Run
 from mekd.engine.runlog import RunLog
 from mekd.oracle.replay import Replay
@@ -40,7 +41,7 @@ def collect(run: Run, name: str, draw: nn.Module, count: int, until: int | None 
         check_depends(run, name, saved["depends"], depends)
         stands, taken = saved["state"]["place"]["rows"], saved["step"]
     with parallel.first_alone():
-        origin = run.origin_of_answers()
+        origin = run.origin_of_answers(known_names(run))
         store = Replay(run.out / name, count, grows=parallel.rank() == 0, origin=origin)
     if stands >= end:
         return store

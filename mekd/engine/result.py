@@ -98,11 +98,15 @@ def preprocess_of(run: Run) -> Preprocess:
 
 
 def class_names(run: Run) -> list[str]:
-    """The names of the classes: the teacher's list, else those of the data where they are as many, else numbers."""
-    if run.class_names is not None:
+    """The names of the classes, and where nobody knows them, numbers."""
+    return known_names(run) or [str(i) for i in range(run.num_classes)]
+
+
+def known_names(run: Run) -> list[str] | None:
+    """The teacher's list of its classes, or that of the answers' run, else those of the data where they are as many."""
+    if run.class_names is not None or run.origin is not None or run.config.data.name == "photos":
         return run.class_names
-    names: list[str] = []
-    if run.origin is None and run.config.data.name != "photos":
-        with contextlib.suppress(MekdError):  # data that is gone
-            names = list(run.data.classes)
-    return names if len(names) == run.num_classes else [str(i) for i in range(run.num_classes)]
+    with contextlib.suppress(MekdError):  # data that is gone
+        if len(names := list(run.data.classes)) == run.num_classes:
+            return names
+    return None

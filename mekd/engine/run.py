@@ -341,15 +341,15 @@ class Run:
             hashed.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
         return hashed.hexdigest()[:16]
 
-    def origin_of_answers(self) -> dict[str, Any]:
-        """What a store of this run's answers says of them, for other runs."""
+    def origin_of_answers(self, names: list[str] | None) -> dict[str, Any]:
+        """What a store of this run's answers says of them, for other runs; names: those of the classes."""
         oracle = self.config.oracle
         return {
             "teacher": self.teacher_digest,
             "teacher_name": self.teacher_name,
             "generator": self.generator_digest,
             "classes": self.num_classes,
-            "class_names": self.class_names,
+            "class_names": names,
             "seed": self.config.seed,
             "answers": {name: getattr(oracle, name) for name in reuse.ANSWERS},
         }
