@@ -19,7 +19,7 @@ from mekd.data import open_source
 from mekd.engine import after, asked, parallel
 from mekd.engine.collect import BLOCK, collect
 from mekd.engine.private import MOST, images_of
-from mekd.engine.result import class_names, digest_of, finished_student
+from mekd.engine.result import class_names, finished_student
 from mekd.engine.run import Run, StageError
 from mekd.errors import MekdError
 from mekd.fingerprint import reserved_of_audit
@@ -60,7 +60,7 @@ def audit(run: Run) -> None:
         raise StageError(f"{run.out / 'student.pt'} is missing: run `mekd distill` first")
     own = _asked_for_it(run)
     belongs: dict[str, Any] = {
-        "student": digest_of(run.out / "student.pt"),
+        "student": files.digest(run.out / "student.pt"),
         "generator": run.generator_digest,
         "settings": [run.config.audit.holdout, run.config.audit.budget],
     }

@@ -1,6 +1,7 @@
-"""Writing files so that a reader finds the old one or the new one, never half of one."""
+"""Writing files so that a reader finds the old one or the new one, never half of one; and knowing them again."""
 
 import contextlib
+import hashlib
 import os
 import re
 import zipfile
@@ -21,6 +22,11 @@ class WriteError(MekdError, RuntimeError):
 
 class DamagedError(MekdError, ValueError):
     """A file of ours does not hold what was written."""
+
+
+def digest(path: str | os.PathLike[str]) -> str:
+    """A hash of a file's content, by which a run knows it again."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 class WeightsError(MekdError, ValueError):

@@ -75,7 +75,7 @@ class Tracks:
 
     def picture(self, name: str) -> None:
         """Tell a picture of the run's folder, unless it is the one that was told last."""
-        digest = hashlib.sha256((self._out / name).read_bytes()).hexdigest()[:16]
+        digest = files.digest(self._out / name)
 
         def tell(tracker: Tracker, told: dict[str, Any]) -> None:
             if told["pictures"].get(name) != digest:

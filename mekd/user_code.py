@@ -1,9 +1,7 @@
 """Functions of the user's own, by name: FILE.py:NAME, or package.module:NAME."""
 
-import hashlib
 import importlib
 import importlib.util
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -51,11 +49,6 @@ def from_module(value: str) -> Callable[..., Any]:
         hint = ". Install it, or run from the folder that holds it" if missing else ""
         raise UsageError(f"{dotted} cannot be imported: {told(error)}{hint}") from error
     return _function(module, dotted, name)
-
-
-def digest(path: str | os.PathLike[str]) -> str:
-    """A hash of a file's content, by which a run knows it again."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def told(error: BaseException) -> str:

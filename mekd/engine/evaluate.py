@@ -96,7 +96,7 @@ def ask_test(run: Run) -> tuple[Tensor, Tensor]:
             answer = concatenate(list(answers))
             rows = torch.arange(0, len(answer), -(-len(answer) // AUDITED))
             audited = {"rows": rows, "answer": vars(answer[rows])}
-            oracle.ledger.flush()
+            oracle.ledger.flush()  # what is kept is in the books
             asked.keep(run, name, {"digests": b"".join(own), "answers": answer.labels, **audited})
         oracle.ledger.settle()
     if kept is None:
@@ -116,7 +116,7 @@ def ask_private(run: Run) -> tuple[Replay | Joined, int]:
                 store.write(len(own) // 16, images, query(oracle, images))
                 own += digests(images)
             store.flush()
-            oracle.ledger.flush()
+            oracle.ledger.flush()  # as above
             asked.keep(run, name, {"digests": own})
         oracle.ledger.settle()
     counts = {path: len(files.load(path)["digests"]) // 16 for path in asked.shares(run, name)}

@@ -1,6 +1,5 @@
 """Generators and paid answers of other runs: what they decide of a configuration, and whether they fit it."""
 
-import hashlib
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -200,4 +199,4 @@ def first_round(config: Config) -> dict[str, Any]:
 
 def digest_of(after: str | None) -> str | None:
     """A hash of a first round's student, which is a result of all that the second round takes of it."""
-    return None if after is None else hashlib.sha256((Path(after) / FILE).read_bytes()).hexdigest()[:16]
+    return None if after is None else files.digest(Path(after) / FILE)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from mekd import files, system, track, user_code
+from mekd import files, system, track
 from mekd.config import Config
 from mekd.data import TREES, Source, open_source, read_names
 from mekd.engine import parallel, reach, reuse
@@ -317,7 +317,7 @@ class Run:
             found["oracle.classes"] = hashlib.sha256(repr(self.class_names).encode()).hexdigest()[:16]
         file = file_of(self.config.distill.student)
         if file is not None and "distill.student" in found:
-            found["distill.student's file"] = user_code.digest(file)
+            found["distill.student's file"] = files.digest(file)
         if name == "deprivatize":
             found["classes"] = self.num_classes
         if name == "distill" and self.origin is not None:

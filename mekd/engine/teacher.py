@@ -1,6 +1,5 @@
 """For experiments: train the classifier that will play the black box, and export it."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,7 +98,7 @@ def _made_of(run: Run) -> dict[str, Any]:
     if path is not None:
         found = {f"teacher.{name}": found[f"teacher.{name}"] for name in ("arch", "mean", "std", "resize")}
         if Path(path).is_file():
-            found["teacher.checkpoint"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+            found["teacher.checkpoint"] = files.digest(path)
     return dict(json.loads(json.dumps(found)))
 
 
