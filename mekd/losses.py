@@ -5,6 +5,7 @@ another number compiles again; a schedule passes a 0-d tensor, which is held as 
 """
 
 import logging
+import math
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -147,8 +148,10 @@ class MEKDLoss(nn.Module):
         checks.check_choice("code", code, CODES)
         checks.check_choice("reduction", reduction, ("mean", "batchmean"))
         checks.check_choice("rest", rest, checks.TOPK_RESTS)
-        if beta < 0 or image < 0 or beta + image == 0:
-            raise ValueError(f"beta is {beta} and image is {image}; both must be at least 0, and one above 0")
+        if not (beta >= 0 and image >= 0 and 0 < beta + image < math.inf):
+            raise ValueError(
+                f"beta is {beta} and image is {image}; both must be finite and at least 0, and one above 0"
+            )
         if not 0 < floor < 1:
             raise ValueError(f"floor is {floor}; it must lie between 0 and 1")
         if not isinstance(generator, nn.Module):

@@ -100,6 +100,11 @@ def read(path: Path) -> tuple[dict[str, Any], Mapping[str, str]]:
             f"{files.shown(path)}: no such file. Give a run's folder, in which `mekd distill` leaves {FILE}, or the "
             "file itself"
         )
+    if path.suffix in (".onnx", ".pt"):
+        raise StudentError(
+            f"{files.shown(path)} is no file a student is loaded from; give its run's folder, or its {FILE}. (An "
+            ".onnx is for onnxruntime and `mekd predict`, a .pt holds weights alone.)"
+        )
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}

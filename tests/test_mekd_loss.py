@@ -272,6 +272,8 @@ def test_the_default_preset_is_what_the_loss_does_by_itself() -> None:
         ({"kl_tau": -1.0}, ["kl_tau", "-1.0", "above 0"]),
         # Weights that reward distance, or no loss at all.
         ({"beta": -0.5}, ["beta", "-0.5", "at least 0"]),
+        ({"beta": float("nan")}, ["beta", "nan", "finite"]),
+        ({"image": float("inf")}, ["image", "inf", "finite"]),
         ({"image": -1.0}, ["image", "-1.0", "at least 0"]),
         ({"beta": 0.0, "image": 0.0}, ["beta", "image", "one above 0"]),
         # No probability at all, and every one of them.

@@ -352,6 +352,13 @@ def test_what_is_no_student_is_named(
         mekd.load_student(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["student.onnx", "student.pt"])
+def test_another_file_of_a_student_is_told_from_a_damaged_one(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"whole")
+    with pytest.raises(StudentError, match=f"give its run's folder, or its {FILE}"):
+        mekd.load_student(tmp_path / name)
+
+
 def test_weights_of_somebody_else_are_no_student(tmp_path: Path) -> None:
     torch_files = pytest.importorskip("safetensors.torch")
     torch_files.save_file({"weight": torch.zeros(2)}, tmp_path / FILE)
