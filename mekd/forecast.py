@@ -1,5 +1,6 @@
 """mekd doctor --config FILE: what each stage of a run will need, from a few steps of the stages themselves."""
 
+import contextlib
 import dataclasses
 import tempfile
 import time
@@ -16,7 +17,7 @@ from mekd.data import TREES, Batches, listing
 from mekd.data.photos import PhotoSource
 from mekd.engine.deprivatize import deprivatize
 from mekd.engine.distill import train_student
-from mekd.engine.profile import peak_mb
+from mekd.engine.profile import peak_mb, peaks_mb
 from mekd.engine.quote import queries_of
 from mekd.engine.run import Run
 from mekd.engine.teacher import classifier, train_teacher
@@ -30,10 +31,14 @@ IMAGENET = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Of one stage: its weights, MB that it holds whatever the batch, MB and seconds an image, its batch and images."""
+    """Of one stage: weights, MB at most with a small batch, and of its steps MB held whatever the batch, MB an image.
+
+    image_s: seconds an image; batch, images: of a step, and in all.
+    """
 
     stage: str
     weights: int
+    once_mb: float
     held_mb: float
     image_mb: float
     image_s: float
@@ -41,9 +46,9 @@ class Need:
     images: int
 
     @property
-    def step_mb(self) -> float:
-        """Memory of a step, an estimate: what is held, and each image of the batch."""
-        return self.held_mb + self.batch * self.image_mb
+    def most_mb(self) -> float:
+        """An estimate: what a step holds and each image of its batch, or what is done once, as the folding of G."""
+        return max(self.once_mb, self.held_mb + self.batch * self.image_mb)
 
     @property
     def hours(self) -> float:
@@ -92,6 +97,13 @@ class _NoiseBatches:
 
 class _Trial(Run):
     """A run over noise that says nothing; a teacher that is not there yet is played by an untrained one."""
+
+    #: A stage, and what it calls after each step.
+    marked: tuple[str, Callable[[], None]] = "", lambda: None
+
+    @contextlib.contextmanager
+    def profiled(self, stage: str) -> Iterator[Callable[[], object]]:
+        yield self.marked[1] if stage == self.marked[0] else lambda: None
 
     @property
     def data(self) -> Any:
@@ -144,24 +156,25 @@ def _forecast(run: Run, out: Path) -> int:
     given = run.teacher_onnx.is_file() or config.teacher.remote or run.origin is not None
     classes = run.num_classes if given else len(run.data.classes) if looked else IMAGENET
     print(f"\nthis configuration: {config.data.name}, {config.data.size} px, {classes} classes, on {run.device}")
-    print(f"measured in steps of {SMALL} and {LARGE} images; MB a step and hours are estimates for one process\n")
-    heads = ("weights", "MB held", "MB/image", "ms/image", "batch", "MB a step", "images", "hours")
+    print(f"measured in steps of {SMALL} and {LARGE} images; MB at most and hours are estimates for one process\n")
+    heads = ("weights", "MB once", "MB held", "MB/image", "ms/image", "batch", "MB at most", "images", "hours")
     print(f"{'stage':<38}" + "".join(f"{head:>11}" for head in heads), flush=True)
     needs = []
     for need in stages(run, classes, image):
         needs.append(need)
         print(
-            f"{need.stage:<38}{need.weights / 1e6:>9.2f} M{need.held_mb:>11.0f}{need.image_mb:>11.1f}"
-            f"{1e3 * need.image_s:>11.1f}{need.batch:>11}{need.step_mb:>11.0f}{need.images:>11,}{need.hours:>11.1f}",
+            f"{need.stage:<38}{need.weights / 1e6:>9.2f} M{need.once_mb:>11.0f}{need.held_mb:>11.0f}"
+            f"{need.image_mb:>11.1f}{1e3 * need.image_s:>11.1f}{need.batch:>11}{need.most_mb:>11.0f}"
+            f"{need.images:>11,}{need.hours:>11.1f}",
             flush=True,
         )
     print()
     for line in queries(config, classes, image):
         print(line)
-    most, there = max(needs, key=lambda need: need.step_mb), memory_mb(run.device)
-    fits = most.step_mb < there
+    most, there = max(needs, key=lambda need: need.most_mb), memory_mb(run.device)
+    fits = most.most_mb < there
     print(
-        f"memory: {most.step_mb:.0f} MB for {most.stage}, {there:.0f} MB here: "
+        f"memory: {most.most_mb:.0f} MB for {most.stage}, {there:.0f} MB here: "
         + ("it fits" if fits else "it does NOT fit: choose a smaller batch, or several processes")
         + ("" if looked else f"; but data.path {config.data.path!r} was NOT looked at: it is not there")
     )
@@ -191,7 +204,7 @@ def stages(run: Run, classes: int, image: tuple[int, int, int]) -> Iterator[Need
         begun = time.perf_counter()
         ask(LARGE)
         seconds = (time.perf_counter() - begun) / LARGE
-    yield Need("of both, the teacher's answers", 0, 0.0, (large - small) / (LARGE - SMALL), seconds, 256, asked)
+    yield Need("of both, the teacher's answers", 0, 0.0, 0.0, (large - small) / (LARGE - SMALL), seconds, 256, asked)
 
 
 def _measured(
@@ -200,19 +213,27 @@ def _measured(
 ) -> Need:  # fmt: skip
     """A stage itself, for a few steps in a folder that is thrown away; parts: whose weights are counted."""
 
-    def taken(batch: int, steps: int, measure: Callable[[Callable[[], object]], Any]) -> tuple[Any, dict[str, Any]]:
+    def taken(batch: int, steps: int, memory: bool = False) -> tuple[tuple[float, float], dict[str, Any]]:
+        """MB at most and within the steps, but for the first, where memory is looked at; and what the stage saved."""
         with tempfile.TemporaryDirectory() as folder:
             trial = _trial(run, Path(folder), classes, image, batch, steps, stage)
             if stage == "distill":
                 deprivatize(trial)
-            found = measure(lambda: work(trial))
-            return found, files.load(trial.checkpoint(stage))
 
-    def memory(call: Callable[[], object]) -> float:
-        return peak_mb(call, run.device, again=False)
+            def marking(mark: Callable[[], None]) -> None:
+                trial.marked = stage, mark
+                work(trial)
 
-    (small, _), (large, saved) = (taken(batch, STEPS, memory) for batch in (SMALL, LARGE))
-    few, many = (taken(LARGE, steps, lambda call: call())[1]["seconds"] for steps in (STEPS, 2 * STEPS))
+            peaks = (0.0, 0.0)
+            if memory:
+                peaks = peaks_mb(marking, run.device)
+            else:
+                work(trial)
+            return peaks, files.load(trial.checkpoint(stage))
+
+    # The folding of G, which is no part of a step, may hold more than the steps of a small batch.
+    ((_, small), _), ((once, large), saved) = (taken(batch, STEPS, memory=True) for batch in (SMALL, LARGE))
+    few, many = (taken(LARGE, steps)[1]["seconds"] for steps in (STEPS, 2 * STEPS))
     image_mb = max(0.0, large - small) / (LARGE - SMALL)
     weights = sum(
         value.numel()
@@ -222,8 +243,10 @@ def _measured(
     )
     settings = getattr(run.config, stage)
     images = settings.steps * settings.batch
-    per_image = max(many - few, 1e-9) / STEPS / LARGE
-    return Need(name, weights, max(0.0, small - SMALL * image_mb), image_mb, per_image, settings.batch, images)
+    # Other work may make the fewer steps the slower ones: then the more of them are taken whole, which is too much.
+    per_image = (many - few if many > few else many / 2) / STEPS / LARGE
+    held = max(0.0, small - SMALL * image_mb)
+    return Need(name, weights, once, held, image_mb, per_image, settings.batch, images)
 
 
 def _trial(

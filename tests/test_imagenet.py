@@ -1,6 +1,7 @@
 """The stages at ImageNet's shapes, 1000 classes and 224 px, for a few steps; and what doctor says of it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,39 @@ def test_doctor_does_not_say_that_it_fits_of_data_it_did_not_see(
     assert cli.main(["doctor", *words]) == 1
     said = capsys.readouterr().out
     assert "nowhere' was NOT looked at" in said and "1000 classes are assumed" in said
+
+
+def test_memory_of_steps_is_told_from_what_is_done_once() -> None:
+    from mekd.engine.profile import peaks_mb
+
+    def work(mark: Callable[[], None]) -> None:
+        torch.zeros(8_000_000)  # 32 MB, before the first step has ended
+        mark()
+        kept = torch.zeros(1_000_000)
+        mark()
+        mark()
+        del kept
+        torch.zeros(4_000_000)
+
+    whole, inside = peaks_mb(work)
+    assert 32 <= whole < 33 and 4 <= inside < 5
+    assert peaks_mb(lambda mark: torch.zeros(1_000_000))[1] == 0
+
+
+def test_doctor_sees_the_memory_of_an_image_beside_what_is_done_once(tmp_path: Path) -> None:
+    """Folding a generator of many classes holds more than the steps of a few images: their difference was 0."""
+    from mekd import forecast
+    from mekd.config import Config, DataConfig, DeprivatizeConfig, EngineConfig, TeacherConfig
+    from mekd.engine.run import Run
+
+    config = Config(
+        data=DataConfig(name="folder", path="nowhere", size=16), teacher=TeacherConfig(onnx="nowhere"),
+        deprivatize=DeprivatizeConfig(width=0.1), engine=EngineConfig(device="cpu"),
+    )  # fmt: skip
+    needs = list(forecast.stages(Run(config, tmp_path), 1000, (3, 16, 16)))
+    for need in needs[:2]:
+        assert need.image_mb > 0.02, need
+        assert need.most_mb >= need.held_mb + need.batch * need.image_mb and need.once_mb > need.held_mb, need
 
 
 def test_memory_that_does_not_suffice_is_said(

@@ -10,6 +10,8 @@ from torch.profiler import ProfilerActivity
 from mekd import files
 
 SKIPPED, WARMUP, STEPS, ROWS = 2, 3, 10, 25
+#: The name of a mark in a profile of memory.
+MARK = "mekd.mark"
 
 
 @contextlib.contextmanager
@@ -36,17 +38,46 @@ def peak_mb(work: Callable[[], object], device: torch.device | str = "cpu", agai
     """
     if again:
         work()
+    return peaks_mb(lambda mark: work(), device)[0]
+
+
+def peaks_mb(work: Callable[[Callable[[], None]], object], device: torch.device | str = "cpu") -> tuple[float, float]:
+    """Most memory held during a call, as peak_mb has it, and from its first mark to its last; the call is given mark().
+
+    The second is 0 where the call marks nothing.
+    """
     if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    held = peak = lowest = 0
-    events = profile.profiler.kineto_results.events()
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        lowest = min(lowest, held)  # the last call's gradient goes first
+        return _peaks_of_card(work, device)
+
+    def mark() -> None:
+        with torch.profiler.record_function(MARK):
+            pass
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+        work(mark)
+    held = peak = inside = lowest = marks = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() in ("[memory]", MARK)]
+    left = sum(e.name() == MARK for e in events)
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        if event.name() == MARK:
+            marks, left = marks + 1, left - 1
+        else:
+            held += event.nbytes()
+            lowest = min(lowest, held)  # the last call's gradient goes first
         peak = max(peak, held - lowest)
-    return peak / 1e6
+        if marks and left:
+            inside = max(inside, held - lowest)
+    return peak / 1e6, inside / 1e6
+
+
+def _peaks_of_card(work: Callable[[Callable[[], None]], object], device: torch.device | str) -> tuple[float, float]:
+    before, most = torch.cuda.memory_allocated(device), []
+
+    def mark() -> None:
+        most.append(torch.cuda.max_memory_allocated(device) - before)
+        torch.cuda.reset_peak_memory_stats(device)
+
+    torch.cuda.reset_peak_memory_stats(device)
+    work(mark)
+    mark()
+    return max(most) / 1e6, max(most[1:-1], default=0) / 1e6

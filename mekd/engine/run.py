@@ -1,10 +1,11 @@
 """A run: its configuration, its folder, its log, and the pieces that several stages open."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -377,6 +378,17 @@ class Run:
         if screen:
             system.say(line)
         files.append(self.out / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+
+    @contextlib.contextmanager
+    def profiled(self, stage: str) -> Iterator[Callable[[], object]]:
+        """Yields what a stage calls after each step: with engine.profile some are traced, in the folder profile."""
+        if parallel.rank() or not self.config.engine.profile:
+            yield lambda: None
+            return
+        from mekd.engine.profile import profiled
+
+        with profiled(stage, self.out / "profile", self.log) as after_step:
+            yield after_step
 
     def log_skipped(self) -> None:
         """Say which files data.on_error=skip left out so far, if any."""

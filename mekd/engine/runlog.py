@@ -122,11 +122,7 @@ class RunLog:
         """With the progress bar, where somebody watches, and the profile, where it was asked for."""
         engine = self.run.config.engine
         with contextlib.ExitStack() as stack:
-            self._profiled: Callable[[], object] = lambda: None
-            if parallel.rank() == 0 and engine.profile:
-                from mekd.engine.profile import profiled
-
-                self._profiled = stack.enter_context(profiled(self.name, self.run.out / "profile", self.run.log))
+            self._profiled: Callable[[], object] = stack.enter_context(self.run.profiled(self.name))
             if parallel.rank() == 0 and engine.progress and sys.stderr.isatty():  # a bar in a file helps nobody
                 from tqdm import tqdm
 
