@@ -95,9 +95,9 @@ def draw(rows: Rows, data: str, folder: Path) -> list[Path]:
     return drawn
 
 
-def bottom(rows: Rows, what: str) -> float:
+def bottom(rows: Rows) -> float:
     """Three gaps between plain and the ceiling below plain, where both are there: what is worse is named, not drawn."""
-    plain, ceiling = ([float(row[what]) for row in rows if row["row"] == name] for name in ("plain", "ceiling"))
+    plain, ceiling = ([float(row["accuracy"]) for row in rows if row["row"] == name] for name in ("plain", "ceiling"))
     if not plain or not ceiling:
         return 0.0
     return statistics.mean(plain) - 3 * max(0.0, statistics.mean(ceiling) - statistics.mean(plain))
@@ -110,21 +110,28 @@ def picture(rows: Rows, title: str) -> Any:
     numbers = sorted({int(row["queries"]) for row in rows if row["queries"].isdigit()})
     edge = 2 * max(numbers, default=10_000)  # where unlimited stands
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+
+    def against(name: str, what: str) -> dict[float, list[float]]:
+        """The seeds of a row at each number of queries."""
+        points: dict[float, list[float]] = {}
+        for row in rows:
+            if row["row"] == name:
+                at = int(row["queries"]) if row["queries"].isdigit() else edge
+                points.setdefault(at, []).append(float(row[what]))
+        return points
+
+    def best(name: str, what: str) -> float:
+        return max(statistics.mean(values) for values in against(name, what).values())
+
+    names = list(dict.fromkeys(row["row"] for row in rows))
+    # By their accuracy, in both halves: their legend is one.
+    below = [name for name in names if name not in LEVELS and best(name, "accuracy") < bottom(rows)]
     for axis, what in zip(axes, ("accuracy", "agreement"), strict=True):
-        below, floor = [], bottom(rows, what)
-        for name in dict.fromkeys(row["row"] for row in rows):
-            points: dict[float, list[float]] = {}
-            for row in rows:
-                if row["row"] == name:
-                    at = int(row["queries"]) if row["queries"].isdigit() else edge
-                    points.setdefault(at, []).append(float(row[what]))
+        for name in [name for name in names if name not in below]:
+            points = against(name, what)
             if name in LEVELS:
                 axis.axhline(statistics.mean(points[edge]), color="0.4", ls=LEVELS[name], lw=1.2, label=name)
                 axis.axhspan(min(points[edge]), max(points[edge]), color="0.4", alpha=0.12, lw=0)
-                continue
-            means = [statistics.mean(values) for values in points.values()]
-            if max(means) < floor:
-                below.append(f"{name} {max(means):.1f}")
                 continue
             at, colour = sorted(points), f"C{CURVES.index(name)}"
             axis.plot(at, [statistics.mean(points[x]) for x in at], marker="o", ms=4, color=colour, label=name)
@@ -141,7 +148,8 @@ def picture(rows: Rows, title: str) -> Any:
         axis.minorticks_off()
         axis.set(xlabel="queries paid", ylabel=f"{what}, %")
         if below:
-            axis.set_xlabel(f"queries paid\nfar below, at best: {', '.join(below)}")
+            far = ", ".join(f"{name} {best(name, what):.1f}" for name in below)
+            axis.set_xlabel(f"queries paid\nfar below, at best: {far}")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)

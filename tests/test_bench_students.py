@@ -52,6 +52,21 @@ def test_a_picture_for_each_experiment(tmp_path: Path) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
+def test_a_row_far_below_is_named_in_both_halves(tmp_path: Path) -> None:
+    """By its agreement it was near enough to be drawn in the right half, and stood in no legend."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
+    worth = {"plain": (74, 76), "ceiling": (80, 90), "mekd": (72, 75), "mekd-before": (50, 60)}
+    queries = {"plain": "private", "ceiling": "all"}
+    rows = [
+        {"row": name, "queries": queries.get(name, "20000"), "accuracy": str(accuracy), "agreement": str(agreement)}
+        for name, (accuracy, agreement) in worth.items()
+    ]
+    figure = curves.picture(rows, "all")
+    for axis, best in zip(figure.axes, ("50.0", "60.0"), strict=True):
+        assert axis.get_xlabel().endswith(f"far below, at best: mekd-before {best}")
+        assert {"plain", "ceiling", "mekd"} == set(axis.get_legend_handles_labels()[1])
+
+
 def test_rows_are_added_and_found_again(tmp_path: Path) -> None:
     table = tmp_path / "new" / "students.csv"
     assert tables.read(table) == []
