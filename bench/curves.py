@@ -141,10 +141,13 @@ def picture(rows: Rows, title: str) -> Any:
                 axis.vlines(at, low, high, color=colour, alpha=0.4, lw=2)
         low, high = axis.get_ylim()
         if high - low < SPAN:  # two points of one row would look like all the difference in the world
-            axis.set_ylim((low + high - SPAN) / 2, (low + high + SPAN) / 2)
+            high = min((low + high + SPAN) / 2, 100.5)
+            axis.set_ylim(high - SPAN, high)
         axis.set_xscale("log")
-        ticks = [*numbers, edge]
-        axis.set_xticks(ticks, [f"{x // 1000}k" if x >= 1000 else str(x) for x in numbers] + ["unlimited"])
+        ticks = {x: f"{x // 1000}k" if x >= 1000 else str(x) for x in numbers}
+        if any(row["queries"] == "unlimited" for row in rows):
+            ticks[edge] = "unlimited"
+        axis.set_xticks(list(ticks), list(ticks.values()))
         axis.minorticks_off()
         axis.set(xlabel="queries paid", ylabel=f"{what}, %")
         if below:
