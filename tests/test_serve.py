@@ -152,6 +152,7 @@ def test_classification_with_names(photos: tuple[Path, str]) -> None:
         ({"inputs": [tensor(FED, parameters={"binary_data_size": 24})]}, "both data and"),
         ({"inputs": [tensor(FED)], "outputs": [{"name": "other"}]}, "'other'"),
         ({"inputs": [tensor(FED)], "outputs": [{"name": "scores", "parameters": {"classification": 0}}]}, "at least 1"),
+        ({"inputs": [tensor(FED)], "outputs": [{"name": "scores"}] * 2}, "scores is asked for twice"),
         ({"inputs": [tensor(FED)], "parameters": {"binary_data_output": 1}}, "true or false"),
         ({"inputs": [tensor([FED] * 257)]}, "256 are allowed"),
     ],
