@@ -198,6 +198,19 @@ def test_a_run_that_fails_fails_its_own_requests_alone() -> None:
     assert [isinstance(answer, ValueError) for answer in answers] == [False, True, False]
 
 
+def test_requests_that_cannot_be_put_together_or_told_apart_fail_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(images: Any) -> Any:
+        raise MemoryError("no room for the batch")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "concatenate", full)
+        answers = gathered([1, 1, 2], 2, 0.02, lambda images: images)
+    assert [isinstance(answer, MemoryError) for answer in answers] == [True, True, False]
+    # A row too few would be another request's answer.
+    answers = gathered([1, 1, 2], 2, 0.02, lambda images: images[: 2 - int(images[0, 0] == 0)])
+    assert [isinstance(answer, ValueError) for answer in answers] == [True, True, False]
+
+
 @pytest.mark.parametrize("batch", [1, 8])
 def test_answers_do_not_depend_on_each_other(tmp_path: Path, batch: int) -> None:
     path = linear(tmp_path / "photos.onnx")
