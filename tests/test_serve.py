@@ -171,7 +171,7 @@ def test_bad_binary_sizes(url: str, size: int, tail: bytes) -> None:
 
 
 def test_a_length_of_the_header_that_is_none(url: str) -> None:
-    for length in ("-1", "many", "100000"):
+    for length in ("-1", "many", "100000", "1" * 5000):
         answer = call(f"{url}/v2/models/echo/infer", b"{}", Inference_Header_Content_Length=length)
         assert answer.status == 400 and length in answer.json()["error"]
 

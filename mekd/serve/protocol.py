@@ -115,7 +115,7 @@ def write_infer(
 def _split(body: bytes, length: str | None) -> tuple[bytes, bytes]:
     if length is None:
         return body, b""
-    if not length.isdecimal() or int(length) > len(body):
+    if not length.isdecimal() or len(length) > 18 or int(length) > len(body):  # int() takes no thousands of digits
         raise RequestError(f"{LENGTH_HEADER} is {length!r}; it must be a whole number, at most the body's {len(body)}")
     return body[: int(length)], body[int(length) :]
 
