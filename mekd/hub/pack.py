@@ -201,7 +201,7 @@ def _check_private(run: Path, items: list[Item]) -> None:
         content = _text_in(item.path)
         for word, what in words.items():
             # Of more than a word's end: a teacher's name may end as a folder begins.
-            if re.search(rb"(?<![\w.-])" + re.escape(word.encode()), content):
+            if re.search(rb"(?<![\w.-])" + re.escape(files.shown(word).encode()), content):
                 raise PackError(
                     f"{item.name} holds {what}, which is not to be handed on; nothing was sent. Take it out of "
                     f"{run / item.name}, or have it written again (`mekd report`, `mekd distill`)"
