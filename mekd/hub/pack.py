@@ -219,7 +219,11 @@ def _text_in(path: Path) -> bytes:
 def _private_words(run: Path) -> dict[str, str]:
     """Secrets and folders that a run knows, and what they are."""
     found = {str(run.resolve()): "the name of the run's folder", str(Path.home()): "the name of your home folder"}
-    for key, value in flatten(read_saved(run / "config.yaml")):
+    path = run / "config.yaml"
+    settings = read_saved(path)
+    if path.exists() and not settings:
+        raise PackError(f"{path} cannot be read as settings, which tell what must not go up: put a copy of it back")
+    for key, value in flatten(settings):
         if not isinstance(value, str):
             continue
         for secret in re.findall(r"\{(?:env|file):[^}]*\}", value):
