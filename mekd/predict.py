@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from mekd import files
+from mekd import files, system
 from mekd.data.arrays import DataError
 from mekd.data.names import is_hidden
 from mekd.data.upright import decode
@@ -72,18 +72,24 @@ def open_model(path: Path) -> Model:
 def photos(path: Path) -> list[Path]:
     """The files of a folder at any depth, sorted, or the one file; nothing hidden, and no link to a folder is followed.
 
-    UsageError where there are none.
+    A folder that cannot be read is named on stderr and left out. UsageError where there are none.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise UsageError(f"PHOTOS is {files.shown(path)!r}; no such file or folder")
-    found = []
-    for folder, inside, names in os.walk(path):
+    found, closed = [], list[str]()
+
+    def left_out(error: OSError) -> None:
+        closed.append(f"{files.shown(error.filename)}, a folder that cannot be read ({error.strerror})")
+        system.say(f"left out: {closed[-1]}", sys.stderr)
+
+    for folder, inside, names in os.walk(path, onerror=left_out):
         inside[:] = sorted(name for name in inside if not is_hidden(name))
         found += [Path(folder, name) for name in sorted(names) if not is_hidden(name)]
     if not found:
-        raise UsageError(f"PHOTOS is {files.shown(path)!r}; there is no file in it")
+        why = f"; left out was {closed[0]}" if closed else ""
+        raise UsageError(f"PHOTOS is {files.shown(path)!r}; there is no file in it{why}")
     return found
 
 

@@ -1,9 +1,12 @@
 """mekd predict: a table of what a student says of photos, whatever lies beside them."""
 
 import csv
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -84,6 +87,30 @@ def test_photos_of_any_folders(brightest: Path, tmp_path: Path, capsys: pytest.C
     assert [row["class"], row["second"], row["third"]] == ["red", "blue", "green"]
     found = [float(row[name]) for name in ("probability", "second_probability", "third_probability")]
     np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_a_folder_that_cannot_be_read_is_named(
+    brightest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its photos would else be missing without a word; by a stand-in, as root may read everything."""
+    root, scandir = tmp_path / "photos", os.scandir
+    photo(root / "b.png", (0, 0, 255))
+    photo(root / "closed" / "c.png", (0, 0, 255))
+    closed = [str(root / "closed")]
+
+    def refusing(path: str) -> Any:
+        if os.fspath(path) in closed:
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    out = tmp_path / "out.csv"
+    assert cli.main(["predict", str(brightest), str(root), "--out", str(out)]) == 0
+    said = f"{closed[0]}, a folder that cannot be read (Permission denied)"
+    assert f"left out: {said}\n" in capsys.readouterr().err and len(table(out)) == 1
+    closed.append(str(root))
+    assert cli.main(["predict", str(brightest), str(root), "--out", str(out)]) == 2
+    assert f"no file in it; left out was {root}, a folder that cannot be read" in capsys.readouterr().err
 
 
 def test_a_single_photo_and_few_classes(tmp_path: Path) -> None:
