@@ -66,7 +66,21 @@ def open_model(path: Path) -> Model:
             f"{files.shown(path)} does not say {' and '.join(missing)} in its metadata: it must be the student.onnx of "
             "a run's folder; `mekd distill` writes them into it"
         )
-    return Model(session, json.loads(about["classes"]), Preprocess.read(about["preprocess"]))
+    try:
+        classes, how = json.loads(about["classes"]), Preprocess.read(about["preprocess"])
+        if not (isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)):
+            raise ValueError("classes is no list of names")
+        if [one.name for one in session.get_inputs()] != ["images"]:
+            raise ValueError("its input is not called images")
+        shape = session.get_outputs()[0].shape
+        if isinstance(shape[-1], int) and shape[-1] != len(classes):
+            raise ValueError(f"it names {len(classes)} classes, and answers {shape}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{files.shown(path)} is no student.onnx as `mekd distill` writes it ({type(error).__name__}: {error}): "
+            "put a copy back"
+        ) from error
+    return Model(session, classes, how)
 
 
 def photos(path: Path) -> list[Path]:

@@ -28,7 +28,7 @@ def brightest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return student(tmp_path_factory.mktemp("brightest") / "student.onnx", ["red", "green", "blue"])
 
 
-def student(path: Path, classes: list[str], how: Preprocess | None = None, **left_out: str) -> Path:
+def student(path: Path, classes: list[str], how: Preprocess | None = None, /, **left_out: str) -> Path:
     how = how or Preprocess(SIZE, SIZE, 3)
     node, value, helper = onnx.helper.make_node, onnx.TensorProto, onnx.helper
     nodes = [
@@ -199,6 +199,26 @@ def test_mistakes_are_named(
     said = capsys.readouterr().err
     assert [part for part in parts if part not in said] == [], said
     assert said.count("\n") == 1 and not (tmp_path / "predictions.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "part"),
+    [
+        ({"classes": "["}, "JSONDecodeError"),
+        ({"classes": '"red"'}, "no list of names"),
+        ({"classes": '["red", "green"]'}, "it names 2 classes, and answers ['batch', 3]"),
+        ({"preprocess": '{"size": 8}'}, "KeyError: 'resize'"),
+        ({"preprocess": "[]"}, "TypeError"),
+    ],
+)
+def test_a_file_that_says_what_cannot_be_is_named(
+    said: dict[str, str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = student(tmp_path / "student.onnx", ["red", "green", "blue"], **said)
+    photo(tmp_path / "a.png", (1, 2, 3))
+    assert cli.main(["predict", str(file), str(tmp_path / "a.png"), "--out", str(tmp_path / "out.csv")]) == 2
+    told = capsys.readouterr().err
+    assert "no student.onnx as `mekd distill` writes it" in told and part in told, told
 
 
 def test_the_student_of_a_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
