@@ -22,7 +22,7 @@ from mekd.data.names import is_hidden
 from mekd.data.upright import decode
 from mekd.errors import UsageError
 from mekd.options import Parser
-from mekd.oracle.session import ModelError, check_format, open_session
+from mekd.oracle.session import ModelError, ProviderError, check_format, open_session
 from mekd.student import Preprocess
 
 #: Packages, and the modules in them.
@@ -49,17 +49,20 @@ def main(words: Sequence[str]) -> int:
     out = Path(options.out)
     if out.is_dir():
         raise UsageError(f"--out is {options.out!r}, a folder; it must be a file, such as predictions.csv")
-    model = open_model(Path(options.file))
+    model = open_model(Path(options.file), options.provider)
     found = photos(Path(options.photos))
     predicted, left_out = predict(model, found, out, options.batch)
     print(f"{out}: {predicted:,} photos" + (f"; {left_out:,} files left out" if left_out else ""))
     return 0
 
 
-def open_model(path: Path) -> Model:
+def open_model(path: Path, provider: str = "auto") -> Model:
     """A student for ONNX Runtime; ModelError where the file does not say its classes and its preprocessing."""
     check_format(path, "FILE.onnx")
-    session = open_session(path)
+    try:
+        session = open_session(path, provider)
+    except ProviderError as error:  # it names the setting of mekd run
+        raise ProviderError(str(error).replace("--oracle.provider", "--provider")) from error
     about = session.get_modelmeta().custom_metadata_map
     if missing := [name for name in ("classes", "preprocess") if name not in about]:
         raise ModelError(
@@ -207,5 +210,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("file", metavar="FILE.onnx", help="the student.onnx of a run's folder")
     parser.add_argument("photos", metavar="PHOTOS", help="a folder of photos, at any depth, or one photo")
     parser.add_argument("--out", metavar="FILE.csv", default="predictions.csv", help="the table (%(default)s)")
+    parser.add_argument(
+        "--provider", choices=("auto", "cpu", "cuda"), default="auto", help="what computes (%(default)s)"
+    )
     parser.add_argument("--batch", type=_count, default=64, metavar="N", help="photos at once (%(default)s)")
     return parser

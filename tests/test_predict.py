@@ -17,6 +17,7 @@ from PIL import Image
 import mekd.predict
 from mekd import cli
 from mekd.data.upright import decode
+from mekd.oracle.session import ProviderError
 from mekd.student import Preprocess
 
 SIZE = 8
@@ -219,6 +220,26 @@ def test_a_file_that_says_what_cannot_be_is_named(
     assert cli.main(["predict", str(file), str(tmp_path / "a.png"), "--out", str(tmp_path / "out.csv")]) == 2
     told = capsys.readouterr().err
     assert "no student.onnx as `mekd distill` writes it" in told and part in told, told
+
+
+def test_a_card_that_does_not_start_is_left_out_by_an_option_that_is_there(
+    brightest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = mekd.predict.open_session
+
+    def without_driver(path: Path, provider: str) -> Any:
+        if provider != "cpu":
+            raise ProviderError(
+                "CUDAExecutionProvider was asked for. Use --oracle.provider cpu to run on the processor"
+            )
+        return real(path, provider)
+
+    monkeypatch.setattr(mekd.predict, "open_session", without_driver)
+    photo(tmp_path / "a.png", (1, 2, 3))
+    words = ["predict", str(brightest), str(tmp_path / "a.png"), "--out", str(tmp_path / "out.csv")]
+    assert cli.main(words) == 2
+    assert "Use --provider cpu to run" in capsys.readouterr().err
+    assert cli.main([*words, "--provider", "cpu"]) == 0 and len(table(tmp_path / "out.csv")) == 1
 
 
 def test_the_student_of_a_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
