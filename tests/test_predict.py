@@ -202,6 +202,16 @@ def test_mistakes_are_named(
     assert said.count("\n") == 1 and not (tmp_path / "predictions.csv").exists()
 
 
+def test_a_table_that_cannot_be_written_promises_no_checkpoint(
+    brightest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo(tmp_path / "a.png", (1, 2, 3))
+    words = ["predict", str(brightest), str(tmp_path / "a.png"), "--out", str(tmp_path / "a.png" / "out.csv")]
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert "out.csv could not be written" in said and "a run goes on from its last checkpoint" in said
+
+
 @pytest.mark.parametrize(
     ("said", "part"),
     [
