@@ -69,7 +69,7 @@ def told(path: Path, stays: str = "") -> Iterator[None]:
     except OSError as error:
         raise WriteError(
             f"{path} could not be written ({error}){stays if os.path.exists(path) else ''}. Free some space, or check "
-            "the folder's permissions, and run the same command again: it goes on from the last checkpoint"
+            "the folder's permissions, and run the same command again: a run goes on from its last checkpoint"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,9 @@ def _asked_as_it_is_reached(config: Config, kept: Mapping[str, Any]) -> Config:
         # At another address it may be another teacher: nobody but the user knows, and says so by its name.
         same = (kept.get("teacher.url"), kept.get("teacher.python")) == (teacher.url, teacher.python)
         name = kept.get("teacher.name") if same else None
-        teacher = dataclasses.replace(teacher, name=name or default_name(teacher))
+        # It is handed on with the student: of a secret's file its name, and no folders of this machine.
+        own = re.sub(r"(\{file:)[^{}]*[/\\]", r"\1", default_name(teacher))
+        teacher = dataclasses.replace(teacher, name=name or own)
     hf = teacher.url is not None and teacher.protocol == "hf"
     if oracle.encoding == "auto":
         oracle = dataclasses.replace(oracle, encoding="png" if hf else "raw")

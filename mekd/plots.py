@@ -1,7 +1,6 @@
 """The pictures of a run: curves, what the generator draws, whom the student confuses, what will be sent."""
 
 import io
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from mekd import files
 from mekd.engine.pictures import families
 from mekd.engine.result import audit_of, class_names, finished_student, held_out
 from mekd.engine.run import Run
+from mekd.engine.runlog import read_metrics
 from mekd.engine.train import predict
 from mekd.metrics import confusion, explained_by_rows, same_class
 from mekd.oracle.response import Response
@@ -137,7 +137,7 @@ def contact_sheet(sent: Tensor, nearest: Tensor, apart: Sequence[float], among: 
 def _curves(run: Run) -> Any:
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text("utf-8").splitlines()]
+    rows = read_metrics(run.out / "metrics.jsonl")
     panels = [
         ("deprivatize", ("loss_d", "loss_g"), "step 1: GAN losses"),
         ("distill", ("image", "kl"), "step 2: loss terms"),

@@ -16,13 +16,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from mekd import files
+from mekd import files, system
 from mekd.data.arrays import DataError
 from mekd.data.names import is_hidden
 from mekd.data.upright import decode
 from mekd.errors import UsageError
 from mekd.options import Parser
-from mekd.oracle.session import ModelError, check_format, open_session
+from mekd.oracle.session import ModelError, ProviderError, check_format, open_session
 from mekd.student import Preprocess
 
 #: Packages, and the modules in them.
@@ -49,41 +49,64 @@ def main(words: Sequence[str]) -> int:
     out = Path(options.out)
     if out.is_dir():
         raise UsageError(f"--out is {options.out!r}, a folder; it must be a file, such as predictions.csv")
-    model = open_model(Path(options.file))
+    model = open_model(Path(options.file), options.provider)
     found = photos(Path(options.photos))
     predicted, left_out = predict(model, found, out, options.batch)
     print(f"{out}: {predicted:,} photos" + (f"; {left_out:,} files left out" if left_out else ""))
     return 0
 
 
-def open_model(path: Path) -> Model:
+def open_model(path: Path, provider: str = "auto") -> Model:
     """A student for ONNX Runtime; ModelError where the file does not say its classes and its preprocessing."""
     check_format(path, "FILE.onnx")
-    session = open_session(path)
+    try:
+        session = open_session(path, provider)
+    except ProviderError as error:  # it names the setting of mekd run
+        raise ProviderError(str(error).replace("--oracle.provider", "--provider")) from error
     about = session.get_modelmeta().custom_metadata_map
     if missing := [name for name in ("classes", "preprocess") if name not in about]:
         raise ModelError(
             f"{files.shown(path)} does not say {' and '.join(missing)} in its metadata: it must be the student.onnx of "
             "a run's folder; `mekd distill` writes them into it"
         )
-    return Model(session, json.loads(about["classes"]), Preprocess.read(about["preprocess"]))
+    try:
+        classes, how = json.loads(about["classes"]), Preprocess.read(about["preprocess"])
+        if not (isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)):
+            raise ValueError("classes is no list of names")
+        if [one.name for one in session.get_inputs()] != ["images"]:
+            raise ValueError("its input is not called images")
+        shape = session.get_outputs()[0].shape
+        if isinstance(shape[-1], int) and shape[-1] != len(classes):
+            raise ValueError(f"it names {len(classes)} classes, and answers {shape}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{files.shown(path)} is no student.onnx as `mekd distill` writes it ({type(error).__name__}: {error}): "
+            "put a copy back"
+        ) from error
+    return Model(session, classes, how)
 
 
 def photos(path: Path) -> list[Path]:
     """The files of a folder at any depth, sorted, or the one file; nothing hidden, and no link to a folder is followed.
 
-    UsageError where there are none.
+    A folder that cannot be read is named on stderr and left out. UsageError where there are none.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise UsageError(f"PHOTOS is {files.shown(path)!r}; no such file or folder")
-    found = []
-    for folder, inside, names in os.walk(path):
+    found, closed = [], list[str]()
+
+    def left_out(error: OSError) -> None:
+        closed.append(f"{files.shown(error.filename)}, a folder that cannot be read ({error.strerror})")
+        system.say(f"left out: {closed[-1]}", sys.stderr)
+
+    for folder, inside, names in os.walk(path, onerror=left_out):
         inside[:] = sorted(name for name in inside if not is_hidden(name))
         found += [Path(folder, name) for name in sorted(names) if not is_hidden(name)]
     if not found:
-        raise UsageError(f"PHOTOS is {files.shown(path)!r}; there is no file in it")
+        why = f"; left out was {closed[0]}" if closed else ""
+        raise UsageError(f"PHOTOS is {files.shown(path)!r}; there is no file in it{why}")
     return found
 
 
@@ -187,5 +210,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("file", metavar="FILE.onnx", help="the student.onnx of a run's folder")
     parser.add_argument("photos", metavar="PHOTOS", help="a folder of photos, at any depth, or one photo")
     parser.add_argument("--out", metavar="FILE.csv", default="predictions.csv", help="the table (%(default)s)")
+    parser.add_argument(
+        "--provider", choices=("auto", "cpu", "cuda"), default="auto", help="what computes (%(default)s)"
+    )
     parser.add_argument("--batch", type=_count, default=64, metavar="N", help="photos at once (%(default)s)")
     return parser

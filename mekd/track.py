@@ -6,6 +6,7 @@ import importlib.util
 import json
 import netrc
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -118,7 +119,7 @@ class Tracks:
             do()
         except Exception as error:  # whatever a tracker raises, the run matters more
             self._open[name] = None
-            why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            why = re.sub(r"//[^/@\s]+@", "//…@", " ".join(f"{type(error).__name__}: {error}".split()))[:300]
             self._warn(f"{name} (engine.track) failed and is told nothing more; the run goes on ({why})")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import mekd
 from flat_settings import replaced, settings
-from mekd.config import Config
+from mekd.config import Config, DistillConfig, TeacherConfig
 from mekd.fingerprint import FREE, LABELS_IMAGE, fingerprint, resolve
 
 STAGES = ["teacher", "deprivatize", "holdout", "replay", "distill", "baseline"]
@@ -139,3 +139,16 @@ def test_labels_have_an_image_weight_of_their_own() -> None:
     assert weight(labels, {"seed": 0}) is None
     assert weight(labels, {"distill.image": None}) is None
     assert weight(labels, {"distill.image": LABELS_IMAGE}) == LABELS_IMAGE
+
+
+def test_a_teachers_name_tells_no_folder_of_this_machine() -> None:
+    """It goes up with a student, into its card and its files."""
+    for url, name in (
+        ("https://x.org/{file:/home/me/keys/acme}/models/a?key={env:KEY}", "x.org/{file:acme}/models/a"),
+        ("https://x.org/{env:TENANT}/models/a", "x.org/{env:TENANT}/models/a"),
+        ("https://x.org/models/a", "x.org/models/a"),
+    ):
+        config = Config(teacher=TeacherConfig(url=url), distill=DistillConfig(replay=100))
+        assert resolve(config, {}, lambda device: False).teacher.name == name
+        kept = {"teacher.url": url, "teacher.name": "an older name"}
+        assert resolve(config, kept, lambda device: False).teacher.name == "an older name"

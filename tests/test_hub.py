@@ -285,6 +285,20 @@ def test_a_card_that_tells_of_this_machine_is_not_sent(
     assert not hub.requests
 
 
+def test_a_student_does_not_go_up_with_the_card_of_an_earlier_one(
+    pushed_run: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(pushed_run, tmp_path)
+    card = (run / "README.md").read_text()
+    words = ["--config", str(run / "config.yaml"), "--out", str(run)]
+    assert cli.main(["distill", *words, "--distill.student", "resnet20"]) == 0
+    assert cli.main(["push", str(run), "alice/x", "--yes"]) == 2
+    said = capsys.readouterr().err
+    assert "README.md is missing: `mekd report` writes it" in said and not hub.requests
+    assert (run / "README-resnet8.md").read_text() == card
+    assert cli.main(["report", "--out", str(run)]) == 0 and "# resnet20" in (run / "README.md").read_text()
+
+
 @pytest.mark.parametrize("name", ["student.onnx", "samples/classes.png", "samples", "README.md"])
 def test_a_link_is_not_followed(
     pushed_run: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str

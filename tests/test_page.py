@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mekd import cli, page
+from mekd import cli, page, plots
 from mekd.audited import audited
 from mekd.data.arrays import load
 from mekd.engine.result import class_names
-from mekd.page import facts as facts_module
+from mekd.engine.runlog import read_metrics
 from mekd.page.chart import Line, chart
 from mekd.page.facts import Class, Facts
 from mekd.page.sections import public
@@ -241,5 +242,18 @@ def test_metrics_that_are_cut_short_are_read_as_far_as_they_go(tmp_path: Path) -
     path.write_bytes(
         b'{"stage": "a", "step": 1}\n7\n{"step": 2}\n\xff\xfe\n{"stage": "a", "step": 3}\n{"stage": "a", "st'
     )
-    assert [row["step"] for row in facts_module.read_metrics(path)] == [1, 3]
-    assert facts_module.read_metrics(tmp_path / "none") == []
+    assert [row["step"] for row in read_metrics(path)] == [1, 3]
+    assert read_metrics(tmp_path / "none") == []
+
+
+def test_the_curves_are_drawn_of_metrics_that_are_cut_short(tmp_path: Path) -> None:
+    """As the page's are: the line that a full disk or a kill cut short was a traceback of `mekd report`."""
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed: pip install 'mekd[plot]'")
+    plots.there()
+    rows = [{"stage": "distill", "step": step, "image": 0.1, "kl": 0.2, "agreement": None} for step in (1, 2)]
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"stage": "baseline", "st')
+    figure = plots._curves(SimpleNamespace(out=tmp_path))  # type: ignore[arg-type]
+    (line, _) = figure.axes[0].lines
+    assert list(line.get_xdata()) == [1, 2]
+    pyplot.close(figure)

@@ -1,9 +1,12 @@
 """mekd predict: a table of what a student says of photos, whatever lies beside them."""
 
 import csv
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +17,7 @@ from PIL import Image
 import mekd.predict
 from mekd import cli
 from mekd.data.upright import decode
+from mekd.oracle.session import ProviderError
 from mekd.student import Preprocess
 
 SIZE = 8
@@ -25,7 +29,7 @@ def brightest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return student(tmp_path_factory.mktemp("brightest") / "student.onnx", ["red", "green", "blue"])
 
 
-def student(path: Path, classes: list[str], how: Preprocess | None = None, **left_out: str) -> Path:
+def student(path: Path, classes: list[str], how: Preprocess | None = None, /, **left_out: str) -> Path:
     how = how or Preprocess(SIZE, SIZE, 3)
     node, value, helper = onnx.helper.make_node, onnx.TensorProto, onnx.helper
     nodes = [
@@ -84,6 +88,30 @@ def test_photos_of_any_folders(brightest: Path, tmp_path: Path, capsys: pytest.C
     assert [row["class"], row["second"], row["third"]] == ["red", "blue", "green"]
     found = [float(row[name]) for name in ("probability", "second_probability", "third_probability")]
     np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_a_folder_that_cannot_be_read_is_named(
+    brightest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its photos would else be missing without a word; by a stand-in, as root may read everything."""
+    root, scandir = tmp_path / "photos", os.scandir
+    photo(root / "b.png", (0, 0, 255))
+    photo(root / "closed" / "c.png", (0, 0, 255))
+    closed = [str(root / "closed")]
+
+    def refusing(path: str) -> Any:
+        if os.fspath(path) in closed:
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    out = tmp_path / "out.csv"
+    assert cli.main(["predict", str(brightest), str(root), "--out", str(out)]) == 0
+    said = f"{closed[0]}, a folder that cannot be read (Permission denied)"
+    assert f"left out: {said}\n" in capsys.readouterr().err and len(table(out)) == 1
+    closed.append(str(root))
+    assert cli.main(["predict", str(brightest), str(root), "--out", str(out)]) == 2
+    assert f"no file in it; left out was {root}, a folder that cannot be read" in capsys.readouterr().err
 
 
 def test_a_single_photo_and_few_classes(tmp_path: Path) -> None:
@@ -172,6 +200,56 @@ def test_mistakes_are_named(
     said = capsys.readouterr().err
     assert [part for part in parts if part not in said] == [], said
     assert said.count("\n") == 1 and not (tmp_path / "predictions.csv").exists()
+
+
+def test_a_table_that_cannot_be_written_promises_no_checkpoint(
+    brightest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo(tmp_path / "a.png", (1, 2, 3))
+    words = ["predict", str(brightest), str(tmp_path / "a.png"), "--out", str(tmp_path / "a.png" / "out.csv")]
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert "out.csv could not be written" in said and "a run goes on from its last checkpoint" in said
+
+
+@pytest.mark.parametrize(
+    ("said", "part"),
+    [
+        ({"classes": "["}, "JSONDecodeError"),
+        ({"classes": '"red"'}, "no list of names"),
+        ({"classes": '["red", "green"]'}, "it names 2 classes, and answers ['batch', 3]"),
+        ({"preprocess": '{"size": 8}'}, "KeyError: 'resize'"),
+        ({"preprocess": "[]"}, "TypeError"),
+    ],
+)
+def test_a_file_that_says_what_cannot_be_is_named(
+    said: dict[str, str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = student(tmp_path / "student.onnx", ["red", "green", "blue"], **said)
+    photo(tmp_path / "a.png", (1, 2, 3))
+    assert cli.main(["predict", str(file), str(tmp_path / "a.png"), "--out", str(tmp_path / "out.csv")]) == 2
+    told = capsys.readouterr().err
+    assert "no student.onnx as `mekd distill` writes it" in told and part in told, told
+
+
+def test_a_card_that_does_not_start_is_left_out_by_an_option_that_is_there(
+    brightest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = mekd.predict.open_session
+
+    def without_driver(path: Path, provider: str) -> Any:
+        if provider != "cpu":
+            raise ProviderError(
+                "CUDAExecutionProvider was asked for. Use --oracle.provider cpu to run on the processor"
+            )
+        return real(path, provider)
+
+    monkeypatch.setattr(mekd.predict, "open_session", without_driver)
+    photo(tmp_path / "a.png", (1, 2, 3))
+    words = ["predict", str(brightest), str(tmp_path / "a.png"), "--out", str(tmp_path / "out.csv")]
+    assert cli.main(words) == 2
+    assert "Use --provider cpu to run" in capsys.readouterr().err
+    assert cli.main([*words, "--provider", "cpu"]) == 0 and len(table(tmp_path / "out.csv")) == 1
 
 
 def test_the_student_of_a_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,7 @@ def test_classification_with_names(photos: tuple[Path, str]) -> None:
         ({"inputs": [tensor(FED, parameters={"binary_data_size": 24})]}, "both data and"),
         ({"inputs": [tensor(FED)], "outputs": [{"name": "other"}]}, "'other'"),
         ({"inputs": [tensor(FED)], "outputs": [{"name": "scores", "parameters": {"classification": 0}}]}, "at least 1"),
+        ({"inputs": [tensor(FED)], "outputs": [{"name": "scores"}] * 2}, "scores is asked for twice"),
         ({"inputs": [tensor(FED)], "parameters": {"binary_data_output": 1}}, "true or false"),
         ({"inputs": [tensor([FED] * 257)]}, "256 are allowed"),
     ],
@@ -170,7 +171,7 @@ def test_bad_binary_sizes(url: str, size: int, tail: bytes) -> None:
 
 
 def test_a_length_of_the_header_that_is_none(url: str) -> None:
-    for length in ("-1", "many", "100000"):
+    for length in ("-1", "many", "100000", "1" * 5000):
         answer = call(f"{url}/v2/models/echo/infer", b"{}", Inference_Header_Content_Length=length)
         assert answer.status == 400 and length in answer.json()["error"]
 

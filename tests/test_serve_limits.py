@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.client import IncompleteRead
@@ -56,6 +57,24 @@ def test_keys(small: Path, tmp_path: Path) -> None:
             assert call(f"{url}/v2/models/echo", **wrong).status == 401
         counts = metrics(url)
     assert counts['mekd_requests_total{status="401"}'] == 4 and counts["mekd_images_computed_total"] == 2
+
+
+def test_what_a_stranger_sends_is_not_kept(small: Path, tmp_path: Path) -> None:
+    """Without a key no request takes memory, however much it brings."""
+    keys = tmp_path / "keys"
+    keys.write_text("first\n")
+    part, count = b" " * 65536, 320
+    with inside(small, "--keys", keys) as url:
+        path = f"{url}/v2/models/echo/infer"
+        tracemalloc.start()
+        try:
+            assert call(path, iter([part] * count)).status == 401  # type: ignore[arg-type]
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert call(path, json.dumps(ONE).encode(), X_Api_Key="first").status == 200
+        assert metrics(url)["mekd_bytes_received_total"] >= len(part) * count
+    assert most < len(part) * count / 4
 
 
 def test_rate(small: Path) -> None:
@@ -177,6 +196,19 @@ def test_a_run_that_fails_fails_its_own_requests_alone() -> None:
 
     answers = gathered([1, 1, 1], 1, 0, run)
     assert [isinstance(answer, ValueError) for answer in answers] == [False, True, False]
+
+
+def test_requests_that_cannot_be_put_together_or_told_apart_fail_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(images: Any) -> Any:
+        raise MemoryError("no room for the batch")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "concatenate", full)
+        answers = gathered([1, 1, 2], 2, 0.02, lambda images: images)
+    assert [isinstance(answer, MemoryError) for answer in answers] == [True, True, False]
+    # A row too few would be another request's answer.
+    answers = gathered([1, 1, 2], 2, 0.02, lambda images: images[: 2 - int(images[0, 0] == 0)])
+    assert [isinstance(answer, ValueError) for answer in answers] == [True, True, False]
 
 
 @pytest.mark.parametrize("batch", [1, 8])

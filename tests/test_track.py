@@ -126,6 +126,20 @@ def test_a_tracker_that_fails_is_named_once_and_stops_nothing(
     assert recorder.told == wanted(tmp_path / "run"), "the others are told everything"
 
 
+def test_the_password_of_a_tracker_stays_out_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLFLOW_TRACKING_URI may hold one, and MLflow's errors name the address."""
+
+    class Unreachable:
+        def __init__(self, out: Path, id: str | None) -> None:
+            raise ConnectionError("API request to https://me:s3cret@mlflow.example.com/api failed, as to http://h/a@b")
+
+    monkeypatch.setattr(track, "OPEN", {"mlflow": Unreachable})
+    said: list[str] = []
+    track.Tracks(["mlflow"], tmp_path, said.append).metrics("distill", {}, 1, {"loss": 1.0})
+    assert len(said) == 1 and "s3cret" not in said[0]
+    assert "https://…@mlflow.example.com/api failed, as to http://h/a@b" in said[0]
+
+
 def test_nothing_is_tracked_unless_asked_and_it_is_no_part_of_the_fingerprint(
     teacher_onnx: Path, tmp_path: Path, recorder: type[Recorder]
 ) -> None:

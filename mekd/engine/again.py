@@ -107,7 +107,7 @@ def set_aside_student(run: Run, saved: Mapping[str, Any], why: str) -> None:
     label = next(n for n in names if not run.checkpoint(f"distill-{n}").exists())
     if parallel.rank() == 0:
         results = [run.out / f"student.{suffix}" for suffix in ("pt", "onnx", "safetensors")]
-        measured = [run.checkpoint("baseline"), run.out / "evaluate.json"]
+        measured = [run.checkpoint("baseline"), run.out / "evaluate.json", run.out / "README.md"]  # a card of its own
         # The checkpoint is last: while it is there, a run that was killed here begins this again.
         for path in (*results, *measured, run.checkpoint("pretrain"), run.checkpoint("distill")):
             if path.exists():

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -147,6 +148,20 @@ class RunLog:
         if self.ledger is not None and self.ledger.left is not None:
             shown["budget left"] = str(self.ledger.left)
         self._bar.set_postfix(shown, refresh=False)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that are whole: one may just be written, or was cut short by a kill."""
+    rows = []
+    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("stage"), str) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
 
 
 def diverged(stage: str, what: str, step: int, lr: str | None) -> Diverged:

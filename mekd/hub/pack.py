@@ -201,7 +201,7 @@ def _check_private(run: Path, items: list[Item]) -> None:
         content = _text_in(item.path)
         for word, what in words.items():
             # Of more than a word's end: a teacher's name may end as a folder begins.
-            if re.search(rb"(?<![\w.-])" + re.escape(word.encode()), content):
+            if re.search(rb"(?<![\w.-])" + re.escape(files.shown(word).encode()), content):
                 raise PackError(
                     f"{item.name} holds {what}, which is not to be handed on; nothing was sent. Take it out of "
                     f"{run / item.name}, or have it written again (`mekd report`, `mekd distill`)"
@@ -219,7 +219,11 @@ def _text_in(path: Path) -> bytes:
 def _private_words(run: Path) -> dict[str, str]:
     """Secrets and folders that a run knows, and what they are."""
     found = {str(run.resolve()): "the name of the run's folder", str(Path.home()): "the name of your home folder"}
-    for key, value in flatten(read_saved(run / "config.yaml")):
+    path = run / "config.yaml"
+    settings = read_saved(path)
+    if path.exists() and not settings:
+        raise PackError(f"{path} cannot be read as settings, which tell what must not go up: put a copy of it back")
+    for key, value in flatten(settings):
         if not isinstance(value, str):
             continue
         for secret in re.findall(r"\{(?:env|file):[^}]*\}", value):

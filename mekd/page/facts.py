@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from mekd.config import DeprivatizeConfig
 from mekd.engine import dp
 from mekd.engine.result import audit_of
 from mekd.engine.run import ACCOUNTS, Run
+from mekd.engine.runlog import read_metrics
 from mekd.fingerprint import asks
 from mekd.nets import Generator
 from mekd.nets.frozen import freeze
@@ -113,20 +113,6 @@ def gather(
         drawn=_drawn(run) if moving and answer is None else None,
         log=log,
     )
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that are whole: one may just be written, or was cut short by a kill."""
-    rows = []
-    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("stage"), str) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
 
 
 def queries_before(run: Run, stage: str) -> tuple[int, int]:

@@ -113,12 +113,13 @@ class Service:
         """An endpoint that answers, with its keys, limits, faults and counts."""
 
         async def counted(request: Request) -> Response:
+            unknown = self._unknown(request)
             try:
-                body, size = await self._body(request)
+                body, size = await self._body(request, 0 if unknown else self.max_body)  # a stranger's is not kept
             except ClientDisconnect:
                 return Response(status_code=400)  # nobody reads it
             self.counts.received += size
-            response = self._too_large(size) if body is None else await self._answer(request, body, work)
+            response = unknown or (self._too_large(size) if body is None else await self._answer(request, body, work))
             self.counts.statuses[response.status_code] += 1
             self.counts.refused += response.status_code in (429, 503)
             self.counts.sent += len(response.left if isinstance(response, Broken) else response.body)
@@ -126,23 +127,21 @@ class Service:
 
         return counted
 
-    async def _body(self, request: Request) -> tuple[bytes | None, int]:
-        """The body, None if it is too large, and its size."""
+    async def _body(self, request: Request, most: int) -> tuple[bytes | None, int]:
+        """The body, None if it has more than most bytes, and its size."""
         parts, size = [], 0
         async for part in request.stream():
             size += len(part)
             parts.append(part)
-            if size > self.max_body:
+            if size > most:
                 parts.clear()  # the rest is read too, and dropped: a client that still sends would not see the answer
-        return None if size > self.max_body else b"".join(parts), size
+        return None if size > most else b"".join(parts), size
 
     def _too_large(self, size: int) -> Response:
         text = f"the body has {size:,} bytes; {self.max_body:,} are allowed: send fewer images in a request"
         return _json({"error": text}, 413)
 
     async def _answer(self, request: Request, body: bytes, work: Work) -> Response:
-        if unknown := self._unknown(request):
-            return unknown
         if self.bucket is not None and (left := self.bucket.wait()):
             return _json({"error": "too many requests"}, 429, {"Retry-After": str(math.ceil(left))})
         fate = self.faults.drawn(self.number)

@@ -52,15 +52,17 @@ class Batcher:
                 await self._gathered(loop)
                 taken = self._taken()
                 images = [request.images for request in taken]
-                together = images[0] if len(images) == 1 else np.concatenate(images)
+                ends = np.cumsum([len(part) for part in images])
                 try:
+                    together = images[0] if len(images) == 1 else np.concatenate(images)
                     rows = await loop.run_in_executor(thread, self._run, together)
-                except Exception as error:
+                    if len(rows) != ends[-1]:
+                        raise ValueError(f"it answered {len(rows)} rows to {ends[-1]} images")
+                except Exception as error:  # one that left here would leave every later request waiting
                     for request in taken:
                         if not request.answer.done():
                             request.answer.set_exception(error)
                     continue
-                ends = np.cumsum([len(part) for part in images])
                 for request, row in zip(taken, np.split(rows, ends[:-1]), strict=True):
                     if not request.answer.done():
                         request.answer.set_result(row)

@@ -115,7 +115,7 @@ def write_infer(
 def _split(body: bytes, length: str | None) -> tuple[bytes, bytes]:
     if length is None:
         return body, b""
-    if not length.isdecimal() or int(length) > len(body):
+    if not length.isdecimal() or len(length) > 18 or int(length) > len(body):  # int() takes no thousands of digits
         raise RequestError(f"{LENGTH_HEADER} is {length!r}; it must be a whole number, at most the body's {len(body)}")
     return body[: int(length)], body[int(length) :]
 
@@ -204,7 +204,7 @@ def _wanted(outputs: Any, gives: Sequence[Spec], everything: bool) -> list[Wante
         return [Wanted(name, everything, None) for name in names]
     if not isinstance(outputs, list):
         raise RequestError("outputs must be a list")
-    found = []
+    found: list[Wanted] = []
     for output in outputs:
         tree = _object(output, "an output")
         if tree.get("name") not in names:
@@ -213,6 +213,8 @@ def _wanted(outputs: Any, gives: Sequence[Spec], everything: bool) -> list[Wante
         best = parameters.get("classification")
         if best is not None and (not _count(best) or best < 1):
             raise RequestError(f"classification is {best!r}; it must be a whole number of at least 1")
+        if any(wanted.name == tree["name"] for wanted in found):  # a short request would have an answer of any length
+            raise RequestError(f"output {tree['name']} is asked for twice; name it once")
         found.append(Wanted(tree["name"], _flag(parameters.get("binary_data", everything), "binary_data"), best))
     return found
 
