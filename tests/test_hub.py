@@ -145,6 +145,7 @@ def test_the_marks_are_there_to_be_found(pushed_run: Path, tmp_path: Path, monke
         (["RUN", "alice/x", "--store"], "", ["--store", "add --generator"]),
         (["RUN", "alice/absent", "--update"], "", ["alice/absent is not there"]),
         (["RUN", "alice/open", "--update"], "", ["for everybody to see", "--public"]),
+        (["RUN", "alice/taken", "--update", "--public"], "", ["alice/taken is private", "leave --public out"]),
         (["RUN", "alice/x", "--privat"], "", ["--privat", "mekd push --help"]),
     ],
 )  # fmt: skip

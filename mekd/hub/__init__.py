@@ -57,8 +57,15 @@ def _commit(items: "Sequence[Item]", name: str, public: bool, update: bool) -> s
     with client.told(name, "make" if not update else "show"):
         if not update:
             hub.create_repo(name, private=not public)
-        elif not hub.model_info(name).private and not public:
-            raise UsageError(f"{name} is there for everybody to see: say --public too, or choose another name")
+        else:
+            private = hub.model_info(name).private
+            if not private and not public:
+                raise UsageError(f"{name} is there for everybody to see: say --public too, or choose another name")
+            if private and public:
+                raise UsageError(
+                    f"{name} is private, and --update leaves it so: leave --public out, or make it public on the hub "
+                    "first"
+                )
     operations = [CommitOperationAdd(item.name, item.path) for item in items]
     try:
         with client.told(name, "take a commit to"):
