@@ -17,7 +17,7 @@ from huggingface_hub import constants
 import mekd
 from hub_server import TOKEN, Hub
 from mekd import cli, files
-from mekd.engine import quote
+from mekd.engine import folder, quote
 from mekd.hub import pack
 from mekd.hub.pack import ALLOWED
 
@@ -170,6 +170,25 @@ def test_what_cannot_be_pushed_says_why(
     assert [part for part in parts if part not in said.err] == [], said.err
     assert "Traceback" not in said.err and "hf_" not in said.out + said.err
     assert not any(hub.repos.values())
+
+
+def test_a_run_at_work_is_not_pushed(
+    pushed_run: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its student.safetensors may be of one student, and its student.onnx of another."""
+    monkeypatch.setattr(folder, "PATIENCE", 0.2)
+    run = copied(pushed_run, tmp_path)
+    with folder.alone(run):
+        assert cli.main(["push", str(run), "alice/x", "--yes"]) == 2
+        assert f"RUN is {str(run)!r}, where a run is at work" in capsys.readouterr().err and not hub.requests
+        assert (run / "run.lock").exists()
+
+    def agree(*_: object) -> None:
+        with folder.alone(run):  # no run waits until somebody has answered
+            pass
+
+    monkeypatch.setattr(quote, "agree", agree)
+    assert cli.main(["push", str(run), "alice/x"]) == 0
 
 
 def test_a_disk_that_is_full_is_no_traceback(

@@ -24,6 +24,7 @@ def push(words: Sequence[str]) -> int:
     options = _push_parser().parse_args(list(words))
     _require_packages()
     from mekd.engine import quote
+    from mekd.engine.folder import still
     from mekd.hub import client
     from mekd.hub.pack import about_student, pack
 
@@ -31,7 +32,7 @@ def push(words: Sequence[str]) -> int:
     client.require_login()
     run = Path(options.run)
     with tempfile.TemporaryDirectory() as folder:
-        with _written(f"the files that go up, in {folder},"):
+        with still(run), _written(f"the files that go up, in {folder},"):
             items, about = pack(run, Path(folder), options.generator, options.store), about_student(run)
         total = sum(item.path.stat().st_size for item in items)
         for item in items:
