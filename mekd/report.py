@@ -13,6 +13,7 @@ from mekd.engine.private import answers_at_home
 from mekd.engine.result import STUDENT, audit_of, class_names, finished_student, held_out
 from mekd.engine.run import Run, StageError
 from mekd.errors import MekdError
+from mekd.metrics import majority_share
 from mekd.plots import PUBLIC, confused, draw
 
 STAGES = ("teacher", "deprivatize", "pretrain", "holdout", "replay", "distill", "baseline")
@@ -67,7 +68,7 @@ def summarize(run: Run) -> dict[str, Any]:
         summary["test_majority_share"] = round(max(rows) / max(sum(rows), 1), 6)
     summary["holdout_agreement"] = best["agreement"]
     _, answer = held_out(run)
-    summary["majority_share"] = round(int(answer.labels[answer.labels >= 0].bincount().max()) / len(answer.labels), 6)
+    summary["majority_share"] = round(majority_share(answer.labels), 6)
     summary["best_step"] = best["step"]
     coverage = run.read_json("coverage.json") or {}
     summary["coverage_classes"] = coverage.get("classes_met")
