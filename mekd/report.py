@@ -4,9 +4,8 @@ import csv
 import io
 from typing import Any
 
-from mekd import files, page
+from mekd import card, files, page
 from mekd.audited import audited
-from mekd.card import card
 from mekd.data.photos import PhotoSource
 from mekd.engine import coverage, dp, parallel
 from mekd.engine.private import answers_at_home
@@ -37,7 +36,7 @@ def report(run: Run) -> None:
     files.write_text(run.out / "report.md", markdown(run, summary, pictures))
     noisy = run.config.deprivatize.dp is not None or dp.told(run)  # epsilon counts nothing that the audit says
     said = [] if noisy else audited(audit_of(run))
-    files.write_text(run.out / "README.md", card(run, summary, pictures, said))
+    card.write(run, card.card(run, summary, pictures, said))
     page.write(page.gather(run, class_names(run), summary, found), said)
     run.log("")
     for line in table(run, summary):

@@ -151,6 +151,32 @@ def test_answers_that_name_no_class_are_none_of_class_0(
     assert "always names the most frequent class agrees on 0.00 %" in (run.out / "README.md").read_text()
 
 
+def test_what_the_user_wrote_into_the_card_stays(finished: Path, tmp_path: Path) -> None:
+    """Licence and metadata in the card that is written anew; as it was, once there was more that the user wrote."""
+    run = saved_run(shutil.copytree(finished, tmp_path / "run"))
+    path, summary = run.out / "README.md", summarize(run)
+    written = path.read_text()
+    pictures = [("Curves.", "curves.png")]
+    assert "## Pictures" in written
+    licence = "## License\n\nMIT, by me.\n\n### Terms\n\nof the service"
+    begin, end = written.index("## Licence"), written.index("## Pictures")
+    mine = "---\nlicense: mit\n---\n" + written[:begin] + licence + "\n\n" + written[end:]
+    path.write_text(mine)
+    card_module.write(run, card(run, summary | {"calls": 12345}, pictures))
+    text = path.read_text()
+    assert text.startswith("---\nlicense: mit\n---\n# small") and "in 12,345 calls" in text
+    assert text.count("licen") == 1 and f"\n{licence}\n\n## Pictures\n" in text and "Not chosen yet" not in text
+    assert (run.out / "README-before.md").read_text() == mine  # of an earlier version it could hold more
+    for more in ("\nBeware.\n", "\nBe aware.\n"):
+        path.write_text(text + more)
+        card_module.write(run, card(run, summary, []))
+        assert path.read_text().endswith(f"{licence}\n")
+    assert (run.out / "README-before-2.md").read_text().endswith("Beware.\n")
+    assert (run.out / "README-before-3.md").read_text().endswith("Be aware.\n")
+    card_module.write(run, card(run, summary, pictures))  # nobody wrote into that one
+    assert f"\n{licence}\n\n## Pictures\n" in path.read_text() and not (run.out / "README-before-4.md").exists()
+
+
 def test_the_names_of_classes_may_hold_anything(finished: Path, tmp_path: Path) -> None:
     """As two dollars, between which matplotlib would look for a formula."""
     folder, names = shutil.copytree(finished, tmp_path / "run"), tmp_path / "names.txt"
