@@ -1,16 +1,18 @@
-"""Clients that send too slowly hold no place of a served classifier for ever."""
+"""Clients that send too slowly, and pictures that are large: neither takes a served classifier from the others."""
 
 import http.client
 import json
 import socket
+import threading
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 
 from serve_requests import FED, infer, tensor
-from served import inside, metrics
+from served import call, inside, metrics
 
 pytest.importorskip("starlette", reason="starlette is not installed: pip install 'mekd[serve]'")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'mekd[serve]'")
@@ -77,3 +79,29 @@ def test_a_head_of_any_size_is_not_taken(small: Path) -> None:
     server, listening, _ = prepare([str(small), "--port", "0"])
     listening.close()
     assert isinstance(server.config.http, type) and issubclass(server.config.http, H11Protocol)
+
+
+def test_few_pictures_are_decoded_at_once(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a megabyte may be of 179 megapixels."""
+    from mekd.serve import app
+
+    now, most, lock = 0, 0, threading.Lock()
+
+    def pixels(content: bytes, image: tuple[int, int, int]) -> np.ndarray:
+        nonlocal now, most
+        with lock:
+            now, most = now + 1, max(most, now + 1)
+        time.sleep(0.1)
+        with lock:
+            now -= 1
+        return np.zeros((*image[1:], image[0]), np.uint8)
+
+    monkeypatch.setattr(app, "_pixels", pixels)
+    with inside(small) as url:
+        threads = [threading.Thread(target=call, args=(f"{url}/hf/echo", b"\xff\xd8\xff")) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sum(count for name, count in metrics(url).items() if name.startswith("mekd_requests_total")) == 8
+    assert most == app.DECODES

@@ -27,6 +27,8 @@ from mekd.serve.protocol import LENGTH_HEADER, RequestError, most_bytes, read_in
 
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration"]
 _IMAGES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")  # how PNG and JPEG begin
+#: Pictures that are decoded at once: one of a megabyte may be of 179 megapixels, which take 0.5 GB and more.
+DECODES = 2
 #: The words by which clients know that nothing was computed.
 _FULL = "Exceeds maximum queue size"
 
@@ -66,6 +68,7 @@ class Service:
         self.bucket = None if rate is None else Bucket(rate)
         self.faults = faults or Faults()
         self.batcher = Batcher(model.run, batch, wait, queue)
+        self.decodes = asyncio.Semaphore(DECODES)
         self.counts = Counts()
         self.number = 0
 
@@ -209,7 +212,8 @@ class Service:
         best = None
         if not body.startswith(_IMAGES):
             body, best = _from_json(body)
-        pixels = await asyncio.to_thread(_pixels, body, self.model.image)
+        async with self.decodes:
+            pixels = await asyncio.to_thread(_pixels, body, self.model.image)
         raw = await self._asked(self.model.feed(pixels))
         return _json(self.model.pairs(raw, best, self.threshold)), 1
 
