@@ -23,7 +23,7 @@ from mekd.engine.result import class_names, finished_student
 from mekd.engine.run import Run, StageError
 from mekd.errors import MekdError
 from mekd.fingerprint import reserved_of_audit
-from mekd.metrics import confusion
+from mekd.metrics import confusion, majority_share
 from mekd.nets import Discriminator
 from mekd.nets.features import Features
 from mekd.nets.frozen import freeze
@@ -213,7 +213,7 @@ def _codes(run: Run) -> dict[str, Any]:
     return {
         "codes": {
             "agreement": round(float((code.argmax(1) == answer.labels).double().mean()), 5),
-            "chance": round(float(torch.bincount(answer.labels.clamp_min(0)).max() / len(answer)), 5),
+            "chance": round(majority_share(answer.labels), 5),
             "rank_correlation": None if ranks is None else round(ranks, 5),
             "nats": round(distances.mutual_information(counts), 5),
             "nats_most": round(_entropy(counts.sum(0)), 5),

@@ -1,9 +1,11 @@
 """The model card of a run, README.md in its folder: what the student is, and the lines that load it."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mekd import files
 from mekd.engine import dp
 from mekd.engine.result import architecture, class_names, preprocess_of
 from mekd.engine.run import Run
@@ -17,6 +19,28 @@ IN_THIS_FOLDER, NOT_IN_IT = "lies in this folder too", "is not in this repositor
 ANSWERS = {
     "logits": "logits", "probs": "probabilities of all classes", "label": "the name of one class, nothing else",
 }  # fmt: skip
+#: What of a card is its user's to write: the hub's metadata before it, and a licence.
+_METADATA = re.compile(r"\A---\n.*?^---\n", re.MULTILINE | re.DOTALL)
+_LICENCE = re.compile(r"^## Licen[cs]e\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+
+
+def write(run: Run, text: str) -> None:
+    """Write README.md. Licence and metadata of the one that lies there stay; where more was changed, it is kept too."""
+    path = run.out / "README.md"
+    if path.exists():
+        before = path.read_text("utf-8-sig", "replace")
+        if licence := _LICENCE.search(before):
+            text = _LICENCE.sub(lambda _: licence[0].rstrip() + "\n\n", text).rstrip() + "\n"
+        if metadata := _METADATA.match(before):
+            text = metadata[0] + text
+        written = (run.read_json("card.json") or {}).get("digest")  # an earlier version did not write it
+        if before != text and files.digest(path) != written:
+            names = ("README-before.md", *(f"README-before-{i}.md" for i in range(2, 1000)))
+            beside = next(run.out / name for name in names if not (run.out / name).exists())
+            path.rename(beside)
+            run.log(f"report: README.md is written anew, with the licence that it had; as it was it is {beside.name}")
+    files.write_text(path, text)
+    run.write_json("card.json", {"digest": files.digest(path)})
 
 
 def card(run: Run, summary: dict[str, Any], pictures: Sequence[tuple[str, str]], audited: Sequence[str] = ()) -> str:

@@ -168,6 +168,8 @@ def neighbours(real: Tensor, drawn: Tensor, k: int = 5) -> Neighbours:
 
 def mutual_information(counts: Tensor) -> float:
     """Of rows and columns in nats, from counts (R, C), less the bias of so few counts (Miller and Madow, 1955)."""
+    if not counts.any():
+        return 0.0
     p = counts.double() / counts.sum()
     rows, columns = p.sum(1, keepdim=True), p.sum(0, keepdim=True)
     raw = torch.where(p > 0, p * (p / (rows * columns)).log(), 0.0).nan_to_num(0.0).sum()

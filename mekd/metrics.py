@@ -16,6 +16,11 @@ def confusion(rows: Tensor, columns: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
+def majority_share(labels: Tensor) -> float:
+    """The share of labels (n,) that are the most frequent class; -1 is none."""
+    return int(labels[labels >= 0].bincount(minlength=1).max()) / len(labels)
+
+
 def explained_by_rows(values: Tensor) -> float:
     """The share of the variance of values (k, m, ...) that the row explains, 0 to 1: the mean over m draws of each row.
 

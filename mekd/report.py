@@ -4,15 +4,15 @@ import csv
 import io
 from typing import Any
 
-from mekd import files, page
+from mekd import card, files, page
 from mekd.audited import audited
-from mekd.card import card
 from mekd.data.photos import PhotoSource
 from mekd.engine import coverage, dp, parallel
 from mekd.engine.private import answers_at_home
 from mekd.engine.result import STUDENT, audit_of, class_names, finished_student, held_out
 from mekd.engine.run import Run, StageError
 from mekd.errors import MekdError
+from mekd.metrics import majority_share
 from mekd.plots import PUBLIC, confused, draw
 
 STAGES = ("teacher", "deprivatize", "pretrain", "holdout", "replay", "distill", "baseline")
@@ -36,7 +36,7 @@ def report(run: Run) -> None:
     files.write_text(run.out / "report.md", markdown(run, summary, pictures))
     noisy = run.config.deprivatize.dp is not None or dp.told(run)  # epsilon counts nothing that the audit says
     said = [] if noisy else audited(audit_of(run))
-    files.write_text(run.out / "README.md", card(run, summary, pictures, said))
+    card.write(run, card.card(run, summary, pictures, said))
     page.write(page.gather(run, class_names(run), summary, found), said)
     run.log("")
     for line in table(run, summary):
@@ -67,7 +67,7 @@ def summarize(run: Run) -> dict[str, Any]:
         summary["test_majority_share"] = round(max(rows) / max(sum(rows), 1), 6)
     summary["holdout_agreement"] = best["agreement"]
     _, answer = held_out(run)
-    summary["majority_share"] = round(int(answer.labels[answer.labels >= 0].bincount().max()) / len(answer.labels), 6)
+    summary["majority_share"] = round(majority_share(answer.labels), 6)
     summary["best_step"] = best["step"]
     coverage = run.read_json("coverage.json") or {}
     summary["coverage_classes"] = coverage.get("classes_met")

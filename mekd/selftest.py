@@ -107,7 +107,11 @@ def run_op(op: str, device: torch.device, impl: str) -> list[dict[str, Any]]:
     environment = dict(os.environ)
     if impl == "triton" and device.type == "cpu":
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "mekd.selftest", "--device", str(device), "--impl", impl, "--child", op]
+    # With -m it would take a mekd that lies where the command runs, as a checkout that this one was installed from.
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; from mekd.selftest import main; raise SystemExit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "--device", str(device), "--impl", impl, "--child", op]
     begun, ending = time.perf_counter(), ""
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)

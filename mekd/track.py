@@ -119,7 +119,7 @@ class Tracks:
             do()
         except Exception as error:  # whatever a tracker raises, the run matters more
             self._open[name] = None
-            why = re.sub(r"//[^/@\s]+@", "//…@", " ".join(f"{type(error).__name__}: {error}".split()))[:300]
+            why = re.sub(r"//[^/\s]+@", "//…@", " ".join(f"{type(error).__name__}: {error}".split()))[:300]
             self._warn(f"{name} (engine.track) failed and is told nothing more; the run goes on ({why})")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from forked import processes as processes
+from hub_server import hub as hub
 from mekd.nets import build
 from mekd.oracle.export import Classifier, export
 
@@ -109,3 +110,14 @@ def finished(teacher_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     ]
     assert cli.main(["run", *words, "--out", str(folder / "run")]) == 0
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def pushed_run(teacher_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a store, whose student is one of mekd's."""
+    from mekd import cli
+
+    out = tmp_path_factory.mktemp("private-place") / "run"
+    words = [*tiny_settings(teacher_onnx), "--distill.student", "resnet8", "--distill.replay", "40"]
+    assert cli.main(["run", *words, "--out", str(out)]) == 0
+    return out

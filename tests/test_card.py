@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 
 from conftest import tiny_settings
+from mekd import audit, cli, report
 from mekd import card as card_module
-from mekd import cli
 from mekd.card import card
 from mekd.data.upright import decode
 from mekd.engine.run import Run
 from mekd.oracle.replay import Replay
+from mekd.oracle.response import Response
+from mekd.page import facts
 from mekd.report import summarize
 from mekd.student import Preprocess
 
@@ -128,6 +130,51 @@ def test_the_card_says_what_else_there_is(finished: Path, tmp_path: Path) -> Non
     assert "stands in the card of that run" in text
     (folder / "coverage.json").unlink()
     assert "classes met" not in card(other, summary, [])
+
+
+def test_answers_that_name_no_class_are_none_of_class_0(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a service with a threshold answers: 8 of the 20 that are held out name class 3, and then not even these."""
+    run = saved_run(shutil.copytree(finished, tmp_path / "run"))
+    images, _ = report.held_out(run)
+    for named in (8, 0):
+        values, indices = torch.zeros(20, 3), torch.full((20, 3), -1)
+        values[:named, 0], indices[:named, 0] = 0.9, 3
+        answer = Response("topk", values, indices)
+        monkeypatch.setattr(Replay, "read", lambda *_, answer=answer: (images, answer, None))
+        found = audit._codes(run)["codes"]
+        assert found["chance"] == summarize(run)["majority_share"] == named / 20
+        assert found["nats_most"] == 0 <= found["nats"]
+    monkeypatch.setattr(facts, "mapped", lambda *_: (images.numpy(), answer))
+    report.report(run)
+    assert "always names the most frequent class agrees on 0.00 %" in (run.out / "README.md").read_text()
+
+
+def test_what_the_user_wrote_into_the_card_stays(finished: Path, tmp_path: Path) -> None:
+    """Licence and metadata in the card that is written anew; as it was, once there was more that the user wrote."""
+    run = saved_run(shutil.copytree(finished, tmp_path / "run"))
+    path, summary = run.out / "README.md", summarize(run)
+    written = path.read_text()
+    pictures = [("Curves.", "curves.png")]
+    assert "## Pictures" in written
+    licence = "## License\n\nMIT, by me.\n\n### Terms\n\nof the service"
+    begin, end = written.index("## Licence"), written.index("## Pictures")
+    mine = "---\nlicense: mit\n---\n" + written[:begin] + licence + "\n\n" + written[end:]
+    path.write_text(mine)
+    card_module.write(run, card(run, summary | {"calls": 12345}, pictures))
+    text = path.read_text()
+    assert text.startswith("---\nlicense: mit\n---\n# small") and "in 12,345 calls" in text
+    assert text.count("licen") == 1 and f"\n{licence}\n\n## Pictures\n" in text and "Not chosen yet" not in text
+    assert (run.out / "README-before.md").read_text() == mine  # of an earlier version it could hold more
+    for more in ("\nBeware.\n", "\nBe aware.\n"):
+        path.write_text(text + more)
+        card_module.write(run, card(run, summary, []))
+        assert path.read_text().endswith(f"{licence}\n")
+    assert (run.out / "README-before-2.md").read_text().endswith("Beware.\n")
+    assert (run.out / "README-before-3.md").read_text().endswith("Be aware.\n")
+    card_module.write(run, card(run, summary, pictures))  # nobody wrote into that one
+    assert f"\n{licence}\n\n## Pictures\n" in path.read_text() and not (run.out / "README-before-4.md").exists()
 
 
 def test_the_names_of_classes_may_hold_anything(finished: Path, tmp_path: Path) -> None:

@@ -1,56 +1,29 @@
-"""mekd push and mekd pull against a stand-in: what goes up, what never does, and that what comes down works."""
+"""mekd push against a stand-in: what goes up, what never does, and why it is refused; pull: test_hub_pull.py."""
 
-import json
+import errno
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
-import torch
-from PIL import Image
 
 pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: pip install 'mekd[hub]'")
 
 from huggingface_hub import constants
 
 import mekd
-from conftest import tiny_settings
-from hub_server import Hub, standing_in
+from hub_server import TOKEN, Hub
 from mekd import cli, files
-from mekd.engine import quote
-from mekd.hub.pack import ALLOWED, pack
-from mekd.hub.unpack import unpack, wanted
+from mekd.engine import folder, quote
+from mekd.hub import pack
+from mekd.hub.pack import ALLOWED
 
-SECRET, TOKEN = "k3y-nobody-may-see", "hf_write"
+SECRET = "k3y-nobody-may-see"
 STUDENT = {"README.md", "config.json", "student.onnx", "student.safetensors"}
 PICTURES = {"curves.png", "confusion.png", "samples/classes.png", "samples/families.png"}
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    with standing_in() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield hub
-
-
-@pytest.fixture(scope="session")
-def pushed_run(teacher_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with a store, whose student is one of mekd's."""
-    out = tmp_path_factory.mktemp("private-place") / "run"
-    words = [*tiny_settings(teacher_onnx), "--distill.student", "resnet8", "--distill.replay", "40"]
-    assert cli.main(["run", *words, "--out", str(out)]) == 0
-    return out
 
 
 def copied(run: Path, tmp_path: Path) -> Path:
@@ -156,55 +129,6 @@ def test_the_marks_are_there_to_be_found(pushed_run: Path, tmp_path: Path, monke
     assert any(weights in there for weights in discriminators(run))
 
 
-def test_what_was_pushed_is_pulled_and_works(
-    pushed_run: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["push", str(pushed_run), "alice/digits", "--yes", "--public", "--generator", "--store"]) == 0
-    out, learned = tmp_path / "pulled", tmp_path / "learned"
-    assert not hub.private["alice/digits"]
-    assert cli.main(["pull", "alice/digits", "--out", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert f"mekd predict {out}/student.onnx" in said and f"--distill.store {out}" in said
-    assert {p.name for p in tmp_path.iterdir()} == {"pulled", "no-token"} - {"no-token"} or not list(
-        tmp_path.glob(".*")
-    )
-    pixels = torch.randint(0, 256, (3, 1, 16, 16), dtype=torch.uint8)
-    with torch.inference_mode():
-        assert torch.equal(mekd.load_student(out)(pixels), mekd.load_student(pushed_run)(pixels))
-    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "photo.png")
-    table = tmp_path / "out.csv"
-    assert cli.main(["predict", str(out / "student.onnx"), str(tmp_path / "photo.png"), "--out", str(table)]) == 0
-    assert len(table.read_text().splitlines()) == 2
-    # The store: another student, of the same answers as in the folder that paid for them.
-    settings = {
-        "distill.steps": 4,
-        "distill.batch": 8,
-        "distill.eval_every": 2,
-        "distill.precision": "float32",
-        "engine.device": "cpu",
-    }
-    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    for source, into in ((out, learned), (pushed_run, tmp_path / "there")):
-        assert cli.main(["run", *words, "--distill.store", str(source), "--out", str(into)]) == 0
-    mine, theirs = (files.load(folder / "student.pt") for folder in (learned, tmp_path / "there"))
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    assert json.loads((learned / "summary.json").read_text())["queries"] == 0
-
-
-def test_a_pulled_generator_asks_a_teacher_of_ones_own(
-    pushed_run: Path, hub: Hub, tmp_path: Path, teacher_onnx: Path
-) -> None:
-    assert cli.main(["push", str(pushed_run), "alice/digits", "--yes", "--generator"]) == 0
-    out = tmp_path / "pulled"
-    assert cli.main(["pull", "alice/digits", "--out", str(out)]) == 0
-    words = tiny_settings(teacher_onnx)
-    words += ["--distill.student", "resnet8", "--distill.replay", "40", "--deprivatize.generator", str(out)]
-    assert cli.main(["run", *words, "--out", str(tmp_path / "run")]) == 0
-    saved = files.load(out / "checkpoints" / "deprivatize.pt")
-    assert "discriminator" not in saved["state"] and "seed" not in saved["depends"]
-    assert (saved["depends"]["data.name"], saved["depends"]["data.resize"]) == ("digits", None)
-
-
 @pytest.mark.parametrize(
     ("words", "change", "parts"),
     [
@@ -221,6 +145,7 @@ def test_a_pulled_generator_asks_a_teacher_of_ones_own(
         (["RUN", "alice/x", "--store"], "", ["--store", "add --generator"]),
         (["RUN", "alice/absent", "--update"], "", ["alice/absent is not there"]),
         (["RUN", "alice/open", "--update"], "", ["for everybody to see", "--public"]),
+        (["RUN", "alice/taken", "--update", "--public"], "", ["alice/taken is private", "leave --public out"]),
         (["RUN", "alice/x", "--privat"], "", ["--privat", "mekd push --help"]),
     ],
 )  # fmt: skip
@@ -245,6 +170,37 @@ def test_what_cannot_be_pushed_says_why(
     assert [part for part in parts if part not in said.err] == [], said.err
     assert "Traceback" not in said.err and "hf_" not in said.out + said.err
     assert not any(hub.repos.values())
+
+
+def test_a_run_at_work_is_not_pushed(
+    pushed_run: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its student.safetensors may be of one student, and its student.onnx of another."""
+    monkeypatch.setattr(folder, "PATIENCE", 0.2)
+    run = copied(pushed_run, tmp_path)
+    with folder.alone(run):
+        assert cli.main(["push", str(run), "alice/x", "--yes"]) == 2
+        assert f"RUN is {str(run)!r}, where a run is at work" in capsys.readouterr().err and not hub.requests
+        assert (run / "run.lock").exists()
+
+    def agree(*_: object) -> None:
+        with folder.alone(run):  # no run waits until somebody has answered
+            pass
+
+    monkeypatch.setattr(quote, "agree", agree)
+    assert cli.main(["push", str(run), "alice/x"]) == 0
+
+
+def test_a_disk_that_is_full_is_no_traceback(
+    pushed_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pack, "_made", full)
+    assert cli.main(["push", str(pushed_run), "alice/x", "--yes"]) == 2
+    assert "No space left on device" in (said := capsys.readouterr().err) and "free some space" in said
+    assert not hub.requests
 
 
 def test_it_goes_on_after_a_commit_that_failed(pushed_run: Path, hub: Hub) -> None:
@@ -320,70 +276,6 @@ def test_code_of_the_users_own_stays(
     assert b"own_net.py, which makes the network and is not in this repository" in hub.repos["alice/own"]["README.md"]
     assert cli.main(["pull", "alice/own", "--out", str(tmp_path / "own")]) == 0
     assert "code of whoever made it" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["../student.onnx", "/etc/student.onnx", "a/../../b", "a\\..\\b"])
-def test_a_name_that_leaves_the_folder_is_refused(
-    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    hub.repos["mallory/x"] = {name: b"x", "student.onnx": b"x"}
-    assert cli.main(["pull", "mallory/x", "--out", str(tmp_path / "in" / "pulled")]) == 2
-    assert "leaves the folder" in capsys.readouterr().err
-    assert not (tmp_path / "in").exists() and not any("resolve" in path for _, path, _, _ in hub.requests)
-
-
-def test_what_is_not_ours_is_left_where_it_is(
-    pushed_run: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["push", str(pushed_run), "alice/x", "--yes"]) == 0
-    hub.repos["alice/x"] |= {"pytorch_model.bin": b"x", "own_net.py": b"raise SystemExit", ".gitattributes": b""}
-    assert cli.main(["pull", "alice/x", "--out", str(tmp_path / "pulled")]) == 0
-    assert "left out, as mekd pushes none such: 'pytorch_model.bin', 'own_net.py'\n" in capsys.readouterr().out
-    assert {p.name for p in (tmp_path / "pulled").iterdir()} <= {*STUDENT, "samples", *PICTURES}
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "parts"),
-    [
-        ("alice/absent", None, ["alice/absent is not there", "log in"]),
-        ("alice/other", {"pytorch_model.bin": b"x"}, ["holds no student"]),
-        ("alice/cut", {"student.safetensors": b"\x10\0\0\0\0\0\0\0{"}, ["student.safetensors", "damaged"]),
-        ("alice/cut", {"generator.safetensors": b"no"}, ["generator.safetensors is damaged"]),
-        ("alice/cut", {"replay.safetensors": b"no"}, ["replay.safetensors is damaged"]),
-        ("alice/cut", {"generator.safetensors": "EMPTY"}, ["generator.safetensors does not say how it was trained"]),
-        ("alice/cut", {"holdout.safetensors": "EMPTY"}, ["holdout.safetensors is damaged"]),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_pulled_says_why_and_leaves_nothing(
-    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: dict[str, bytes] | None,
-    parts: list[str],
-) -> None:  # fmt: skip
-    from safetensors.torch import save
-
-    if content is not None:
-        hub.repos[name] = {
-            file: save({"x": torch.zeros(2)}) if data == "EMPTY" else data for file, data in content.items()
-        }
-    (tmp_path / "in").mkdir()
-    assert cli.main(["pull", name, "--out", str(tmp_path / "in" / "pulled")]) == 2
-    said = capsys.readouterr().err
-    assert [part for part in parts if part not in said] == [], said
-    assert not list((tmp_path / "in").iterdir())
-
-
-def test_a_folder_that_is_there_is_not_written_into(
-    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "mine").write_text("x")
-    assert cli.main(["pull", "alice/x", "--out", str(tmp_path)]) == 2
-    assert "is there already" in capsys.readouterr().err and not hub.requests
-
-
-def test_a_store_without_its_generator_says_what_is_missing(pushed_run: Path, tmp_path: Path) -> None:
-    items = pack(pushed_run, tmp_path, generator=True, store=True)
-    names, _ = wanted("a/b", [item.name for item in items if "generator" not in item.name])
-    lines = unpack(tmp_path, names, tmp_path / "out")
-    assert "its answers cannot be learnt from: generator.safetensors is missing" in lines
 
 
 @pytest.mark.slow

@@ -82,6 +82,16 @@ def test_a_process_that_dies_or_hangs_keeps_what_it_said(
     assert first["worst"] == 0.5 and last["part"] == "process" and said in last["failed"]
 
 
+def test_what_is_tested_is_the_mekd_that_was_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And not another one that lies where the command runs, without the kernels that were built into this one."""
+    (tmp_path / "mekd").mkdir()
+    (tmp_path / "mekd" / "__init__.py").write_text("raise SystemExit('another mekd')")
+    monkeypatch.setattr(sys, "path", [os.path.abspath(folder) for folder in sys.path])
+    monkeypatch.chdir(tmp_path)
+    (line,) = selftest.run_op("no such op", CPU, "reference")
+    assert "invalid choice: 'no such op'" in line["failed"]
+
+
 @pytest.mark.parametrize(
     ("device", "cards", "said"),
     [

@@ -28,12 +28,36 @@ def alone(out: Path) -> Iterator[None]:
             raise error or UsageError(f"--out is {str(out)!r}, which the first process cannot work in: it says why")
         yield
     finally:
-        if lock.is_locked:
-            Path(lock.lock_file).unlink(missing_ok=True)  # first: whoever has it, has the file of that name
-        lock.release()
+        _let_go(lock)
         for folder in made:
             with contextlib.suppress(OSError):  # something lies there by now
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def still(run: Path) -> Iterator[None]:
+    """Keep runs out of a folder while its files are read together; UsageError where one works there."""
+    lock = FileLock(run / "run.lock", thread_local=False)
+    if run.is_dir():
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            raise UsageError(
+                f"RUN is {str(run)!r}, where a run is at work, so that its files may be of two students: wait for it "
+                f"(`mekd watch {run}` shows how far it is), or stop it"
+            ) from None
+        except (NotImplementedError, OSError):  # where nothing can be written, no run writes
+            pass
+    try:
+        yield
+    finally:
+        _let_go(lock)
+
+
+def _let_go(lock: FileLock) -> None:
+    if lock.is_locked:
+        Path(lock.lock_file).unlink(missing_ok=True)  # first: whoever has it, has the file of that name
+    lock.release()
 
 
 def _refused(out: Path, lock: FileLock, made: list[Path]) -> MekdError | None:

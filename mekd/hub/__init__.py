@@ -1,9 +1,10 @@
 """Students, generators and paid answers on the Hugging Face Hub: mekd push RUN OWNER/NAME, mekd pull OWNER/NAME."""
 
 import argparse
+import contextlib
 import importlib.util
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ def push(words: Sequence[str]) -> int:
     options = _push_parser().parse_args(list(words))
     _require_packages()
     from mekd.engine import quote
+    from mekd.engine.folder import still
     from mekd.hub import client
     from mekd.hub.pack import about_student, pack
 
@@ -30,8 +32,9 @@ def push(words: Sequence[str]) -> int:
     client.require_login()
     run = Path(options.run)
     with tempfile.TemporaryDirectory() as folder:
-        items = pack(run, Path(folder), options.generator, options.store)
-        about, total = about_student(run), sum(item.path.stat().st_size for item in items)
+        with still(run), _written(f"the files that go up, in {folder},"):
+            items, about = pack(run, Path(folder), options.generator, options.store), about_student(run)
+        total = sum(item.path.stat().st_size for item in items)
         for item in items:
             print(f"{item.path.stat().st_size:>13,} bytes  {item.name}: {item.what}")
         print(
@@ -55,8 +58,15 @@ def _commit(items: "Sequence[Item]", name: str, public: bool, update: bool) -> s
     with client.told(name, "make" if not update else "show"):
         if not update:
             hub.create_repo(name, private=not public)
-        elif not hub.model_info(name).private and not public:
-            raise UsageError(f"{name} is there for everybody to see: say --public too, or choose another name")
+        else:
+            private = hub.model_info(name).private
+            if not private and not public:
+                raise UsageError(f"{name} is there for everybody to see: say --public too, or choose another name")
+            if private and public:
+                raise UsageError(
+                    f"{name} is private, and --update leaves it so: leave --public out, or make it public on the hub "
+                    "first"
+                )
     operations = [CommitOperationAdd(item.name, item.path) for item in items]
     try:
         with client.told(name, "take a commit to"):
@@ -86,19 +96,33 @@ def pull(words: Sequence[str]) -> int:
     print(f"{len(names)} files, {sum(sizes[name] for name in names):,} bytes, from {client.address()}/{options.name}")
     if others:
         print(f"left out, as mekd pushes none such: {', '.join(map(ascii, others[:5]))}{', ...' if others[5:] else ''}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-        for name in names:
-            with client.told(options.name, "give"):
-                hub.hf_hub_download(options.name, name, revision=info.sha, local_dir=Path(folder, "down"))
-        made = Path(folder, "made")
-        lines = unpack(Path(folder, "down"), names, made)
-        if out.exists():
-            out.rmdir()
-        made.rename(out)
+    with _written(f"--out is {files.shown(out)!r}; it"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+            for name in names:
+                with client.told(options.name, "give"):
+                    hub.hf_hub_download(options.name, name, revision=info.sha, local_dir=Path(folder, "down"))
+            made = Path(folder, "made")
+            lines = unpack(Path(folder, "down"), names, made)
+            if out.exists():
+                out.rmdir()  # another pull may have filled it meanwhile
+            made.rename(out)
     for line in lines:
         print(line.replace("FOLDER", str(out)))
     return 0
+
+
+@contextlib.contextmanager
+def _written(what: str) -> Iterator[None]:
+    """Make WriteError of what the system says while files are made; told has made its own of the network's."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise files.WriteError(
+            f"{what} could not be made ({error}), and nothing of it is left: free some space, or choose another folder"
+        ) from error
 
 
 def _require_packages() -> None:

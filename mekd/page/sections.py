@@ -33,6 +33,8 @@ PATHS = {
 }  # fmt: skip
 #: What a header may hold beside a secret's place.
 _SCHEMES = re.compile(r"(?:Bearer|Basic|Token|Key)? ?\{(?:env|file):[^{}]+\}", re.IGNORECASE)
+#: Behind the path of an address a part, in which a secret may be written out, and the places of secrets alone.
+_PART, _PLACES = re.compile(r"([?&;#])((?:\{[^{}]*\}|[^&;#])+)"), re.compile(r"(?:\{(?:env|file):[^{}]+\})+")
 
 #: The parts by id, in their order, with their headings.
 HEADINGS = {
@@ -344,11 +346,20 @@ def public(key: str, value: Any) -> str:
         name = str(value).replace("\\", "/").rstrip("/")
         return name if "/" not in name else f"…/{name.rpartition('/')[2]}"
     if key == "teacher.url":
-        return _places(re.sub(r"([?&;][^=&;]+=)(?!\{(?:env|file):)[^&;]+", r"\1…", str(value)))
+        return _places(_PART.sub(_named, re.sub("//[^/?#]*@", "//…@", str(value))))
     if key == "oracle.headers":
         shown = {name: _places(str(one)) if _SCHEMES.fullmatch(str(one)) else "…" for name, one in value.items()}
         return "; ".join(f"{name}: {one}" for name, one in shown.items())
     return str(value)
+
+
+def _named(part: re.Match[str]) -> str:
+    """A part of an address with the name of its value, if it has one; a token's base64 may end with = as well."""
+    before, whole = part.groups()
+    name, equals, value = whole.partition("=")
+    if not value.strip("="):
+        name, equals, value = "", "", whole
+    return f"{before}{name}{equals}{value if _PLACES.fullmatch(value) else '…'}"
 
 
 def _places(secrets: str) -> str:

@@ -49,6 +49,7 @@ def prepare(words: Sequence[str]) -> "tuple[uvicorn.Server, socket.socket, str]"
     from mekd.serve.defence import Defence
     from mekd.serve.faults import Faults
     from mekd.serve.model import Model
+    from mekd.serve.patience import patient
 
     _check_rates(options)
     path = Path(options.file)
@@ -83,6 +84,7 @@ def prepare(words: Sequence[str]) -> "tuple[uvicorn.Server, socket.socket, str]"
         queue=options.queue,
         max_batch=options.max_batch,
         max_body=options.max_body,
+        timeout=options.timeout,
         threshold=options.threshold,
         keys=() if options.keys is None else _keys(options.keys),
         rate=options.rate,
@@ -90,8 +92,8 @@ def prepare(words: Sequence[str]) -> "tuple[uvicorn.Server, socket.socket, str]"
     )
     # A client that keeps a connection should be the one to close it: what it sends meanwhile has no known fate.
     config = uvicorn.Config(
-        service.app(), log_config=None, log_level="warning", access_log=False, ws="none", lifespan="on",
-        timeout_keep_alive=75, timeout_graceful_shutdown=3,
+        service.app(), http=patient(options.timeout), log_config=None, log_level="warning", access_log=False, ws="none",
+        lifespan="on", timeout_keep_alive=75, timeout_graceful_shutdown=3,
     )  # fmt: skip
     if options.cut_rate:
         logging.getLogger("uvicorn.error").addFilter(lambda record: "completing response" not in str(record.msg))
@@ -162,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     add = limits.add_argument
     add("--max_batch", type=count, default=256, help="images of one request; 400 above (%(default)s)")
     add("--max_body", type=count, metavar="BYTES", help="of one request; 413 above (max_batch images as JSON)")
+    add("--timeout", type=number(1e-3), default=120.0, help="seconds in which a request must have come; 408 (120)")
     add("--keys", metavar="FILE", help="API keys, one a line; 401 without one of them")
     add("--rate", type=number(1e-3), help="requests for an answer a second; 429 above")
     add("--batch", type=count, default=64, help="images of one run of the model (%(default)s)")

@@ -27,6 +27,8 @@ from mekd.serve.protocol import LENGTH_HEADER, RequestError, most_bytes, read_in
 
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration"]
 _IMAGES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")  # how PNG and JPEG begin
+#: Pictures that are decoded at once: one of a megabyte may be of 179 megapixels, which take 0.5 GB and more.
+DECODES = 2
 #: The words by which clients know that nothing was computed.
 _FULL = "Exceeds maximum queue size"
 
@@ -39,7 +41,8 @@ class Service:
     """A model behind its addresses.
 
     keys: one of them must come with a request, if there are any; rate: requests for an answer a second; max_batch:
-    images of one request; max_body: bytes of one request; threshold: scores below it are left out of a list of labels.
+    images of one request; max_body: bytes of one request; timeout: seconds in which the body of one must have come;
+    threshold: scores below it are left out of a list of labels.
     """
 
     def __init__(
@@ -52,17 +55,20 @@ class Service:
         queue: int = 256,
         max_batch: int = 256,
         max_body: int | None = None,
+        timeout: float = 120.0,
         threshold: float = 0.0,
         keys: Sequence[str] = (),
         rate: float | None = None,
         faults: Faults | None = None,
     ) -> None:
         self.model, self.name, self.max_batch, self.threshold = model, name, max_batch, threshold
+        self.timeout = timeout
         self.max_body = most_bytes(model.takes, max_batch) if max_body is None else max_body
         self.keys = [key.encode() for key in keys]
         self.bucket = None if rate is None else Bucket(rate)
         self.faults = faults or Faults()
         self.batcher = Batcher(model.run, batch, wait, queue)
+        self.decodes = asyncio.Semaphore(DECODES)
         self.counts = Counts()
         self.number = 0
 
@@ -115,9 +121,14 @@ class Service:
         async def counted(request: Request) -> Response:
             unknown = self._unknown(request)
             try:
-                body, size = await self._body(request, 0 if unknown else self.max_body)  # a stranger's is not kept
+                most = 0 if unknown else self.max_body  # a stranger's is not kept
+                body, size = await asyncio.wait_for(self._body(request, most), self.timeout)
             except ClientDisconnect:
                 return Response(status_code=400)  # nobody reads it
+            except asyncio.TimeoutError:
+                self.counts.statuses[408] += 1
+                text = f"the request has not come whole in {self.timeout:g} s"
+                return _json({"error": text}, 408, {"Connection": "close"})  # else the rest would still be awaited
             self.counts.received += size
             response = unknown or (self._too_large(size) if body is None else await self._answer(request, body, work))
             self.counts.statuses[response.status_code] += 1
@@ -201,7 +212,8 @@ class Service:
         best = None
         if not body.startswith(_IMAGES):
             body, best = _from_json(body)
-        pixels = await asyncio.to_thread(_pixels, body, self.model.image)
+        async with self.decodes:
+            pixels = await asyncio.to_thread(_pixels, body, self.model.image)
         raw = await self._asked(self.model.feed(pixels))
         return _json(self.model.pairs(raw, best, self.threshold)), 1
 
