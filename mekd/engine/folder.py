@@ -21,7 +21,7 @@ def alone(out: Path) -> Iterator[None]:
     What was made for that is taken away again, so that a run that is refused leaves nothing.
     """
     made: list[Path] = []
-    lock = FileLock(out / "run.lock", thread_local=False)
+    lock = _lock_of(out)
     error = _refused(out, lock, made) if parallel.rank() == 0 else None
     try:
         if any(parallel.any_of(error is not None)):
@@ -37,7 +37,7 @@ def alone(out: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def still(run: Path) -> Iterator[None]:
     """Keep runs out of a folder while its files are read together; UsageError where one works there."""
-    lock = FileLock(run / "run.lock", thread_local=False)
+    lock = _lock_of(run)
     if run.is_dir():
         try:
             lock.acquire(timeout=PATIENCE)
@@ -52,6 +52,10 @@ def still(run: Path) -> Iterator[None]:
         yield
     finally:
         _let_go(lock)
+
+
+def _lock_of(run: Path) -> FileLock:
+    return FileLock(run / "run.lock", thread_local=False)
 
 
 def _let_go(lock: FileLock) -> None:

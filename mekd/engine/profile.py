@@ -31,18 +31,17 @@ def profiled(name: str, folder: Path, log: Callable[[str], None]) -> Iterator[Ca
         yield profile.step
 
 
-def peak_mb(work: Callable[[], object], device: torch.device | str = "cpu", again: bool = True) -> float:
+def peak_mb(work: Callable[[], object], device: torch.device | str = "cpu") -> float:
     """Most memory that PyTorch's allocator held at once during a call, beyond what was there before, in MB.
 
-    again: the call is made once before, so that what it keeps is no part of it.
+    The call is made once before, so that what it keeps is no part of it.
     """
-    if again:
-        work()
+    work()
     return peaks_mb(lambda mark: work(), device)[0]
 
 
 def peaks_mb(work: Callable[[Callable[[], None]], object], device: torch.device | str = "cpu") -> tuple[float, float]:
-    """Most memory held during a call, as peak_mb has it, and from its first mark to its last; the call is given mark().
+    """Most memory held during a call, the only one, and from its first mark to its last; the call is given mark().
 
     The second is 0 where the call marks nothing.
     """
