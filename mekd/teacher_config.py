@@ -141,7 +141,6 @@ class OracleConfig:
 
     def __post_init__(self) -> None:
         check_choice("oracle.response", self.response, ("logits", "probs", "topk", "label"))
-        check_choice("oracle.output", self.output, ("auto", "logits", "probs"))
         check_choice("oracle.transport", self.transport, ("uint8", "float"))
         check_choice("oracle.encoding", self.encoding, ("auto", "raw", "png", "jpeg"))
         check_choice("oracle.unknown", self.unknown, ("error", "rest"))

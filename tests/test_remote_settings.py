@@ -59,7 +59,7 @@ def refused(command: str, url: str, out: Path, capsys: pytest.CaptureFixture[str
         ({"oracle__std": "[0]"}, "oracle.std is [0.0]; it must hold numbers above 0"),
         ({"oracle__mean": "[.nan]"}, "oracle.mean is [nan]; it must hold finite numbers"),
         ({"oracle__mean": "[]"}, "oracle.mean is []"),
-        ({"oracle__output": "logit"}, "oracle.output is 'logit'; it must be one of 'auto', 'logits', 'probs'"),
+        ({"oracle__output": "logit"}, "oracle.output is 'logit'; it must be 'auto', 'logits' or 'probs'"),
         ({"oracle__unknown": "rest", "oracle__response": "label"}, "oracle.unknown is 'rest' and oracle.response 'lab"),
     ],
 )

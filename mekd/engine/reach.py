@@ -116,6 +116,8 @@ def _check_response(run: "Run") -> None:
     """Raise UsageError where the answers could not be read as the run wants them, so far as nobody need be asked."""
     oracle, model = run.config.oracle, run.about_teacher.model
     label = oracle.response == "label"
+    if oracle.output not in ("auto", "logits", "probs"):
+        raise UsageError(f"oracle.output is {oracle.output!r}; it must be 'auto', 'logits' or 'probs'")
     if label and oracle.unknown == "rest":
         raise UsageError(
             "oracle.unknown is 'rest' and oracle.response 'label': an image whose best class is not listed would have "
