@@ -3,6 +3,7 @@
 import errno
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import mekd
 from conftest import tiny_settings
 from hub_server import Hub
 from mekd import cli, files
+from mekd.hub import client
 from mekd.hub import unpack as unpacking
 from mekd.hub.pack import ALLOWED, pack
 from mekd.hub.unpack import unpack, wanted
@@ -163,3 +165,28 @@ def test_a_full_disk_and_another_pull_into_the_same_folder_are_no_traceback(
     assert {p.name: p.read_bytes() for p in out.parent.rglob("*") if p.is_file()} == (
         {"student.onnx": b"another pull's"} if meanwhile is _filled else {}
     )
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(None, "cannot be reached"), (400, "did not give alice/x: it answered 400")]
+)
+def test_a_file_that_does_not_come_is_not_called_lost(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    status: int | None, said: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its five tries
+    hub.repos["alice/x"] = {"student.onnx": b"x"}
+    if status is not None:
+        hub.fails["/resolve/"] = status
+    else:  # the hub goes away once it has said what there is
+        gone = client.HfApi(endpoint="http://127.0.0.1:9")
+        monkeypatch.setattr(client.HfApi, "hf_hub_download", partial(client.HfApi.hf_hub_download, gone))
+    assert cli.main(["pull", "alice/x", "--out", str(tmp_path / "pulled")]) != 0
+    told = capsys.readouterr().err
+    assert said in told and "lost a file" not in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_password_in_the_hubs_address_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client.constants, "ENDPOINT", "https://me:secret@hub.example.com/mirror")
+    assert client.address() == "https://hub.example.com/mirror"

@@ -2,12 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -30,8 +32,9 @@ def api() -> HfApi:
 
 
 def address() -> str:
-    """Where the hub is."""
-    return str(constants.ENDPOINT)
+    """Where the hub is, without a password that stands in HF_ENDPOINT."""
+    parts = urlsplit(constants.ENDPOINT)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def check_name(name: str) -> None:
@@ -53,10 +56,20 @@ def require_login() -> None:
 
 
 @contextlib.contextmanager
+def _their_causes() -> Iterator[None]:
+    """A file that could not be fetched for what kept it from being: an answer of the hub, or none."""
+    try:
+        yield
+    except LocalEntryNotFoundError as error:
+        raise error.__cause__ or ConnectionError(str(error)) from error
+
+
+@contextlib.contextmanager
 def told(name: str, does: str) -> Iterator[None]:
     """Errors of the hub while it does something to a repository as HubError, which names what to do; no token."""
     try:
-        yield
+        with _their_causes():
+            yield
     except RevisionNotFoundError as error:
         raise HubError(f"{name} has no such revision: leave --revision out for its newest") from error
     except RepositoryNotFoundError as error:
