@@ -4,13 +4,14 @@ import contextlib
 import functools
 import itertools
 import os
+import re
 import sys
 from pathlib import Path
 
 from mekd import system
 from mekd.config import Config
 from mekd.errors import MekdError, UsageError
-from mekd.settings import check_text, dump_yaml, flatten, known_keys, nearest, read_yaml
+from mekd.settings import check_text, dump_yaml, flatten, known_keys, must_be, nearest, read_yaml
 
 USAGE = """usage: mekd STAGE [--config FILE] [--out DIR] [--key.sub value ...] [--profile] [--print_config]
 
@@ -196,7 +197,10 @@ def parse(words: list[str]) -> tuple[Config, Path] | None:
         source = _value_of(words, "--config")
         if source is not None:
             tree = read_yaml(shipped(source) or source)
-            parser.parse_object(tree)  # set_defaults takes text for any type
+            try:
+                parser.parse_object(tree)  # set_defaults takes text for any type
+            except Exception as error:
+                raise UsageError(f"{source}: {_plain(str(error))}") from error
             parser.set_defaults(dict(flatten(tree)))
         values = parser.instantiate(parser.parse_args([word for word in words if word != "--print_config"]))
         config = Config(**{name: values[name] for name in Config.__dataclass_fields__})
@@ -244,5 +248,10 @@ def _value_of(words: list[str], option: str) -> str | None:
 
 
 def _plain(message: str) -> str:
-    """The parser's message on one line."""
-    return " ".join(message.split())
+    """The parser's message on one line; of a value of another type, which setting it is and what that may be."""
+    message = " ".join(message.split())
+    found = re.fullmatch(r'Parser key "([\w.]+)": .*?(?:Got|Given) value: (.*)', message)
+    if found is None or found[1] not in known_keys():
+        return message
+    given = "cannot be read" if found[1] == "oracle.headers" else f"is {found[2]}"  # a key may stand in it
+    return f"{found[1]} {given}; it must be {must_be(found[1])}"

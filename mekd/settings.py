@@ -12,6 +12,17 @@ from mekd.errors import UsageError
 #: Settings that were taken out, as they helped nothing (docs/results.md), and their values that did nothing.
 GONE: Mapping[str, Any] = {"distill.candidates": 1, "distill.pseudo_labels": 0.0}
 
+#: What a setting of each type is, in words.
+MEANT: Mapping[Any, str] = {
+    list[float]: "a list of numbers, such as [0.5, 0.5]",
+    list[str]: "a list of words, such as [wandb]",
+    dict[str, str]: 'text by name, such as {X-Api-Key: "{env:KEY}"}',
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text (a number in quotes is text)",
+}
+
 
 def flatten(tree: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Settings by section as pairs of a dotted name and a value; a setting may be a mapping itself."""
@@ -58,10 +69,21 @@ def check_text(name: str, value: object) -> None:
 
 def may_be_null(key: str) -> bool:
     """Whether a setting, by its dotted name, has a meaning without a value."""
+    return type(None) in get_args(_kind(key))
+
+
+def must_be(key: str) -> str:
+    """What may be given for a setting, by its dotted name, in words."""
+    kind = _kind(key)
+    meant = next(words for one, words in MEANT.items() if one in (kind, *get_args(kind)))
+    return f"{meant}, or null" if may_be_null(key) else meant
+
+
+def _kind(key: str) -> Any:
     kind: Any = Config
     for name in key.split("."):
         kind = get_type_hints(kind)[name]
-    return type(None) in get_args(kind)
+    return kind
 
 
 def nearest(key: str) -> str:

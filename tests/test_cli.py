@@ -11,6 +11,7 @@ import pytest
 
 from mekd import cli, files
 from mekd.engine.stages import STAGES
+from mekd.settings import known_keys, must_be
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +35,9 @@ def fails(words: list[str], capsys: pytest.CaptureFixture[str], status: int = 2)
         (["--oracle.response", "everything"], ["oracle.response", "everything", "logits", "label"]),
         (["--distill.preset", "ours"], ["distill.preset", "ours", "default", "paper"]),
         (["--distill.steps", "0"], ["distill.steps", "0", "above 0"]),
-        (["--distill.steps", "many"], ["distill.steps", "many"]),
+        (["--distill.steps", "many"], ["distill.steps is many; it must be a whole number\n"]),
+        (["--data.flip", "3"], ["data.flip is 3; it must be true or false, or null\n"]),
+        (["--oracle.mean", "[a]"], ["oracle.mean is a; it must be a list of numbers"]),
         (["--data.local_fraction", "3"], ["data.local_fraction", "3", "between 0 and 1"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
         (["--data.name", "digits", "--teacher.onnx", "nowhere.onnx"], ["nowhere.onnx", "--teacher.onnx"]),
@@ -64,6 +67,29 @@ def test_unknown_key_in_a_yaml_file(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "distill must be a section" in fails(["run", "--config", config], capsys)
     config.write_text("distill: {steps: [\n")
     assert "no YAML" in fails(["run", "--config", config], capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("data: {path: 2024}", "data.path is 2024; it must be text (a number in quotes is text), or null"),
+        ("distill: {student: [1, 2]}", "distill.student is [1, 2]; it must be text"),
+        ("engine: {progress: maybe}", "engine.progress is maybe; it must be true or false"),
+        ("oracle: {headers: {X-Api-Key: [hidden]}}", "oracle.headers cannot be read; it must be text by name, such as"),
+    ],
+)
+def test_a_value_of_another_type_in_a_file(
+    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    assert cli.main(["run", "--config", str(tmp_path / "a.yaml"), "--out", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert f"a.yaml: {said}" in err and "hidden" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_setting_has_words_for_what_it_may_be() -> None:
+    assert all(must_be(key) for key in known_keys())
 
 
 def test_unknown_stage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -257,21 +257,21 @@ WRONG = [
 ]
 WRONG_WORDS = [
     # Words where numbers belong.
-    ("seed", "many", "int"),
-    ("data.size", "big", "int"),
-    ("data.flip", "perhaps", "bool"),
+    ("seed", "many", "a whole number"),
+    ("data.size", "big", "a whole number"),
+    ("data.flip", "perhaps", "true or false"),
     ("oracle.mean", "half", "list"),
-    ("distill.steps", "many", "int"),
-    ("distill.budget", "lots", "int"),
-    ("distill.kl_tau", "hot", "float"),
+    ("distill.steps", "many", "a whole number"),
+    ("distill.budget", "lots", "a whole number"),
+    ("distill.kl_tau", "hot", "a number"),
 ]
 WRONG_NUMBERS = [
     # Half a step.
-    ("teacher.steps", "1.5", "int"),
+    ("teacher.steps", "1.5", "a whole number"),
     # A number where a name belongs.
-    ("distill.student", "8", "str"),
+    ("distill.student", "8", "text"),
     # A number where a switch belongs.
-    ("data.flip", "7", "bool"),
+    ("data.flip", "7", "true or false"),
 ]
 
 
