@@ -13,6 +13,7 @@ REDUCTIONS = ("rowmean", "none", "mean", "batchmean", "sum")
 SAMPLE_REDUCTIONS = ("none", "mean", "batchmean", "sum")
 DIRECTIONS = ("forward", "reverse", "symmetric")
 TOPK_RESTS = ("spread", "drop", "tail")
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -60,7 +61,7 @@ def check_tensor(name: str, x: object) -> None:
 
 
 def check_positive(name: str, value: float | Tensor) -> None:
-    """Raise ValueError unless value is above 0, where checks_values() lets a tensor be asked."""
+    """Raise ValueError unless value is above 0 and finite, where checks_values() lets a tensor be asked."""
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a float or a 0-d tensor")
@@ -69,8 +70,8 @@ def check_positive(name: str, value: float | Tensor) -> None:
         if not checks_values(value):
             return
     check_number(name, value)
-    if not value > 0:
-        raise ValueError(f"{name} is {float(value)}; it must be above 0")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {float(value)}; it must be above 0 and finite")
 
 
 def check_weight(name: str, value: float) -> None:
@@ -89,7 +90,7 @@ def tau_tensor(tau: float | Tensor, device: torch.device) -> Tensor:
     check_number("tau", tau)
     # Neither a fake tensor, nor one of torch.func, nor one in a CUDA graph that is being captured may be kept.
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if _nothing_to_see() or capturing:
+    if nothing_to_see() or capturing:
         check_positive("tau", tau)
         return torch.full((), tau, dtype=torch.float64, device=device)
     return _constant(float(tau), device)
@@ -114,10 +115,11 @@ def check_teacher(name: str, target: Tensor, student: Tensor) -> None:
 
 
 def check_floating(name: str, x: Tensor) -> None:
-    """Raise TypeError unless x is a tensor of floating-point numbers."""
+    """Raise TypeError unless x is a tensor of floating-point numbers that every backend reads."""
     check_tensor(name, x)
-    if not x.is_floating_point():
-        raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating dtype")
+    if x.dtype not in FLOATING:
+        allowed = ", ".join(map(str, FLOATING))
+        raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating dtype: one of {allowed}")
 
 
 def check_device(name: str, x: Tensor, student: Tensor) -> None:
@@ -173,12 +175,12 @@ def checks_values(x: Tensor) -> bool:
 
     Never while torch.compile or make_fx traces, or within torch.func.
     """
-    if _nothing_to_see():
+    if nothing_to_see():
         return False
     return x.device.type == "cpu" or (x.device.type != "meta" and os.environ.get("MEKD_CHECK") == "1")
 
 
-def _nothing_to_see() -> bool:
+def nothing_to_see() -> bool:
     """Whether tensors stand for others: of a graph that is being traced, or of torch.func."""
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     return traced or torch._C._are_functorch_transforms_active()

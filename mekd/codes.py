@@ -10,6 +10,8 @@ from mekd.checks import check_drawn
 from mekd.reference import accumulation_dtype, fill_topk, log_probs
 
 CODES = ("auto", "logits", "log_probs", "onehot", "standardized")
+#: The kinds of answers, and the code that "auto" means for each.
+TARGETS = {"logits": "logits", "probs": "log_probs", "labels": "onehot", "topk": "log_probs"}
 #: Probabilities below this are alike to a float32 API: half the spacing of float32 numbers just below 1.
 FLOAT32_FLOOR = 2.0**-25
 CLIP = 4.0
@@ -29,8 +31,7 @@ def centred_log_probs(log_p: Tensor, floor: float) -> Tensor:
 
 def resolve_code(code: str, target: str, num_classes: int) -> str:
     """The code that "auto" means for a kind of target, or ValueError where code and target do not fit."""
-    chosen = {"logits": "logits", "probs": "log_probs", "topk": "log_probs", "labels": "onehot"}[target]
-    chosen = chosen if code == "auto" else code
+    chosen = TARGETS[target] if code == "auto" else code
     fits = {
         "logits": target == "logits",
         "log_probs": target in ("logits", "probs", "topk"),

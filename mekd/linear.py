@@ -15,7 +15,15 @@ from torch import Tensor
 
 from mekd import ops
 from mekd.arguments import check_direction, dkd_arguments, jsd_arguments, kd_arguments
-from mekd.checks import check_choice, check_positive, check_tensor, checks_values, rows_with_answer, rows_with_label
+from mekd.checks import (
+    check_choice,
+    check_floating,
+    check_positive,
+    check_tensor,
+    checks_values,
+    rows_with_answer,
+    rows_with_label,
+)
 from mekd.reference import accumulation_dtype, autocasts
 
 #: Into how many parts the rows are cut, by the bytes of a number: logits and gradient of one take less than a quarter
@@ -174,8 +182,7 @@ def _in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[
 
 def _stand_in(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A tensor of the logits' shape, dtype and device without their memory: what checks of arguments look at."""
-    if not hidden.is_floating_point():
-        raise TypeError(f"{name} has dtype {hidden.dtype}; it must be a floating dtype")
+    check_floating(name, hidden)
     if hidden.dtype == torch.float16 and name == "hidden":
         raise TypeError(
             f"{name} has dtype {hidden.dtype}; it must be float32, float64 or bfloat16 (in float16 gradients would be "

@@ -16,7 +16,7 @@ from torch._compile import _disable_dynamo
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from mekd import checks, functional
-from mekd.codes import CODES, FLOAT32_FLOOR, resolve_code, student_code, teacher_code
+from mekd.codes import CODES, FLOAT32_FLOOR, TARGETS, resolve_code, student_code, teacher_code
 from mekd.nets.frozen import FrozenGenerator, freeze
 from mekd.nets.generator import Generator, nuisance_of
 
@@ -92,8 +92,7 @@ class DeprivatizationLoss(nn.Module):
 
     def __init__(self, alpha: float = 0.5, minimax: bool = False) -> None:
         super().__init__()
-        if alpha < 0:
-            raise ValueError(f"alpha is {alpha}; it must be at least 0")
+        checks.check_weight("alpha", alpha)
         self.alpha = alpha
         self.minimax = minimax
 
@@ -148,6 +147,8 @@ class MEKDLoss(nn.Module):
         checks.check_choice("code", code, CODES)
         checks.check_choice("reduction", reduction, ("mean", "batchmean"))
         checks.check_choice("rest", rest, checks.TOPK_RESTS)
+        for name, value in (("beta", beta), ("image", image), ("floor", floor)):
+            checks.check_number(name, value.detach() if isinstance(value, Tensor) else value)
         if not (beta >= 0 and image >= 0 and 0 < beta + image < math.inf):
             raise ValueError(
                 f"beta is {beta} and image is {image}; both must be finite and at least 0, and one above 0"
@@ -226,7 +227,11 @@ class MEKDLoss(nn.Module):
         return drawn.tanh() if hasattr(self._generator[0], "preactivation") else drawn
 
     def _resolve(self, given: dict[str, Any], num_classes: int) -> tuple[str, str, Any]:
-        target, answer = next((name, value) for name, value in given.items() if value is not None)
+        targets = {name: value for name, value in given.items() if value is not None}
+        if len(targets) != 1 or not targets.keys() <= TARGETS.keys():
+            names = ", ".join(targets) or "none"
+            raise ValueError(f"targets given: {names}; give exactly one of {', '.join(TARGETS)}")
+        ((target, answer),) = targets.items()
         (generator,) = self._generator
         if isinstance(generator, Generator | FrozenGenerator) and num_classes != generator.num_classes:
             raise ValueError(

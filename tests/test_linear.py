@@ -331,6 +331,7 @@ def test_what_it_needs_is_a_part_of_the_logits() -> None:
     [
         ({"reduction": "none"}, ValueError, "reduction is 'none'; it must be one of 'rowmean', 'mean'"),
         ({"hidden": torch.zeros(N, H, dtype=torch.float16)}, TypeError, "hidden has dtype torch.float16"),
+        ({"hidden": torch.zeros(N, H, dtype=torch.float8_e4m3fn)}, TypeError, "hidden has dtype torch.float8_e4m3fn"),
         ({"hidden": torch.zeros(N, H, dtype=torch.bfloat16)}, ValueError, "the weight of hidden is torch.float32"),
         ({"weight": torch.zeros(C, H + 1)}, ValueError, r"hidden has shape \(13, 6\), its weight \(37, 7\)"),
         ({"bias": torch.zeros(C + 1)}, ValueError, r"the bias of hidden has shape \(38,\); it must be \(37,\)"),

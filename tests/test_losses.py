@@ -1,5 +1,6 @@
 """The losses as modules: a temperature is a number that nobody who owns the module can change, or the user's tensor."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mekd import checks, functional
-from mekd.losses import DKDLoss, JSDLoss, KDLoss, LogitStandardizedKDLoss
+from mekd.losses import DeprivatizationLoss, DKDLoss, JSDLoss, KDLoss, LogitStandardizedKDLoss, MEKDLoss
+from mekd.nets import Generator
+from mekd.nets.frozen import freeze
 
 Made = Callable[[Any], nn.Module]
 MODULES: list[tuple[Made, Callable[..., Tensor]]] = [
@@ -72,8 +75,35 @@ def test_under_compile_another_number_is_another_graph_and_the_right_one() -> No
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("tau", [0.0, -1.0, torch.tensor(-2.0), torch.ones(3)])
+@pytest.mark.parametrize("tau", [0.0, -1.0, math.inf, torch.tensor(-2.0), torch.tensor(math.inf), torch.ones(3)])
 def test_a_temperature_is_checked_when_the_module_is_made(tau: Any) -> None:
     for made, _ in MODULES:
         with pytest.raises(ValueError, match="tau"):
             made(tau)
+    with pytest.raises(ValueError, match="tau"):
+        MEKDLoss(Generator(6, 16), tau)
+    if not isinstance(tau, Tensor):
+        with pytest.raises(ValueError, match="tau"):
+            freeze(Generator(6, 16), tau)
+
+
+@pytest.mark.parametrize("name", ["beta", "image", "floor"])
+@pytest.mark.parametrize("value", ["1", None])
+def test_what_is_no_number_is_named(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name} is .*it must be a number"):
+        MEKDLoss(Generator(6, 16), **{name: value})
+    with pytest.raises(TypeError, match=r"alpha is .*it must be a number"):
+        DeprivatizationLoss(value)
+
+
+def test_a_picture_is_of_one_answer() -> None:
+    student, teacher = (torch.randn(2, 6) for _ in range(2))
+    loss, labels = MEKDLoss(Generator(6, 16, width=0.1, nuisance=2)), torch.tensor([0, 5])
+    for given, named in (({}, "none"), ({"logits": teacher, "labels": labels}, "logits, labels"), ({"x": labels}, "x")):
+        with pytest.raises(ValueError, match=f"targets given: {named}; give exactly one of logits, probs"):
+            loss.teacher_image(6, **given)
+    # A mask would be of the KL alone.
+    with pytest.raises(ValueError, match="targets given: logits, mask; give exactly one"):
+        loss.terms(student, teacher, mask=labels > 0)
+    with pytest.raises(TypeError, match="n is a list; it must be a tensor"):
+        loss(student, teacher, n=[[0.0, 1.0]])

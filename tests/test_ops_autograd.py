@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mekd import checks
 from mekd.functional import image_l1_loss, kd_loss
@@ -273,13 +275,27 @@ def test_training_after_validating_in_inference_mode(kind: str, impl: str) -> No
 @pytest.mark.parametrize("impl", IMPLS)
 def test_training_after_fake_tensors(impl: str) -> None:
     # As torch.export and estimates of memory call it.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     problem = make("logits", device=DEVICES[impl], tau=5.75)
     with FakeTensorMode():
         loss = kd_loss(torch.empty(6, 7), torch.empty(6, 7), tau=5.75)
     assert loss.shape == ()
     assert result(problem, impl, "mean")[1].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [*GRADIENTS, "in-place"])
+def test_a_step_that_is_traced_or_of_fake_tensors_asks_no_number(kind: str) -> None:
+    problem = make(kind)
+
+    def step(*students: Tensor) -> list[Tensor]:
+        leaves = [x.detach().clone().requires_grad_() for x in students]
+        loss = problem.loss(*(x * 1 for x in leaves), reduction="mean")
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    graph = make_fx(step)(*(torch.zeros_like(x) for x in problem.students))
+    torch.testing.assert_close(graph(*problem.students), step(*problem.students))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        loss, *grads = step(*map(mode.from_tensor, problem.students))
+    assert loss.shape == () and [x.shape for x in grads] == [x.shape for x in problem.students]
 
 
 @pytest.mark.usefixtures("fresh_constants")

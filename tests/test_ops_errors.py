@@ -21,7 +21,7 @@ def refused(problem: Problem, impl: str | None, kind: type[Exception], *parts: s
     for wanted in (False, True):
         leaves = [x.detach().clone() for x in problem.students]
         leaves = [x.requires_grad_() if wanted and x.is_floating_point() else x for x in leaves]
-        students = [x * 1 for x in leaves] if problem.kind == "in-place" else leaves
+        students = [x.clone() for x in leaves] if problem.kind == "in-place" else leaves
         with pytest.raises(kind) as caught:
             problem.loss(*students, reduction=reduction, impl=impl)
         for part in parts:
@@ -46,8 +46,9 @@ def test_sequences_of_other_lengths_are_padded_first(layout: torch.layout) -> No
 def test_students_that_are_no_logits(kind: str, impl: str) -> None:
     name = {"discriminator": "d_real"}.get(kind, "d_fake" if kind in GAN_KINDS else "student")
     problem = make(kind, device=DEVICES[impl])
-    problem.students[0] = problem.students[0].long()
-    refused(problem, impl, TypeError, name, "torch.int64", "floating")
+    for dtype in (torch.int64, torch.float8_e4m3fn):
+        problem.students[0] = problem.students[0].to(dtype)
+        refused(problem, impl, TypeError, name, str(dtype), "floating")
     if kind in ROW_KINDS:
         for shape in ((), (6, 0)):
             problem.students[0] = torch.zeros(shape, device=DEVICES[impl])

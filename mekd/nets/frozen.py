@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from mekd.checks import check_positive
 from mekd.nets.generator import Generator, UpConv, nuisance_of
 from mekd.reference import accumulation_dtype
 
@@ -81,13 +82,14 @@ def freeze(generator: nn.Module, tau: float = 1.0) -> FrozenGenerator:
 
     Batch norm is folded into the layer before it, upsampling and convolution are one transposed convolution, and all
     that comes before the first leaky ReLU is one linear layer where that takes fewer multiplications. The same values
-    up to rounding (1e-5). TypeError for a generator of another make.
+    up to rounding (1e-5). TypeError for a generator of another make, ValueError for a tau that is not above 0.
     """
     if not isinstance(generator, Generator):
         raise TypeError(
             f"generator is a {type(generator).__name__}; freeze() rewrites mekd.nets.Generator alone, use any other as "
             "it is, in eval mode"
         )
+    check_positive("tau", tau)
     # In double precision: what is folded is rounded once.
     linear, side, classes = generator.linear, generator.start, generator.num_classes
     weight, bias = _folded(linear.weight.double(), linear.bias.double(), generator.bn, side**2)

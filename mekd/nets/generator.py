@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mekd.checks import check_tensor
+
 #: Image size: where the picture starts, and the channels before the first and after each doubling.
 STAGES: dict[int, tuple[int, tuple[int, ...]]] = {
     16: (4, (128, 128, 64)),
@@ -79,12 +81,13 @@ class Generator(nn.Module):
 def nuisance_of(code: Tensor, entries: int, n: Tensor | None) -> Tensor:
     """The nuisance (m, entries) for codes (m, C): n itself, in their dtype, or drawn from N(0, I) where it is None.
 
-    ValueError where n has another shape.
+    ValueError where n has another shape, TypeError where it is no tensor.
     """
     if n is None and not entries:
         return code.new_empty(len(code), 0)  # vmap refuses even to draw no number
     if n is None:
         return torch.randn(len(code), entries, dtype=code.dtype, device=code.device)
+    check_tensor("n", n)
     if n.shape != (len(code), entries):
         raise ValueError(f"n has shape {tuple(n.shape)}; the generator takes ({len(code)}, {entries}) for these codes")
     return n.to(code.dtype)
