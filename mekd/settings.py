@@ -51,8 +51,8 @@ def check_text(name: str, value: object) -> None:
     """Raise UsageError for text that is empty, or that the parser would take for a comment or a name of nothing."""
     if value == "":
         raise UsageError(
-            f"{name} is '', which names nothing: give a value, or leave it out for its default (a variable of the shell "
-            "that is not set becomes this)"
+            f"{name} is '', which names nothing: give a value, or leave it out for its default (a variable of the "
+            "shell that is not set becomes this)"
         )
     if isinstance(value, str) and value.startswith(("#", "&")):
         raise UsageError(

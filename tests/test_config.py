@@ -211,13 +211,13 @@ def test_a_word_that_yaml_would_pass_over_is_refused(value: str, tmp_path: Path)
 
 
 def test_a_value_of_nothing_is_refused(tmp_path: Path) -> None:
-    """As a variable of the shell that is not set gives it: another teacher, another folder would be taken in silence."""
+    """As a variable of the shell that is not set gives it: another teacher or folder would be taken in silence."""
     for words in (["--teacher.onnx", ""], ["--teacher.onnx="], ["--config", write(tmp_path, "teacher: {onnx: ''}")]):
-        with pytest.raises(ValueError, match="teacher.onnx is ''.* leave it out for its default"):
+        with pytest.raises(ValueError, match=r"teacher.onnx is ''.* leave it out for its default"):
             parse(words)
-    with pytest.raises(ValueError, match="--out is ''.* leave it out for runs/NAME"):
+    with pytest.raises(ValueError, match=r"--out is ''.* leave it out for runs/NAME"):
         parse(["--out", ""])
-    with pytest.raises(ValueError, match="data.size: expected one argument"):
+    with pytest.raises(ValueError, match=r"data.size: expected one argument"):
         parse(["--data.size"])
 
 

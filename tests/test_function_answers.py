@@ -58,7 +58,7 @@ def test_an_exit_in_it_is_no_end_that_looks_well() -> None:
     def teacher(pixels: np.ndarray) -> np.ndarray:
         sys.exit()
 
-    with pytest.raises(Lost, match="teacher.python raised SystemExit"):
+    with pytest.raises(Lost, match=r"teacher.python raised SystemExit"):
         Function(teacher).call(images(1))
 
 
