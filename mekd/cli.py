@@ -215,6 +215,8 @@ def parse(words: list[str]) -> tuple[Config, Path] | None:
     if "--print_config" in words:
         system.say(dump_yaml(config).rstrip())
         return None
+    if values["out"] == "":
+        raise UsageError("--out is ''; give the run's folder, or leave it out for runs/NAME")
     out = values["out"] or f"runs/{Path(values['config']).stem if values['config'] else 'default'}"
     return config, Path(out)
 
@@ -230,7 +232,9 @@ def shipped(name: str) -> Path | None:
 
 def _check_words(words: list[str]) -> None:
     known = {*known_keys(), "config", "out", "print_config", "help"}
-    for word, following in itertools.pairwise([*words, ""]):
+    if sum(word.partition("=")[0] == "--config" for word in words) > 1:
+        raise UsageError("--config is given more than once; a run has one file of settings: write them into one")
+    for word, following in itertools.pairwise([*words, "--"]):
         key, given, value = word[2:].partition("=")
         if word.startswith("--") and key not in known:
             raise UsageError(f"there is no setting {word}; {nearest(key)}")
@@ -239,7 +243,8 @@ def _check_words(words: list[str]) -> None:
 
 
 def _value_of(words: list[str], option: str) -> str | None:
-    for i, word in enumerate(words):
+    """What follows an option: of several the last, as for the parser."""
+    for i, word in reversed(list(enumerate(words))):
         if word == option and i + 1 < len(words):
             return words[i + 1]
         if word.startswith(option + "="):

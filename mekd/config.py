@@ -1,6 +1,7 @@
 """Everything that can be set, in one tree of frozen dataclasses."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -71,8 +72,11 @@ class DataConfig:
         """With the settings as their null is meant; without a path the name stays open."""
         name, fraction = self.name, self.local_fraction
         if name is None and self.path is not None:
-            name = "folder" if (Path(self.path) / "train").is_dir() else "photos"
-            if any(next(Path(self.path).glob(f"{one}*.parquet"), None) for one in ("train", "data/train", "train/")):
+            # Path.is_dir would raise where a folder on the way may not be entered.
+            name = "folder" if os.path.isdir(Path(self.path) / "train") else "photos"
+            if os.path.isdir(self.path) and any(
+                next(Path(self.path).glob(f"{one}*.parquet"), None) for one in ("train", "data/train", "train/")
+            ):
                 name = "parquet"
         if fraction is None:
             fraction = 1.0 if name == "photos" else 0.1

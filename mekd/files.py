@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import zipfile
@@ -98,6 +99,19 @@ def read_text(path: str | Path) -> str:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ReadError(f"{shown(path)} is no text in UTF-8 ({error}); save it as UTF-8") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small file of a run, of what is named in it; DamagedError where it is another."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, not a dict")
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(
+            f"{path} is damaged ({error}): put a copy back; or delete it, and what it says is found anew or left out"
+        ) from error
+    return found
 
 
 def write_text(path: Path, text: str) -> None:

@@ -59,7 +59,12 @@ def check_keys(tree: Mapping[str, Any], source: str) -> None:
 
 
 def check_text(name: str, value: object) -> None:
-    """Raise UsageError for text that the parser would take for a comment, or for a name of nothing: for null."""
+    """Raise UsageError for text that is empty, or that the parser would take for a comment or a name of nothing."""
+    if value == "":
+        raise UsageError(
+            f"{name} is '', which names nothing: give a value, or leave it out for its default (a variable of the "
+            "shell that is not set becomes this)"
+        )
     if isinstance(value, str) and value.startswith(("#", "&")):
         raise UsageError(
             f"{name} is {value!r}, which reads as null, as # begins a comment and & a name: a path may begin with ./, "

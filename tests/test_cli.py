@@ -132,6 +132,8 @@ def test_a_look_at_a_run_takes_its_settings(
     # Settings that are given are taken as they are, and nothing of another folder.
     assert cli.with_saved(["--config", "digits", "--out", str(out)]) == ["--config", "digits", "--out", str(out)]
     assert cli.with_saved(["--out", str(tmp_path / "none")]) == ["--out", str(tmp_path / "none")]
+    both = ["--out", str(tmp_path / "none"), "--out", str(out)]  # of two folders the last one is written to
+    assert cli.with_saved(both) == ["--config", str(out / "config.yaml"), *both]
     assert cli.with_saved([]) == []
 
 

@@ -210,6 +210,24 @@ def test_a_word_that_yaml_would_pass_over_is_refused(value: str, tmp_path: Path)
     assert config.data.path == f"./{value}"
 
 
+def test_a_value_of_nothing_is_refused(tmp_path: Path) -> None:
+    """As a variable of the shell that is not set gives it: another teacher or folder would be taken in silence."""
+    for words in (["--teacher.onnx", ""], ["--teacher.onnx="], ["--config", write(tmp_path, "teacher: {onnx: ''}")]):
+        with pytest.raises(ValueError, match=r"teacher.onnx is ''.* leave it out for its default"):
+            parse(words)
+    with pytest.raises(ValueError, match=r"--out is ''.* leave it out for runs/NAME"):
+        parse(["--out", ""])
+    with pytest.raises(ValueError, match=r"data.size: expected one argument"):
+        parse(["--data.size"])
+
+
+def test_one_file_says_what_is_run(tmp_path: Path) -> None:
+    """Of two, the first one's settings would go into the folder of the second."""
+    file = write(tmp_path, "seed: 1")
+    with pytest.raises(ValueError, match="--config is given more than once"):
+        parse(["--config", file, "--config=digits"])
+
+
 @pytest.mark.parametrize("value", [".inf", ".nan"])
 @pytest.mark.parametrize("name", ["distill.beta", "distill.image", "deprivatize.alpha", "teacher.lr", "deprivatize.dp"])
 def test_what_is_no_finite_number_is_refused(name: str, value: str) -> None:

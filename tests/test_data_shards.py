@@ -69,6 +69,15 @@ def test_members_of_a_tar_file(tmp_path: Path, names: str, wanted: list[int] | s
                             f"{shard.parent / 't.tar.gz'} first",)  # fmt: skip
 
 
+@pytest.mark.parametrize("place", ["-5 10", "512 -99999999999999999999"])
+def test_an_index_with_a_place_below_0_is_refused(tmp_path: Path, place: str) -> None:
+    write_tar(tmp_path / "train" / "s.tar", ["a.jpg", "a.cls"])
+    (tmp_path / "train" / "s.idx").write_text(f"v1.2 1\njpg {place} a.jpg cls 1536 1 a.cls\n")
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    with pytest.raises(DataError, match=r"s\.tar cannot be read \(it has a place or a length below 0\)"):
+        listing.read(tmp_path, "webdataset", "train")
+
+
 def test_a_link_in_a_tar_file_is_no_sample_that_goes_missing(tmp_path: Path) -> None:
     write_tar(tmp_path / "train" / "s.tar", ["a.jpg", "a.cls", "b.jpg->", "b.cls->"])
     (tmp_path / "classes.txt").write_text("a\nb\n")

@@ -180,6 +180,17 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert [again[k] for k in ("step", "seconds", "name", "none", "rows")] == [12, 0.5, "distill", None, [1, (2, 3)]]
 
 
+@pytest.mark.parametrize("content", [b"", b'{"held": ["a', b"[]", b"\xff", b"[" * 5000])
+def test_a_small_result_that_is_damaged_is_named(tmp_path: Path, content: bytes) -> None:
+    run = Run(Config(), tmp_path)
+    assert run.read_json("held.json") is None
+    run.write_json("held.json", {"held": ["a"]})
+    assert run.read_json("held.json") == {"held": ["a"]}
+    (tmp_path / "held.json").write_bytes(content)
+    with pytest.raises(files.DamagedError, match=r"held.json is damaged .*: put a copy back; or delete it"):
+        run.read_json("held.json")
+
+
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     files.save(path, {"step": 1, "weights": torch.arange(10)})

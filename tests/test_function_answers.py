@@ -1,5 +1,6 @@
 """What a function of the user's may give, and that anything else ends in a sentence."""
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from fake_service import connect, images, scores
 from mekd.oracle.function import Function, read
+from mekd.oracle.http import Lost
 from mekd.oracle.response import AnswerError
 
 
@@ -33,6 +35,31 @@ def test_scores_may_be_a_tensor_of_any_floating_dtype(dtype: torch.dtype) -> Non
     np.testing.assert_allclose(answer.values, scores(images(3)), atol=4e-3)
     assert oracle.ledger.counts["uncertain"] == 0
     oracle.close()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_it_does_to_its_images_stays_with_it(layout: torch.memory_format, channels: int) -> None:
+    """They are those of the query, which are booked and learnt from: with one channel, or channels last, the memory."""
+
+    def teacher(pixels: np.ndarray) -> np.ndarray:
+        np.subtract(255, pixels, out=pixels)
+        return np.full((len(pixels), 2), 0.5)
+
+    sent = images(2)[:, :1].expand(-1, channels, -1, -1).clone().to(memory_format=layout)
+    before = sent.clone()
+    Function(teacher).call(sent)
+    assert torch.equal(sent, before)
+
+
+def test_an_exit_in_it_is_no_end_that_looks_well() -> None:
+    """sys.exit() of a helper of the user's would end the command with status 0."""
+
+    def teacher(pixels: np.ndarray) -> np.ndarray:
+        sys.exit()
+
+    with pytest.raises(Lost, match=r"teacher.python raised SystemExit"):
+        Function(teacher).call(images(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])

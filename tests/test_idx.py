@@ -241,6 +241,8 @@ def test_damaged_idx_files(tmp_path: Path, zipped: bool, damage: Damage, parts: 
             {"train_images": np.zeros((0, 28, 28), np.uint8), "train_labels": np.zeros(0, np.uint8)},
             ["train", "empty"],
         ),
+        # Images without a pixel.
+        ({"train_images": np.zeros((TRAIN, 0, 0), np.uint8)}, ["mnist", "train", "no pixel", "(1, 0, 0)"]),
     ],
 )
 def test_idx_files_that_do_not_fit(tmp_path: Path, arrays: dict[str, Any], parts: list[str]) -> None:

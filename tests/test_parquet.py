@@ -196,6 +196,8 @@ def with_columns(**columns: Any) -> Any:
         (lambda path: write(path, [encoded(1)], [-1], NAMES), "column label holds -1"),
         (lambda path: write(path, [encoded(1)], [3], NAMES), "a label is 3, and there are 3 classes"),
         (lambda path: write(path, []), "holds no row"),
+        # As many classes as a number that is none: each of them would get a name.
+        (with_columns(image=pa.array([b"x"], pa.binary()), label=[1 << 20]), "a label is 1,048,576, and no class has"),
         (other_columns, "has other columns or classes than"),
         (names_and_numbers, "has other columns or classes than"),
         (lambda path: None, "holds no Parquet file of train"),

@@ -1,5 +1,6 @@
 """Folders of a user's own photos: any format, any depth, decoded once, and nothing private about a broken one."""
 
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -119,6 +120,8 @@ def test_batches_are_a_function_of_seed_and_step(album: Path, tmp_path: Path) ->
     [
         (lambda path: None, ["data.path", "no such folder", "--data.path"]),
         (lambda path: path.write_text("x"), ["data.path", "which is no folder", "--data.path"]),
+        # What the system does not look up: too long a name, or one behind a folder that may not be entered.
+        (lambda path: path.symlink_to("x" * 300 + "/y"), ["data.path", "no such folder", "--data.path"]),
         (lambda path: path.mkdir(), ["data.path is ", "holds no image", ".heic", "--data.path"]),
         (lambda path: (path.mkdir(), (path / "a.txt").write_text("x")), ["holds no image", "1 files (.txt 1)"]),
         (lambda path: (path.mkdir(), (path / "a.jpg").write_text("x")), ["none of the 1 photos", "a.jpg"]),
@@ -226,6 +229,21 @@ def test_a_cache_that_was_cut_short_is_mended(album: Path, tmp_path: Path, decod
     mended = source(album, tmp_path)
     assert torch.equal(mended._images[mended._rows], wanted)
     assert sum(decodes.values()) == (1 if damage in ("index", "pixels") else 11)
+
+
+@pytest.mark.parametrize(
+    "line", [b"5", b"null", b"[1, 2]", b'["NAME", {}]', b'["NAME", {"row": "a", "stamp": [], "how": []}]', b"\xff\xfe"]
+)
+def test_a_line_of_the_cache_that_is_damaged_costs_its_photo_alone(
+    album: Path, tmp_path: Path, decodes: Counter[str], line: bytes
+) -> None:
+    wanted = source(album, tmp_path).count("local")
+    index = tmp_path / "cache" / "photos-16" / "index.jsonl"
+    first, *lines = index.read_bytes().split(b"\n")
+    name = json.loads(first)[0].encode()
+    index.write_bytes(b"\n".join([line.replace(b"NAME", name), *lines]))
+    decodes.clear()
+    assert source(album, tmp_path).count("local") == wanted and sum(decodes.values()) == 1
 
 
 def test_another_way_of_decoding_decodes_again(

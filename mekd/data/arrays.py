@@ -4,6 +4,7 @@ import codecs
 import gzip
 import io
 import math
+import os
 import pickle
 import struct
 import zlib
@@ -64,7 +65,7 @@ def load(name: str, path: str | None, size: int) -> Dataset:
     if name != "digits":
         if path is None:
             raise DataError(f"data.path is not set; {name} needs the folder of its files: --data.path DIR")
-        if not Path(path).is_dir():
+        if not os.path.isdir(path):
             raise DataError(f"data.path is {path!r}; no such folder. Put {name}'s files there or set --data.path DIR")
     train, train_labels, test, test_labels, classes = LOADERS[name](Path(path or "."))
     for part, images, labels in (("train", train, train_labels), ("test", test, test_labels)):
@@ -72,6 +73,8 @@ def load(name: str, path: str | None, size: int) -> Dataset:
             raise DataError(f"{name}: {len(images)} {part} images but {len(labels)} labels")
         if len(labels) == 0:
             raise DataError(f"{name}: the {part} part is empty")
+        if images.size == 0:
+            raise DataError(f"{name}: the {part} images have no pixel, they are of shape {images.shape[1:]}")
         if labels.min() < 0 or labels.max() >= len(classes):
             raise DataError(
                 f"{name}: {part} labels run from {labels.min()} to {labels.max()}; there are {len(classes)} classes"

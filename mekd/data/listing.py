@@ -18,6 +18,7 @@ from mekd.data.names import IMAGES, NATIVE, ending, is_hidden, read_names
 
 KINDS = ("folder", *shards.SUFFIXES, "parquet")
 END_OF_JPEG = b"\xff\xd9"
+MOST_CLASSES = 1 << 20  # that are known by their numbers alone
 TAIL = 4096  # bytes at a file's end that are searched for the end of the JPEG: cameras append what they like
 
 
@@ -72,7 +73,7 @@ def read(path: str | Path, kind: str, split: str, classes: tuple[str, ...] | Non
     root = Path(path) / split
     if kind == "parquet":
         return _parquet(Path(path), split, classes)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(f"{root} is missing; data.path must hold the folder {split}")
     return _folder(root, classes) if kind == "folder" else _shards(root, kind, classes)
 
@@ -345,6 +346,11 @@ def _parquet(path: Path, split: str, classes: tuple[str, ...] | None) -> Listing
     else:
         wanted = classes or names or _listed(path)
         most = int(spans[:, 3].max()) + 1
+        if not wanted and most > MOST_CLASSES:
+            raise DataError(
+                f"{found[0]}: a label is {most - 1:,}, and no class has a name; classes are numbered from 0. Where the "
+                "column label is something else, call it otherwise"
+            )
         classes = wanted or tuple(map(str, range(most)))
         if most > len(classes):
             raise DataError(f"{found[0]}: a label is {most - 1}, and there are {len(classes)} classes, from 0")

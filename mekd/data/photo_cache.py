@@ -93,12 +93,14 @@ class PhotoCache:
             return {}
         rows = self._pixels.stat().st_size // self._bytes
         known: dict[str, dict[str, Any]] = {}
-        for line in self._index.read_text("utf-8").split("\n"):
+        for line in self._index.read_text("utf-8", "replace").split("\n"):
             try:
                 name, entry = json.loads(line)
-            except ValueError:  # the last line of a process that was killed
+                row, fault = entry.get("row", 0), entry.get("fault", "")
+                whole = type(row) is int and row >= 0 and isinstance(fault, str) and {"stamp", "how"} <= entry.keys()
+                known |= {name: entry} if whole else {}
+            except (ValueError, TypeError, AttributeError):  # the last line of a process that was killed, or damage
                 continue
-            known[name] = entry
         for entry in known.values():
             cut = entry.get("row", 0) >= rows
             lacked = "pip install" in entry.get("fault", "")  # which may be there by now

@@ -29,8 +29,8 @@ def find(root: str | Path) -> tuple[list[str], list[str]]:
     Nothing hidden is one, nor what a run drew into its folder, and a link is followed where it leads out of the folder.
     Raises DataError where there are none.
     """
-    if not Path(root).is_dir():
-        wrong = "which is no folder" if Path(root).exists() else "no such folder"
+    if not os.path.isdir(root):
+        wrong = "which is no folder" if os.path.exists(root) else "no such folder"
         raise DataError(f"data.path is {str(root)!r}; {wrong}. Give the folder of your photos: --data.path FOLDER")
     walk, closed = listing.Walk(root, runs=False), list[str]()
     found = walk.images(str(root), PHOTOS, closed)

@@ -55,6 +55,8 @@ def _indexed(file: str, walk: Callable[[str, Path], list[Span]]) -> list[Span]:
         beside = (p for p in (Path(file).with_suffix(".idx"), Path(file + ".idx")) if p.is_file())
         spans = walk(file, next(beside, Path("")))
         size = os.path.getsize(file)
+        if any(min(span) < 0 for span in spans):
+            raise ValueError("it has a place or a length below 0")
         if any(offset + length > size or at + more > size for offset, length, at, more in spans):
             raise ValueError("it ends before its last sample")
     except (OSError, ValueError, IndexError, StopIteration, tarfile.TarError, struct.error) as error:

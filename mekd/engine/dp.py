@@ -4,7 +4,6 @@ Whatever is computed from D alone, G, every image that is sent, the student, is 
 with respect to one private image. Logs, reports and pictures of the private images are not: they stay at home.
 """
 
-import json
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +79,7 @@ def told(run: Run) -> dict[str, Any] | None:
     path = (run.out if step1.generator is None else checkpoint.parent.parent) / "dp.json"
     if run.config.distill.pretrain or step1.after is not None or not path.exists():
         return None
-    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    found = files.read_json(path)
     if step1.generator is not None:  # any file may be given: is it the one that dp.json is of?
         saved = files.load(checkpoint)
         if saved["state"].get("dp") != {name: found[name] for name in Spent._fields} or saved["step"] != found["steps"]:

@@ -261,7 +261,7 @@ def _kept_model(run: "Run", paid: bool) -> Model | None:
     path: Path = run.out / "teacher.json"
     if not path.exists():
         return None
-    kept = json.loads(path.read_text("utf-8"))
+    kept = files.read_json(path)
     of = kept.pop("of", None) or _of(read_saved(run.out / "config.yaml"))  # earlier versions did not write it
     now = _of(_flat(run)) | ({"address": of["address"]} if paid else {})
     return Model(**kept | {"versions": tuple(kept["versions"])}) if of == now else None

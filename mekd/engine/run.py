@@ -410,6 +410,6 @@ class Run:
         files.write_text(self.out / name, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """A small result, if it is there."""
+        """A small result, if it is there; DamagedError where it cannot be read."""
         path = self.out / name
-        return json.loads(path.read_text("utf-8")) if path.exists() else None
+        return files.read_json(path) if path.exists() else None
