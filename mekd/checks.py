@@ -90,7 +90,7 @@ def tau_tensor(tau: float | Tensor, device: torch.device) -> Tensor:
     check_number("tau", tau)
     # Neither a fake tensor, nor one of torch.func, nor one in a CUDA graph that is being captured may be kept.
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if nothing_to_see() or capturing:
+    if _nothing_to_see() or capturing:
         check_positive("tau", tau)
         return torch.full((), tau, dtype=torch.float64, device=device)
     return _constant(float(tau), device)
@@ -175,15 +175,21 @@ def checks_values(x: Tensor) -> bool:
 
     Never while torch.compile or make_fx traces, or within torch.func.
     """
-    if nothing_to_see():
+    if _nothing_to_see():
         return False
     return x.device.type == "cpu" or (x.device.type != "meta" and os.environ.get("MEKD_CHECK") == "1")
 
 
-def nothing_to_see() -> bool:
+def traced() -> bool:
+    """Whether tensors stand for others: of a graph that is being traced, or fake ones, which hold no number."""
+    modes = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
+    return torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(one) is not None for one in modes)
+
+
+def _nothing_to_see() -> bool:
     """Whether tensors stand for others: of a graph that is being traced, or of torch.func."""
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return traced or torch._C._are_functorch_transforms_active()
+    compiled = torch.compiler.is_compiling()
+    return compiled or torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
 
 
 def check_tau(tau: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch._library import autograd
 from torch.autograd import forward_ad
 
 from mekd import extension, reference
-from mekd.checks import nothing_to_see
+from mekd.checks import traced
 
 IMPLS = ("reference", "cpp", "triton")
 LIBRARY = torch.library.Library("mekd", "DEF")
@@ -125,7 +125,7 @@ def scaled(ctx: Any, upstream: Tensor, looks: bool) -> list[Tensor]:
             "or use the formulas in mekd.reference, which autograd can differentiate twice"
         )
     grads = ctx.saved_tensors
-    looks = looks and not nothing_to_see()  # a number that is asked for is none of a fake tensor
+    looks = looks and not traced()  # a number that is asked for is none of a fake tensor
     if upstream.dim() > 0:
         grads = [grad * upstream.reshape(upstream.shape + (1,) * (grad.dim() - upstream.dim())) for grad in grads]
     elif not looks or _mapped(upstream):
@@ -159,7 +159,7 @@ _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph
 
 
 def _scale_(x: Tensor, by: Tensor) -> None:
-    if nothing_to_see():
+    if traced():
         x.mul_(by)
     elif _HAS_TRITON and (x.is_cuda or extension.INTERPRETED):
         _kernel("scale_")(x, by)
