@@ -13,6 +13,8 @@ REDUCTIONS = ("rowmean", "none", "mean", "batchmean", "sum")
 SAMPLE_REDUCTIONS = ("none", "mean", "batchmean", "sum")
 DIRECTIONS = ("forward", "reverse", "symmetric")
 TOPK_RESTS = ("spread", "drop", "tail")
+# Looked up once: every call of a loss asks several times.
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -182,14 +184,17 @@ def checks_values(x: Tensor) -> bool:
 
 def traced() -> bool:
     """Whether tensors stand for others: of a graph that is being traced, or fake ones, which hold no number."""
+    if torch.compiler.is_compiling():
+        return True
+    if not _modes():
+        return False
     modes = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
-    return torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(one) is not None for one in modes)
+    return any(torch._C._get_dispatch_mode(one) is not None for one in modes)
 
 
 def _nothing_to_see() -> bool:
     """Whether tensors stand for others: of a graph that is being traced, or of torch.func."""
-    compiled = torch.compiler.is_compiling()
-    return compiled or torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or _modes() > 0 or _transforms()
 
 
 def check_tau(tau: Tensor) -> None:

@@ -139,9 +139,13 @@ def scaled(ctx: Any, upstream: Tensor, looks: bool) -> list[Tensor]:
     return [g if g.dtype == dtype else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
 
 
+# Looked up once: every backward asks.
+_is_legacy_batched, _is_batched = torch._C._functorch.is_legacy_batchedtensor, torch._C._functorch.is_batchedtensor
+
+
 def _mapped(x: Tensor) -> bool:
     """Whether x stands for many: vmap over upstreams, by either of PyTorch's."""
-    return torch._C._functorch.is_legacy_batchedtensor(x) or torch._C._functorch.is_batchedtensor(x)
+    return _is_legacy_batched(x) or _is_batched(x)
 
 
 def _on_device(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
