@@ -13,9 +13,9 @@ REDUCTIONS = ("rowmean", "none", "mean", "batchmean", "sum")
 SAMPLE_REDUCTIONS = ("none", "mean", "batchmean", "sum")
 DIRECTIONS = ("forward", "reverse", "symmetric")
 TOPK_RESTS = ("spread", "drop", "tail")
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Looked up once: every call of a loss asks several times.
 _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -98,7 +98,8 @@ class PhotoCache:
                 name, entry = json.loads(line)
                 row, fault = entry.get("row", 0), entry.get("fault", "")
                 whole = type(row) is int and row >= 0 and isinstance(fault, str) and {"stamp", "how"} <= entry.keys()
-                known |= {name: entry} if whole else {}
+                if whole:
+                    known[name] = entry
             except (ValueError, TypeError, AttributeError):  # the last line of a process that was killed, or damage
                 continue
         for entry in known.values():
